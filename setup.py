@@ -1,0 +1,28 @@
+"""Install nanomath: `pip install -e . -c constraints.txt`. Editable, in an environment of its own:
+the top-level `kernels` package would shadow the PyPI package of that name."""
+
+from setuptools import setup
+
+setup(
+    name="nanomath",
+    version="0.1.0",
+    description="DeepSeekMath in small: from web pages to a policy trained by GRPO",
+    license="MIT",
+    python_requires=">=3.11,<3.13",
+    packages=["nanomath", "nanomath.corpus", "nanomath.judge", "nanomath.tasks", "kernels"],
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "triton>=3.6; platform_system == 'Linux'",  # the CPU build of torch does not bring it
+        "numpy>=1.26",
+        "tiktoken>=0.9",
+        "regex",
+        "fasttext-community>=0.11",  # the maintained wheel of the fastText module
+        "tqdm",
+        "safetensors>=0.5",
+        "tensorboard",
+        "matplotlib",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "hypothesis", "ruff", "transformers>=4.57", "tokenizers"],
+    },
+)
