@@ -1,4 +1,4 @@
-"""Shared test set-up: one torch thread, so that results and timings do not depend on the machine."""
+"""Shared test set-up: one torch thread, so that results do not depend on the machine."""
 
 import os
 

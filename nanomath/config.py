@@ -1,0 +1,213 @@
+"""Command lines built from dataclasses: every hyper-parameter exists once, with unit and source.
+
+A script opens with one flat frozen dataclass whose fields are made by `opt`, and calls `parse`:
+
+    @dataclass(frozen=True)
+    class Config:
+        lr: float = opt(1e-6, "peak learning rate, Sec. 4.2", low=0.0)
+        group_size: int = opt(64, "outputs per question G, Sec. 4.2", low=2)
+
+    cfg = parse(Config, PRESETS)        # --lr 5e-7 --group_size 8 --preset countdown_qwen_3b
+
+Field types: int, float, str, bool (`--x` / `--no_x`), `T | None` (the word none), tuple[T, ...].
+`lock_config` saves the resolved values in the run folder and refuses to continue a run under
+other ones.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def opt(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[Any] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    may_change: bool = False,
+) -> Any:
+    """Declare one hyper-parameter: its default, and a help text with unit and source.
+
+    low and high are inclusive bounds. may_change marks what a resumed run may have different
+    (paths, threads, how often to print): everything else is fixed for the life of a run folder.
+    """
+    meta = {"help": help, "choices": choices, "low": low, "high": high, "may_change": may_change}
+    return dataclasses.field(default=default, metadata=meta)
+
+
+def parse(
+    cls: type[T],
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
+    argv: Sequence[str] | None = None,
+    *,
+    description: str | None = None,
+) -> T:
+    """Read the command line into `cls`: defaults, then --preset's values, then the flags given.
+
+    Raises SystemExit(2) with one line that names the flag and the fix.
+    """
+    presets = presets or {}
+    preset_parser = _Parser(add_help=False)
+    preset_parser.add_argument("--preset", choices=sorted(presets))
+    chosen, _ = preset_parser.parse_known_args(argv)
+    values = dict(presets[chosen.preset]) if chosen.preset else {}
+    unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
+    if unknown:
+        raise TypeError(f"preset {chosen.preset} of {cls.__name__} names no field: {unknown}")
+
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if presets:
+        names = ", ".join(sorted(presets))
+        parser.add_argument("--preset", choices=sorted(presets), help=f"a set of values: {names}")
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        _add_argument(parser, field, hints[field.name], values.get(field.name, field.default))
+    args = vars(parser.parse_args(argv))
+    args.pop("preset", None)
+    cfg = cls(**args)
+    for field in dataclasses.fields(cls):
+        problem = _out_of_bounds(field, getattr(cfg, field.name))
+        if problem:
+            parser.error(problem)
+    return cfg
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse without prefixes, whose error for an unknown flag names the nearest one."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.0)
+            self.error(f"unknown argument {flag}; the nearest flag is {near[0]} (see --help)")
+        return parsed
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _add_argument(parser: _Parser, field: dataclasses.Field, hint: Any, default: Any) -> None:
+    kind, optional, many = _unpack(hint)
+    shown = " ".join(map(str, default)) if many else default
+    help_text = f"{field.metadata['help']} [{shown}]".replace("%", "%%")
+    common = {"dest": field.name, "default": default, "help": help_text}
+    if kind is bool:
+        group = parser.add_mutually_exclusive_group()
+        group.add_argument(f"--{field.name}", action="store_true", **common)
+        group.add_argument(
+            f"--no_{field.name}", action="store_false", dest=field.name, help=argparse.SUPPRESS
+        )
+        parser.set_defaults(**{field.name: default})
+        return
+    parser.add_argument(
+        f"--{field.name}",
+        type=_reader(kind, optional),
+        nargs="+" if many else None,
+        action=_StoreTuple if many else "store",
+        choices=field.metadata["choices"],
+        metavar=kind.__name__.upper(),
+        **common,
+    )
+
+
+class _StoreTuple(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, tuple(values))
+
+
+def _unpack(hint: Any) -> tuple[type, bool, bool]:
+    """Split a field's type into (scalar type, may be None, is a tuple)."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+        kind, _, many = _unpack(inner[0])
+        return kind, True, many
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], False, True
+    if hint not in (int, float, str, bool):
+        raise TypeError(f"a config field cannot be of type {hint}")
+    return hint, False, False
+
+
+def _reader(kind: type, optional: bool):
+    def read(text: str):
+        if optional and text.lower() == "none":
+            return None
+        value = kind(text)
+        if kind is float and not math.isfinite(value):
+            raise ValueError(text)
+        return value
+
+    read.__name__ = kind.__name__  # argparse prints it: "invalid int value: 'x'"
+    return read
+
+
+def _out_of_bounds(field: dataclasses.Field, value: Any) -> str | None:
+    low, high = field.metadata["low"], field.metadata["high"]
+    for number in value if isinstance(value, tuple) else (value,):
+        if number is None or isinstance(number, str):
+            continue
+        if low is not None and number < low:
+            return f"--{field.name} is {number}, but must be at least {low}"
+        if high is not None and number > high:
+            return f"--{field.name} is {number}, but must be at most {high}"
+    return None
+
+
+def to_json(cfg: Any) -> dict[str, Any]:
+    """Return the dataclass as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(cfg)))
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write JSON by temporary file and rename, so that a reader never sees half of it."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def lock_config(cfg: Any, run_dir: str | os.PathLike) -> None:
+    """Save cfg as run_dir/config.json, or check that the run there was started with the same.
+
+    Raises SystemExit with a line that names the fields that differ.
+    """
+    path = Path(run_dir) / "config.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fixed = {
+        field.name for field in dataclasses.fields(cfg) if not field.metadata.get("may_change")
+    }
+    now = to_json(cfg)
+    if path.exists():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise SystemExit(
+                f"{path}: not JSON ({error}); remove it or give another --run_dir"
+            ) from None
+        changed = [
+            f"--{name} was {before.get(name)!r}, is {now[name]!r}"
+            for name in sorted(fixed)
+            if before.get(name) != now[name]
+        ]
+        if changed:
+            raise SystemExit(
+                f"{run_dir} holds a run with other settings ({'; '.join(changed)}): "
+                "give another --run_dir, or the old values to continue it"
+            )
+    write_json(path, now)

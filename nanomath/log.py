@@ -1,0 +1,183 @@
+"""What a run leaves behind: metrics.jsonl, TensorBoard events, samples.txt, progress bars, plots.
+
+Everything is keyed by step, so a resumed run first drops what the interrupted one wrote after its
+last checkpoint: the files of a run do not show where it was cut.
+"""
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+def progress(
+    iterable: Iterable | None = None,
+    *,
+    total: int | None = None,
+    initial: int = 0,
+    desc: str = "",
+    unit: str = "it",
+    disable: bool = False,
+) -> tqdm:
+    """Return a tqdm bar on stderr; in a file or pipe it prints at most every ten seconds."""
+    interactive = sys.stderr.isatty()
+    return tqdm(
+        iterable,
+        total=total,
+        initial=initial,
+        desc=desc,
+        unit=unit,
+        disable=disable,
+        dynamic_ncols=interactive,
+        mininterval=0.2 if interactive else 10.0,
+        leave=True,
+    )
+
+
+def printable(text: str) -> str:
+    """Escape control characters: text written by a model must not drive a terminal."""
+    return re.sub(
+        r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]",
+        lambda match: f"\\x{ord(match.group()):02x}",
+        text,
+    )
+
+
+class RunLog:
+    """Metrics and samples of one run folder; on other ranks than the first it writes nothing.
+
+    start_step is the first step that will be logged: what the files hold from there on is dropped.
+    """
+
+    def __init__(self, run_dir: str | os.PathLike, *, start_step: int, is_main: bool = True):
+        self.run_dir = Path(run_dir)
+        self.is_main = is_main
+        self.start_time = time.monotonic()
+        self._events = None
+        if not is_main:
+            return
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._rewind(start_step)
+        self._metrics = open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8")
+        self._samples = open(self.run_dir / "samples.txt", "a", encoding="utf-8")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return  # metrics.jsonl holds the same numbers
+        self._events = SummaryWriter(str(self.run_dir / "events"), purge_step=start_step)
+
+    def _rewind(self, start_step: int) -> None:
+        """Drop the lines of steps that will be run again."""
+        metrics = self.run_dir / "metrics.jsonl"
+        kept = [json.dumps(row) for row in read_metrics(self.run_dir) if row["step"] < start_step]
+        _replace_text(metrics, "".join(line + "\n" for line in kept))
+        samples = self.run_dir / "samples.txt"
+        text = samples.read_text(encoding="utf-8") if samples.exists() else ""
+        kept_samples = []
+        for chunk in re.split(r"(?m)^(?==== step \d+)", text):
+            match = re.match(r"=== step (\d+)", chunk)
+            if match and int(match.group(1)) < start_step:
+                kept_samples.append(chunk)
+        _replace_text(samples, "".join(kept_samples))
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one row of numbers under this step."""
+        if not self.is_main:
+            return
+        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+        self._metrics.flush()
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
+
+    def samples(self, step: int, lines: Sequence[str]) -> None:
+        """Append whole samples as text, control characters escaped."""
+        if not self.is_main:
+            return
+        body = "\n".join(printable(line) for line in lines)
+        self._samples.write(f"=== step {step}\n{body}\n\n")
+        self._samples.flush()
+
+    def close(self) -> None:
+        if not self.is_main:
+            return
+        self._metrics.close()
+        self._samples.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def _replace_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
+    """Return the rows of metrics.jsonl; a last line cut by a kill is left out."""
+    path = Path(run_dir) / "metrics.jsonl"
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+def plot_metrics(
+    run_dir: str | os.PathLike, panels: Sequence[tuple[str, Sequence[str]]], name: str = "metrics"
+) -> Path | None:
+    """Draw run_dir/plots/NAME.png: one panel per (title, metric names) that has data."""
+    rows = read_metrics(run_dir)
+    series = {
+        metric: [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
+        for _, metrics in panels
+        for metric in metrics
+    }
+    panels = [(title, [m for m in metrics if series[m]]) for title, metrics in panels]
+    panels = [(title, metrics) for title, metrics in panels if metrics]
+    if not panels:
+        return None
+    figure, axes = new_figure(len(panels))
+    for axis, (title, metrics) in zip(axes, panels, strict=True):
+        for metric in metrics:
+            steps, values = zip(*series[metric], strict=True)
+            axis.plot(steps, values, label=metric, linewidth=1.2)
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        axis.legend(fontsize=7)
+        axis.grid(alpha=0.3)
+    return save_figure(figure, Path(run_dir) / "plots" / f"{name}.png")
+
+
+def new_figure(num_panels: int):
+    """Return (figure, list of axes) in rows of up to three panels, drawn without a screen."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(num_panels, 3)
+    rows = -(-num_panels // columns)
+    figure = Figure(figsize=(5.0 * columns, 3.4 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = [figure.add_subplot(rows, columns, index + 1) for index in range(num_panels)]
+    return figure, axes
+
+
+def save_figure(figure, path: Path) -> Path:
+    """Write a PNG by temporary file and rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, dpi=110, format="png")
+    os.replace(temporary, path)
+    return path

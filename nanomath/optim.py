@@ -1,0 +1,118 @@
+"""AdamW groups, learning-rate schedules, and one optimizer step from token-weighted rows.
+
+Pretraining, SFT and GRPO make their updates here: the weight of every token is fixed before the
+batch is split, so micro-batch size and world size never change the update.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import nn
+
+from nanomath.dist import Dist, clip_grad_norm, microbatch_sync
+
+
+def make_adamw(
+    model: nn.Module,
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.95),
+    weight_decay: float = 0.1,
+    eps: float = 1e-8,
+) -> torch.optim.AdamW:
+    """Build AdamW (Sec. 2.2): matrices decay, vectors (norm scales) do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    fused = all(p.device.type in ("cuda", "cpu") for p in parameters)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
+
+
+def multi_step_lr(step: int, *, num_steps: int, peak: float, warmup_steps: int) -> float:
+    """Return the paper's multi-step schedule at 0-based `step` of num_steps (Sec. 2.2).
+
+    Linear warm-up to the peak, 31.6% of it from 80% of training on, 10.0% from 90% on.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if step >= 0.9 * num_steps:
+        return 0.100 * peak
+    if step >= 0.8 * num_steps:
+        return 0.316 * peak
+    return peak
+
+
+def cosine_lr(step: int, *, num_steps: int, peak: float, warmup_steps: int) -> float:
+    """Return linear warm-up, then a cosine from the peak to zero at num_steps."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    share = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+    return 0.5 * peak * (1.0 + math.cos(math.pi * min(1.0, share)))
+
+
+def constant_lr(step: int, *, num_steps: int, peak: float, warmup_steps: int) -> float:
+    """Return linear warm-up, then the peak (Sec. 3 and 4.2 use a constant rate)."""
+    return peak * min(1.0, (step + 1) / max(1, warmup_steps))
+
+
+SCHEDULES: dict[str, Callable[..., float]] = {
+    "multi_step": multi_step_lr,
+    "cosine": cosine_lr,
+    "constant": constant_lr,
+}
+
+
+def split_rows(
+    num_rows: int, micro_batch_size: int, dist: Dist, order: Sequence[int] | None = None
+) -> Iterator[list[int]]:
+    """Yield this rank's micro-batches of row indices; every rank gets the same number of them.
+
+    order deals out rows as given (by length, say, so that padding is small). A rank that has run
+    out of rows gets empty lists: it still has to take part in the collectives of a sharded model.
+    """
+    rows = list(range(num_rows)) if order is None else list(order)
+    mine = rows[dist.rank :: dist.world_size]
+    longest = -(-num_rows // dist.world_size)
+    for start in range(0, max(longest, 1), micro_batch_size):
+        yield mine[start : start + micro_batch_size]
+
+
+def accumulate_gradients(
+    model: nn.Module,
+    micro_batches: Sequence[list[int]],
+    loss_of_rows: Callable[[list[int]], torch.Tensor],
+) -> None:
+    """Add up the gradients of loss_of_rows over this rank's micro-batches.
+
+    loss_of_rows must already carry the global weights: the gradients of all micro-batches and
+    ranks are summed, never averaged. An empty micro-batch must still give a loss with a graph.
+    """
+    for index, rows in enumerate(micro_batches):
+        microbatch_sync(model, is_last=index == len(micro_batches) - 1)
+        loss_of_rows(rows).backward()
+
+
+def optimizer_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    lr: float,
+    max_grad_norm: float,
+    dist: Dist,
+) -> tuple[float, bool]:
+    """Clip, step, clear the gradients. Return (gradient norm before clipping, whether it stepped).
+
+    A gradient that is not finite leaves the weights and the optimizer as they were, on all ranks
+    alike: the norm is global.
+    """
+    grad_norm = float(clip_grad_norm(model.parameters(), max_grad_norm, dist))
+    finite = math.isfinite(grad_norm)
+    if finite:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return grad_norm, finite
