@@ -47,6 +47,26 @@ def opt(
     return dataclasses.field(default=default, metadata=meta)
 
 
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """What every trainer has; a script's own dataclass adds its fields to these."""
+
+    run_dir: str = opt(
+        "runs/run", "folder of this run: config, metrics, checkpoints, plots", may_change=True
+    )
+    seed: int = opt(0, "seed of weights, data order and samples", low=0)
+    device: str = opt("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"), may_change=True)
+    threads: int = opt(
+        0, "torch threads per process; 0: the cores there are", low=0, may_change=True
+    )
+    micro_batch_size: int = opt(
+        8, "rows of one forward and backward pass; lower it when memory runs out", low=1
+    )
+    checkpoint_interval: int = opt(50, "steps between checkpoints", low=1, may_change=True)
+    keep_checkpoints: int = opt(2, "how many checkpoints to keep", low=1, may_change=True)
+    max_grad_norm: float = opt(1.0, "global gradient norm is clipped here", low=0.0)
+
+
 def parse(
     cls: type[T],
     presets: Mapping[str, Mapping[str, Any]] | None = None,

@@ -100,7 +100,8 @@ class RunLog:
         """Append whole samples as text, control characters escaped."""
         if not self.is_main:
             return
-        body = "\n".join(printable(line) for line in lines)
+        # Indented, so that no text of a model can look like the heading of a step.
+        body = "\n".join("  " + printable(line).replace("\n", "\n  ") for line in lines)
         self._samples.write(f"=== step {step}\n{body}\n\n")
         self._samples.flush()
 

@@ -5,12 +5,14 @@ batch is split, so micro-batch size and world size never change the update.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
-from nanomath.dist import Dist, clip_grad_norm, microbatch_sync
+from kernels import linear_cross_entropy
+from nanomath.data import TrainBatch
+from nanomath.dist import Dist, all_reduce_sum, clip_grad_norm, microbatch_sync
 
 
 def make_adamw(
@@ -66,18 +68,15 @@ SCHEDULES: dict[str, Callable[..., float]] = {
 
 
 def split_rows(
-    num_rows: int, micro_batch_size: int, dist: Dist, order: Sequence[int] | None = None
-) -> Iterator[list[int]]:
-    """Yield this rank's micro-batches of row indices; every rank gets the same number of them.
+    rows: Sequence[int], num_rows_longest: int, micro_batch_size: int
+) -> list[list[int]]:
+    """Cut this rank's rows into micro-batches; every rank gets the same number of them.
 
-    order deals out rows as given (by length, say, so that padding is small). A rank that has run
-    out of rows gets empty lists: it still has to take part in the collectives of a sharded model.
+    num_rows_longest is the row count of the rank that has most. A rank that has run out of rows
+    gets empty lists: it still has to take part in the collectives of a sharded model.
     """
-    rows = list(range(num_rows)) if order is None else list(order)
-    mine = rows[dist.rank :: dist.world_size]
-    longest = -(-num_rows // dist.world_size)
-    for start in range(0, max(longest, 1), micro_batch_size):
-        yield mine[start : start + micro_batch_size]
+    starts = range(0, max(num_rows_longest, 1), micro_batch_size)
+    return [list(rows[start : start + micro_batch_size]) for start in starts]
 
 
 def accumulate_gradients(
@@ -116,3 +115,52 @@ def optimizer_step(
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return grad_norm, finite
+
+
+def supervised_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: TrainBatch,
+    *,
+    lr: float,
+    max_grad_norm: float,
+    micro_batch_size: int,
+    dist: Dist,
+) -> dict[str, float]:
+    """Take one cross-entropy step on a global batch and return its loss and gradient norm.
+
+    Each rank trains on its own rows of the batch. The batch's weights sum to one over all its
+    trained tokens, so the loss is their mean (Sec. 2.2 and 3).
+    """
+    num_rows = batch.tokens_BT.shape[0]
+    mine = range(dist.rank, num_rows, dist.world_size)
+    longest = -(-num_rows // dist.world_size)
+    losses = []
+
+    def loss_of_rows(rows: list[int]) -> torch.Tensor:
+        part = batch.rows(rows).to(dist.device)
+        targets_BT = part.tokens_BT.roll(-1, dims=1)  # the last column has weight 0
+
+        def head_fn(hidden_BTD: torch.Tensor, head_VD: torch.Tensor) -> torch.Tensor:
+            return linear_cross_entropy(
+                hidden_BTD.flatten(0, 1),
+                head_VD,
+                targets_BT.flatten(),
+                weights_N=part.weights_BT.flatten(),
+            ).loss
+
+        loss = model(
+            part.tokens_BT,
+            head_fn=head_fn,
+            segments_BT=part.segments_BT,
+            positions_BT=part.positions_BT,
+        )
+        losses.append(loss.detach())
+        return loss
+
+    accumulate_gradients(model, split_rows(mine, longest, micro_batch_size), loss_of_rows)
+    grad_norm, stepped = optimizer_step(
+        model, optimizer, lr=lr, max_grad_norm=max_grad_norm, dist=dist
+    )
+    total = all_reduce_sum({"loss": float(torch.stack(losses).double().sum())}, dist)
+    return {"loss": total["loss"], "grad_norm": grad_norm, "stepped": float(stepped)}

@@ -1,0 +1,134 @@
+"""One training run: the loop over steps that resumes, logs, checkpoints, and stops when asked.
+
+    run = Run(cfg, dist, modules={"model": model}, optimizer=optimizer, ...)
+    for step in run.steps(num_steps, desc="pretrain"):
+        run.log(step, supervised_step(...))
+
+What a step does stays in the scripts; what every trainer owes its users is here.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from nanomath import checkpoint
+from nanomath.config import RunConfig, lock_config
+from nanomath.dist import Dist, StopSignal, barrier, cleanup, raise_together, setup
+from nanomath.log import RunLog, progress
+from nanomath.model import ModelConfig
+from nanomath.tokenizer import Tokenizer
+
+MAX_SKIPPED_STEPS = 10  # in a row, with a gradient that is not finite
+MAX_FAILED_SAVES = 3  # in a row; the run goes on in between, on the older checkpoints
+
+
+@contextmanager
+def open_run(cfg: RunConfig) -> Iterator[Dist]:
+    """Set up the processes, lock the run folder and its settings; clean up at the end.
+
+    Raises SystemExit with one line when the folder is in use or holds other settings.
+    """
+    try:
+        dist = setup(cfg.device, cfg.threads)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    with raise_together(dist), checkpoint.run_lock(cfg.run_dir, dist):
+        if dist.is_main:
+            lock_config(cfg, cfg.run_dir)
+        barrier(dist)
+        yield dist
+    cleanup(dist)
+
+
+class Run:
+    """The state every trainer keeps beside its weights: step, seconds, skipped steps, logs."""
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        dist: Dist,
+        *,
+        modules: Mapping[str, nn.Module],
+        optimizer: torch.optim.Optimizer,
+        model_cfg: ModelConfig,
+        tokenizer: Tokenizer,
+    ):
+        self.cfg, self.dist = cfg, dist
+        self.modules, self.optimizer = dict(modules), optimizer
+        self.model_cfg, self.tokenizer = model_cfg, tokenizer
+        state = checkpoint.load_latest(
+            cfg.run_dir, modules=self.modules, optimizer=optimizer, dist=dist
+        )
+        self.state: dict[str, Any] = state or {"step": 0, "seconds": 0.0, "best": None}
+        self.skipped_in_a_row = 0
+        self.failed_saves = 0
+        self._log = RunLog(cfg.run_dir, start_step=self.state["step"], is_main=dist.is_main)
+        self.samples = self._log.samples
+
+    def steps(
+        self, num_steps: int, *, desc: str, at_end: Callable[[], None] | None = None
+    ) -> Iterator[int]:
+        """Yield the steps still to do; save after each interval, at the end and when stopped."""
+        first = self.state["step"]
+        if first >= num_steps:
+            self._say(f"{desc}: all {num_steps} steps are done ({self.cfg.run_dir})")
+            return
+        if first:
+            self._say(f"{desc}: continuing {self.cfg.run_dir} at step {first} of {num_steps}")
+        self.bar = progress(
+            total=num_steps, initial=first, desc=desc, unit="step", disable=not self.dist.is_main
+        )
+        with StopSignal() as signal, self.bar:
+            started = time.monotonic() - self.state["seconds"]
+            for step in range(first, num_steps):
+                yield step
+                self.bar.update()
+                self.state.update(step=step + 1, seconds=time.monotonic() - started)
+                stop = signal.requested(self.dist)
+                if stop or step + 1 == num_steps or (step + 1) % self.cfg.checkpoint_interval == 0:
+                    self._save(must_succeed=stop or step + 1 == num_steps)
+                if stop and step + 1 < num_steps:
+                    self._say(f"{desc}: stopped after step {step}; the same command continues")
+                    raise SystemExit(0)
+
+    def log(self, step: int, values: Mapping[str, float], shown: tuple[str, ...] = ()) -> None:
+        """Write one row of metrics, show some on the bar, and watch for skipped steps."""
+        self._log.metrics(step, values)
+        self.bar.set_postfix({k: f"{values[k]:.4g}" for k in shown if k in values}, refresh=False)
+        self.skipped_in_a_row = 0 if values.get("stepped", 1.0) else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row:
+            self._say(f"step {step}: the gradient is not finite, the step was skipped")
+        if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+            raise SystemExit(f"step {step}: {MAX_SKIPPED_STEPS} gradients in a row not finite")
+
+    def _save(self, must_succeed: bool) -> None:
+        try:
+            checkpoint.save(
+                self.cfg.run_dir,
+                self.state["step"],
+                modules=self.modules,
+                optimizer=self.optimizer,
+                state=self.state,
+                model_cfg=self.model_cfg,
+                tokenizer=self.tokenizer,
+                dist=self.dist,
+                keep=self.cfg.keep_checkpoints,
+            )
+            self.failed_saves = 0
+        except checkpoint.SaveFailed as error:
+            self.failed_saves += 1
+            self._say(f"warning: {error}")
+            if must_succeed or self.failed_saves >= MAX_FAILED_SAVES:
+                raise SystemExit(f"the run cannot be saved: {error}") from None
+
+    def _say(self, text: str) -> None:
+        if self.dist.is_main:
+            bar = getattr(self, "bar", None)
+            bar.write(text) if bar is not None else print(text, flush=True)
+
+    def close(self) -> None:
+        self._log.close()

@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# The whole of DeepSeekMath in one command: web pages -> corpus -> tokenizer -> base model -> SFT ->
+# GRPO -> evaluation, at the size of the machine. Each line under "stages" is a command you can run
+# by itself. A second call continues: finished stages are skipped, an interrupted one resumes.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+usage() {
+    cat <<USAGE
+usage: bash speedrun.sh [--preset smoke|cpu|gpu] [--run_dir DIR]
+
+  --preset smoke   a minute or two: every stage, far too small to learn anything
+  --preset cpu     under 20 minutes on two cores (default without an NVIDIA GPU)
+  --preset gpu     one NVIDIA GPU (default where there is one)
+  --run_dir DIR    where everything is written [runs/speedrun-PRESET]
+
+Environment: PYTHON (interpreter for the virtual environment), VENV (its folder, .venv),
+NANOMATH_DATA (folder of public benchmarks to decontaminate against).
+USAGE
+}
+
+PRESET=""
+RUN=""
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --preset) PRESET="${2:-}"; shift 2 || { usage >&2; exit 2; } ;;
+        --run_dir) RUN="${2:-}"; shift 2 || { usage >&2; exit 2; } ;;
+        -h | --help) usage; exit 0 ;;
+        *) echo "speedrun.sh: unknown argument $1" >&2; usage >&2; exit 2 ;;
+    esac
+done
+if [ -z "$PRESET" ]; then
+    if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then PRESET=gpu; else PRESET=cpu; fi
+fi
+case "$PRESET" in
+    smoke | cpu | gpu) ;;
+    *) echo "speedrun.sh: --preset is '$PRESET', but must be smoke, cpu or gpu" >&2; exit 2 ;;
+esac
+RUN="${RUN:-runs/speedrun-$PRESET}"
+
+source dev/setup.sh
+setup_environment ""
+mkdir -p "$RUN"
+PY="$VENV/bin/python"
+
+# stage NAME COMMAND...: run it, and note its wall time for the table at the end.
+stage() {
+    local name="$1" start=$SECONDS
+    shift
+    say "$name"
+    "$@" || { local code=$?; echo "speedrun.sh: stage '$name' ended with code $code; the same command continues it" >&2; exit "$code"; }
+    printf '%s\t%s\n' "$name" "$((SECONDS - start))" >>"$RUN/seconds.tsv"
+}
+
+# ---- stages -----------------------------------------------------------------------------------
+stage corpus    "$PY" build_corpus.py --preset "$PRESET" --run_dir "$RUN/corpus"
+stage tokenizer "$PY" -m nanomath.tokenizer --preset "$PRESET" --corpus "$RUN/corpus/corpus.jsonl" --out "$RUN/tokenizer"
+stage pretrain  "$PY" train_pretrain.py --preset "$PRESET" --corpus "$RUN/corpus/corpus.jsonl" \
+                    --valid "$RUN/corpus/valid.jsonl" --tokenizer "$RUN/tokenizer" --run_dir "$RUN/base"
+stage solutions "$PY" -m nanomath.tasks.countdown --preset "$PRESET" --out "$RUN/solutions.jsonl"
+stage sft       "$PY" train_sft.py --preset "$PRESET" --init "$RUN/base" --data "$RUN/solutions.jsonl" --run_dir "$RUN/sft"
+stage grpo      "$PY" train_grpo.py --preset "$PRESET" --init "$RUN/sft" --run_dir "$RUN/grpo"
+for model in base sft grpo; do
+    stage "evaluate $model" "$PY" evaluate.py --preset "$PRESET" --checkpoint "$RUN/$model" --out "$RUN/eval-$model.json"
+done
+stage report    "$PY" -m nanomath.report --run_dir "$RUN"

@@ -1,0 +1,316 @@
+"""GRPO against the paper's closed forms (PAPER.md section 4), in float64 where it counts."""
+
+import math
+
+import pytest
+import torch
+
+from nanomath.dist import Dist
+from nanomath.grpo import (
+    METRIC_SUMS,
+    Objective,
+    RolloutBatch,
+    constant_groups,
+    make_batch,
+    objective_of_rows,
+    outcome_advantages,
+    pad_rows,
+    policy_update,
+    response_logprobs,
+)
+from nanomath.model import ModelConfig, Transformer
+from nanomath.sampler import Rollouts
+
+ALONE = Dist(0, 0, 1, torch.device("cpu"))
+CPU = torch.device("cpu")
+
+
+def tiny_model(seed: int = 0) -> Transformer:
+    model = Transformer(ModelConfig(23, 2, 16, 2, 1, 24, max_context=64)).double()
+    model.init_weights(seed, std=0.3)
+    return model
+
+
+def random_batch(
+    lengths=((3, 7), (1, 5), (6, 2)), prompt_lengths=(4, 2, 6), advantages=None, seed=0
+) -> RolloutBatch:
+    generator = torch.Generator().manual_seed(seed)
+    lengths_PG = torch.tensor(lengths)
+    tokens_PGT = torch.randint(
+        0, 23, (*lengths_PG.shape, int(lengths_PG.max())), generator=generator
+    )
+    prompts = [torch.randint(0, 23, (n,), generator=generator).tolist() for n in prompt_lengths]
+    rollouts = Rollouts(
+        tokens_PGT,
+        lengths_PG,
+        torch.zeros(tokens_PGT.shape, dtype=torch.float64),
+        torch.ones_like(lengths_PG, dtype=torch.bool),
+    )
+    if advantages is None:
+        rewards_PG = torch.rand(lengths_PG.shape, generator=generator, dtype=torch.float64)
+        advantages = outcome_advantages(rewards_PG)
+    scored_PG = torch.ones_like(lengths_PG, dtype=torch.bool)
+    return make_batch(prompts, rollouts, advantages, scored_PG, len(prompts))
+
+
+def score(model, batch, temperature=1.0, micro_batch_size=8):
+    return response_logprobs(
+        model,
+        batch,
+        temperature=temperature,
+        micro_batch_size=micro_batch_size,
+        num_rows_longest=len(batch),
+        device=CPU,
+    )
+
+
+def gradient(model, batch, objective, micro_batches):
+    model.zero_grad(set_to_none=True)
+    sums = 0.0
+    for rows in micro_batches:
+        loss, part = objective_of_rows(model, batch, rows, objective, CPU)
+        loss.backward()
+        sums = sums + part
+    flat = torch.cat([p.grad.flatten() for p in model.parameters()])
+    return flat, dict(zip(METRIC_SUMS, sums.tolist(), strict=True))
+
+
+# ------------------------------------------------------------------------------ advantages
+
+
+@pytest.mark.parametrize("group_size", [4, 8, 64])
+def test_one_success_has_advantage_sqrt_of_g_minus_1(group_size):
+    """One success in a group of G gets A = sqrt(G-1): population std, no epsilon (Sec. 4.1.2)."""
+    rewards_PG = torch.zeros(1, group_size)
+    rewards_PG[0, 2] = 1.0
+    advantages_PG = outcome_advantages(rewards_PG)
+    assert advantages_PG[0, 2].item() == pytest.approx(math.sqrt(group_size - 1), abs=1e-12)
+    assert advantages_PG[0, 0].item() == pytest.approx(-1 / math.sqrt(group_size - 1), abs=1e-12)
+
+
+@pytest.mark.parametrize("reward", [0.1, 0.7, 0.0, 1e9, -3.3])
+def test_constant_group_has_advantage_exactly_zero(reward):
+    """Equal rewards give exactly 0, though their fp32 std is not 0 (eight rewards of 0.1)."""
+    rewards_PG = torch.full((2, 8), reward, dtype=torch.float32)
+    rewards_PG[1, 3] += 1.0
+    advantages_PG = outcome_advantages(rewards_PG)
+    assert (advantages_PG[0] == 0).all()
+    assert constant_groups(rewards_PG).tolist() == [True, reward == 1e9]
+    if reward != 1e9:
+        assert advantages_PG[1, 3].item() == pytest.approx(math.sqrt(7), rel=1e-5)
+
+
+def test_output_without_reward_leaves_mean_std_and_group_size():
+    """NaN (no reward) is left out of the group; 0.0 is a reward like any other."""
+    nan = float("nan")
+    with_missing = outcome_advantages(torch.tensor([[1.0, nan, 0.0, 0.0], [nan] * 4]))
+    without = outcome_advantages(torch.tensor([[1.0, 0.0, 0.0]]))
+    assert torch.allclose(with_missing[0, [0, 2, 3]], without[0], atol=1e-15)
+    assert with_missing[0, 1] == 0 and (with_missing[1] == 0).all()
+    assert not with_missing.isnan().any()
+
+
+def test_group_of_one_is_an_error():
+    """G = 1 has no advantage: it must be an error, not a silent zero."""
+    with pytest.raises(ValueError, match="at least 2"):
+        outcome_advantages(torch.zeros(3, 1))
+
+
+# ------------------------------------------------------------------------------ batch layout
+
+
+def test_weights_are_one_over_p_g_and_length():
+    """Every token of o_i weighs 1 / (P G |o_i|), so the weights of all tokens sum to 1 (Eq. 3)."""
+    batch = random_batch()
+    expected = [1 / (3 * 2 * n) for n in (3, 7, 1, 5, 6, 2)]
+    assert batch.weights_B.tolist() == pytest.approx(expected, rel=1e-15)
+    total = (batch.weights_B * torch.tensor(batch.response_lengths)).sum()
+    assert total.item() == pytest.approx(1.0, abs=1e-15)
+
+
+def test_unscored_output_has_weight_zero_and_group_counts_the_others():
+    """An output without reward weighs 0 and its group's G is the number of scored outputs."""
+    lengths_PG = torch.tensor([[2, 3, 4]])
+    rollouts = Rollouts(
+        torch.ones(1, 3, 4, dtype=torch.int64), lengths_PG, torch.zeros(1, 3, 4), lengths_PG > 0
+    )
+    scored_PG = torch.tensor([[True, False, True]])
+    batch = make_batch([[5]], rollouts, torch.zeros(1, 3), scored_PG, num_prompts=1)
+    assert batch.weights_B.tolist() == pytest.approx([1 / 4, 0.0, 1 / 8])
+
+
+def test_response_tokens_are_predicted_from_the_position_before():
+    """The first response token is predicted at the prompt's last position, the last at T - 2."""
+    batch = random_batch(lengths=((2, 3),), prompt_lengths=(4,))
+    tokens_BT, predicted_N = pad_rows(batch, [1, 0])
+    assert tokens_BT.shape == (2, 7)
+    assert predicted_N.tolist() == [3, 4, 5, 7 + 3, 7 + 4]
+    assert tokens_BT.roll(-1, 1).flatten()[predicted_N].tolist() == (
+        batch.rows[1][4:] + batch.rows[0][4:]
+    )
+    assert batch.token_slices([1, 0]).tolist() == [2, 3, 4, 0, 1]
+
+
+def test_response_logprobs_equal_log_softmax_at_the_temperature():
+    """Packed log-probabilities equal log_softmax(logits / T) of each row run alone, no padding."""
+    model, batch = tiny_model(), random_batch()
+    logp_N = score(model, batch, temperature=0.7, micro_batch_size=4)
+    expected = []
+    for row, start in zip(batch.rows, batch.prompt_lengths, strict=True):
+        logits_TV = model(torch.tensor([row]))[0].detach() / 0.7
+        logp_TV = logits_TV.log_softmax(-1)
+        expected += [logp_TV[t, row[t + 1]] for t in range(start - 1, len(row) - 1)]
+    assert torch.allclose(logp_N.double(), torch.stack(expected), atol=1e-6)
+
+
+# ------------------------------------------------------------------------------ the objective
+
+
+def test_loss_equals_beta_times_mean_kl_while_the_gradient_is_not_zero():
+    """With one step per batch, loss = beta * mean over outputs of their mean token KL (Sec. 4)."""
+    model, batch = tiny_model(), random_batch()
+    batch.ref_logp_N = score(tiny_model(seed=1), batch)
+    flat, sums = gradient(model, batch, Objective(0.2, 0.04, 1.0), [range(6)])
+    logp_N = score(model, batch)
+    log_ratio = (batch.ref_logp_N - logp_N).double()
+    kl_N = log_ratio.exp() - log_ratio - 1  # Eq. 4
+    kl_per_output = [part.mean() for part in kl_N.split(batch.response_lengths)]
+    expected = 0.04 * torch.stack(kl_per_output).mean().item()
+    assert sums["loss"] == pytest.approx(expected, rel=1e-6)
+    assert sums["loss"] > 1e-3
+    assert flat.norm() > 0.01
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.04])
+def test_gradient_is_the_coefficient_times_grad_logp(kl_coef):
+    """At rho = 1 the gradient is sum_t w (A + beta (pi_ref/pi - 1)) grad logp (Sec. 4, 5.2)."""
+    model, batch = tiny_model(), random_batch()
+    batch.ref_logp_N = score(tiny_model(seed=1), batch)
+    flat, _ = gradient(model, batch, Objective(0.2, kl_coef, 1.0), [range(6)])
+    surrogate, offset = 0.0, 0
+    for r, row in enumerate(batch.rows):
+        logp_TV = model(torch.tensor([row]))[0].log_softmax(-1)
+        for t in range(batch.prompt_lengths[r] - 1, len(row) - 1):
+            logp = logp_TV[t, row[t + 1]]
+            ref_over_pi = (batch.ref_logp_N[offset].double() - logp.detach()).exp()
+            coefficient = batch.advantages_B[r] + kl_coef * (ref_over_pi - 1)
+            surrogate = surrogate - batch.weights_B[r] * coefficient * logp
+            offset += 1
+    model.zero_grad()
+    surrogate.backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert (flat - expected).abs().max() < 1e-9 * expected.abs().max() + 1e-12
+    assert expected.norm() > 0.01
+
+
+def test_micro_batch_size_row_order_and_padding_do_not_change_the_gradient():
+    """Any split or order of the rows gives the same gradient (float64, 1e-10)."""
+    model, batch = tiny_model(), random_batch()
+    batch.ref_logp_N = score(tiny_model(seed=1), batch)
+    batch.old_logp_N = score(tiny_model(seed=2), batch)
+    objective = Objective(0.2, 0.04, 0.9)
+    whole, sums = gradient(model, batch, objective, [range(6)])
+    for split in ([[i] for i in range(6)], [[5, 0], [3, 1], [2, 4]], [[4, 2, 1, 5], [3, 0], []]):
+        part, part_sums = gradient(model, batch, objective, split)
+        assert (part - whole).abs().max() < 1e-10 * whole.abs().max() + 1e-13
+        assert part_sums == pytest.approx(sums, rel=1e-9)
+    assert sums["clip_low"] + sums["clip_high"] > 0  # the ratio is not 1 here
+
+
+def test_clipping_stops_the_gradient_only_where_the_ratio_leaves_on_the_gaining_side():
+    """Clipped are A > 0 above 1 + eps and A < 0 below 1 - eps, and only those (Eq. 3)."""
+    model = tiny_model()
+    batch = random_batch(((4, 4),), (3,), torch.tensor([[1.0, -1.0]], dtype=torch.float64))
+    logp_N = score(model, batch).double()
+    shift = torch.tensor([0.5, -0.5, 0.1, -0.1] * 2, dtype=torch.float64)
+    batch.old_logp_N = logp_N - shift  # ratio = exp(shift)
+    flat, sums = gradient(model, batch, Objective(0.2, 0.0, 1.0), [range(2)])
+    assert (sums["clip_high"], sums["clip_low"]) == (1, 1)
+    surrogate, kept = 0.0, [1, 2, 3, 4, 6, 7]  # token 0 (A>0, high) and token 5 (A<0, low) drop
+    offset = 0
+    for r, row in enumerate(batch.rows):
+        logp_TV = model(torch.tensor([row]))[0].log_softmax(-1)
+        for t in range(batch.prompt_lengths[r] - 1, len(row) - 1):
+            if offset in kept:
+                logp = logp_TV[t, row[t + 1]]
+                weight = batch.weights_B[r] * batch.advantages_B[r] * shift[offset].exp()
+                surrogate = surrogate - weight * logp
+            offset += 1
+    model.zero_grad()
+    surrogate.backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert (flat - expected).abs().max() < 1e-6 * expected.abs().max()
+
+
+def test_kl_is_exactly_zero_right_after_a_reference_refresh():
+    """With reference = policy the KL is 0 to the last bit: both are scored by the same code."""
+    model, batch = tiny_model(), random_batch()
+    batch.ref_logp_N = score(model, batch, micro_batch_size=8)
+    _, sums = gradient(model, batch, Objective(0.2, 0.04, 1.0), [range(6)])
+    assert abs(sums["kl"]) < 1e-12
+
+
+def test_first_update_of_two_equals_the_single_update():
+    """With old log-probabilities fixed before the first update, that update is the same as mu=1."""
+    results = []
+    for old in (False, True):
+        model, batch = tiny_model(), random_batch()
+        if old:
+            batch.old_logp_N = score(model, batch).double()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        metrics = policy_update(
+            model,
+            optimizer,
+            batch,
+            Objective(0.2, 0.0, 1.0),
+            lr=1e-2,
+            max_grad_norm=1.0,
+            micro_batch_size=2,
+            num_rows_longest=6,
+            dist=ALONE,
+        )
+        assert metrics["stepped"] == 1.0 and metrics["clip_low"] == metrics["clip_high"] == 0.0
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert (results[0] - results[1]).abs().max() < 1e-6
+
+
+def test_update_raises_the_probability_of_the_better_output():
+    """One update moves log-probability from the output with A < 0 to the one with A > 0."""
+    model = tiny_model()
+    batch = random_batch(((4, 4),), (3,), torch.tensor([[1.0, -1.0]], dtype=torch.float64))
+    before = score(model, batch)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    policy_update(
+        model,
+        optimizer,
+        batch,
+        Objective(0.2, 0.0, 1.0),
+        lr=1e-3,
+        max_grad_norm=1.0,
+        micro_batch_size=2,
+        num_rows_longest=2,
+        dist=ALONE,
+    )
+    change = score(model, batch) - before
+    assert change[:4].sum() > 0 > change[4:].sum()
+
+
+def test_gradient_that_is_not_finite_leaves_the_weights_alone():
+    """A NaN in the gradient skips the step: weights and optimizer state stay as they were."""
+    model, batch = tiny_model(), random_batch()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    before = [p.detach().clone() for p in model.parameters()]
+    model.blocks[0].ffn.up_proj.weight.register_hook(lambda grad: grad * float("nan"))
+    metrics = policy_update(
+        model,
+        optimizer,
+        batch,
+        Objective(0.2, 0.0, 1.0),
+        lr=1e-2,
+        max_grad_norm=1.0,
+        micro_batch_size=8,
+        num_rows_longest=6,
+        dist=ALONE,
+    )
+    assert metrics["stepped"] == 0.0 and not optimizer.state
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

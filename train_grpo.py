@@ -1,0 +1,357 @@
+"""Train a policy by Group Relative Policy Optimization (Sec. 4, Algorithm 1).
+
+    python train_grpo.py --preset cpu --init runs/sft --run_dir runs/grpo
+    torchrun --nproc_per_node 8 train_grpo.py --init runs/sft      # the paper's settings
+
+`train` reads as Algorithm 1. What its phases do is in sampler.py (sampling), rewards.py (rewards)
+and grpo.py (advantages, the objective of Eq. 3 and 4, the update). The same command continues a run.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from nanomath.checkpoint import load_model
+from nanomath.config import RunConfig, opt, parse
+from nanomath.data import epoch_order
+from nanomath.dist import (
+    Dist,
+    all_reduce_sum,
+    copy_weights,
+    make_replica,
+    refresh_replica,
+    shard,
+)
+from nanomath.evaluation import greedy_accuracy
+from nanomath.grpo import (
+    Objective,
+    RolloutBatch,
+    constant_groups,
+    make_batch,
+    outcome_advantages,
+    policy_update,
+    response_logprobs,
+)
+from nanomath.log import plot_metrics
+from nanomath.model import Transformer
+from nanomath.optim import SCHEDULES, make_adamw
+from nanomath.rewards import compute_rewards
+from nanomath.run import Run, open_run
+from nanomath.sampler import Rollouts, sample_groups
+from nanomath.tasks import Problem, countdown
+from nanomath.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class GRPOConfig(RunConfig):
+    run_dir: str = opt("runs/grpo", "folder of this run", may_change=True)
+    init: str = opt("runs/sft", "run folder or checkpoint to start from", may_change=True)
+    # Problems
+    num_numbers: tuple[int, ...] = opt((3, 4), "numbers per Countdown problem", low=2, high=6)
+    max_number: int = opt(99, "largest given number", low=2)
+    max_target: int = opt(100, "largest target", low=1)
+    num_problems: int = opt(20_000, "training problems", low=1)
+    prompt_style: str = opt("short", "prompt wording", choices=("short", "full"))
+    # Algorithm 1
+    num_iterations: int = opt(1, "outer iterations I: reference <- policy at each", low=1)
+    num_steps: int = opt(144, "steps M per iteration (paper silent)", low=1)
+    batch_size: int = opt(16, "questions per step P over all ranks, Sec. 4.2: 1024 outputs", low=1)
+    group_size: int = opt(64, "outputs per question G, Sec. 4.2", low=2)
+    max_new_tokens: int = opt(1024, "tokens per output at most, Sec. 4.2", low=1)
+    temperature: float = opt(1.0, "sampling temperature (paper silent)", low=1e-3)
+    num_updates: int = opt(1, "passes mu over each batch, Sec. 4.2", low=1)
+    num_minibatches: int = opt(1, "optimizer steps per pass (paper silent)", low=1)
+    # Objective and optimizer
+    clip_eps: float = opt(0.2, "clip range eps of Eq. 3 (paper silent)", low=0.0)
+    kl_coef: float = opt(0.04, "weight beta of the KL to the reference, Sec. 4.2", low=0.0)
+    lr: float = opt(1e-6, "learning rate, Sec. 4.2", low=0.0)
+    schedule: str = opt(
+        "constant", "learning rate over steps (paper silent)", choices=(*SCHEDULES,)
+    )
+    warmup_steps: int = opt(0, "steps of linear warm-up (paper silent)", low=0)
+    beta1: float = opt(0.9, "AdamW (paper silent: as in pretraining)", low=0.0, high=1.0)
+    beta2: float = opt(0.95, "AdamW (paper silent: as in pretraining)", low=0.0, high=1.0)
+    # Rewards
+    rewards: tuple[str, ...] = opt(("format", "equation"), "reward functions, summed")
+    reward_weights: tuple[float, ...] = opt((1.0, 1.0), "one weight per reward function")
+    # What is shown
+    eval_interval: int = opt(25, "steps between held-out evaluations", low=1)
+    num_eval_problems: int = opt(200, "held-out problems of each", low=1)
+
+
+PRESETS = {
+    "countdown_qwen_3b": {  # PAPER Sec. 7: the well-known run
+        "num_numbers": (3, 4),
+        "prompt_style": "full",
+        "lr": 5e-7,
+        "schedule": "cosine",
+        "warmup_steps": 14,  # 3% of the steps
+        "num_steps": 450,
+        "kl_coef": 0.001,
+        "batch_size": 32,
+        "group_size": 8,
+        "max_new_tokens": 1024,
+    },
+    # DEVIATION: a small model takes a higher rate; Countdown a smaller KL coefficient.
+    "gpu": {
+        "max_new_tokens": 128,
+        "num_steps": 400,
+        "lr": 1e-4,
+        "kl_coef": 0.001,
+        "batch_size": 64,
+        "group_size": 32,
+        "micro_batch_size": 256,
+    },
+    "cpu": {
+        "num_numbers": (3,),
+        "max_number": 20,
+        "max_target": 50,
+        "max_new_tokens": 40,
+        "num_steps": 150,
+        "lr": 3e-4,
+        "warmup_steps": 5,
+        "kl_coef": 0.001,
+        "batch_size": 16,
+        "group_size": 16,
+        "micro_batch_size": 128,
+        "checkpoint_interval": 25,
+    },
+    "smoke": {
+        "num_numbers": (3,),
+        "max_number": 10,
+        "max_target": 20,
+        "num_problems": 500,
+        "max_new_tokens": 32,
+        "num_steps": 6,
+        "lr": 3e-4,
+        "kl_coef": 0.001,
+        "batch_size": 4,
+        "group_size": 8,
+        "micro_batch_size": 32,
+        "checkpoint_interval": 3,
+        "eval_interval": 3,
+        "num_eval_problems": 50,
+    },
+}
+
+
+def problem_set(cfg: GRPOConfig, split: str, num: int) -> list[Problem]:
+    """Return `num` Countdown problems of a split; held-out ones are the same for every seed."""
+    return countdown.generate(
+        num,
+        split=split,
+        seed=cfg.seed if split == "train" else 0,
+        num_numbers=cfg.num_numbers,
+        max_number=cfg.max_number,
+        max_target=cfg.max_target,
+        style=cfg.prompt_style,
+    )
+
+
+def score(
+    cfg: GRPOConfig, problems: list[Problem], rollouts: Rollouts, tokenizer: Tokenizer
+) -> tuple[torch.Tensor, list[str], dict[str, list]]:
+    """Return the rewards [P, G] (NaN: none), the outputs as text, and each function's rewards."""
+    texts = []
+    for tokens_GT, lengths_G in zip(rollouts.tokens_PGT, rollouts.lengths_PG, strict=True):
+        for tokens_T, length in zip(tokens_GT.tolist(), lengths_G.tolist(), strict=True):
+            texts.append(tokenizer.decode(tokens_T[:length]))
+    group_size = rollouts.lengths_PG.shape[1]
+    repeated = [problem for problem in problems for _ in range(group_size)]
+    totals, parts = compute_rewards(repeated, texts, cfg.rewards, cfg.reward_weights)
+    values = [float("nan") if total is None else total for total in totals]
+    rewards_PG = torch.tensor(values, dtype=torch.float64).view(len(problems), group_size)
+    return rewards_PG, texts, parts
+
+
+def update(
+    cfg: GRPOConfig,
+    policy: Transformer,
+    optimizer: torch.optim.Optimizer,
+    batch: RolloutBatch,
+    lr: float,
+    dist: Dist,
+) -> dict[str, float]:
+    """Make mu passes of num_minibatches optimizer steps over the batch (Alg. 1 l.10-11)."""
+    objective = Objective(cfg.clip_eps, cfg.kl_coef, cfg.temperature)
+    num_local_prompts = len(batch) // cfg.group_size
+    prompts_longest = -(-cfg.batch_size // dist.world_size)
+    for _ in range(cfg.num_updates):  # Alg. 1 l.10
+        for part in range(cfg.num_minibatches):
+            prompts = range(part, num_local_prompts, cfg.num_minibatches)
+            rows = [p * cfg.group_size + g for p in prompts for g in range(cfg.group_size)]
+            longest = -(-prompts_longest // cfg.num_minibatches) * cfg.group_size
+            metrics = policy_update(  # Alg. 1 l.11
+                policy,
+                optimizer,
+                batch,
+                objective,
+                lr=lr,
+                max_grad_norm=cfg.max_grad_norm,
+                micro_batch_size=cfg.micro_batch_size,
+                num_rows_longest=longest,
+                dist=dist,
+                rows=rows,
+                weight_scale=float(cfg.num_minibatches),
+            )
+    return metrics
+
+
+def train(cfg: GRPOConfig, dist: Dist) -> None:
+    """Run Algorithm 1 with outcome rewards (Sec. 4.1.2, 4.1.4)."""
+    policy, tokenizer, _ = load_model(cfg.init, device=dist.device)  # Alg. 1 l.1
+    reference, _, _ = load_model(cfg.init, device=dist.device)
+    model_cfg = policy.cfg
+    policy, reference = shard(policy, dist), shard(reference.requires_grad_(False), dist)
+    sampling_model = make_replica(policy, dist)
+    optimizer = make_adamw(policy, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0)
+    problems = problem_set(cfg, "train", cfg.num_problems)
+    heldout = problem_set(cfg, "heldout", cfg.num_eval_problems)
+    run = Run(
+        cfg,
+        dist,
+        modules={"model": policy, "reference": reference},
+        optimizer=optimizer,
+        model_cfg=model_cfg,
+        tokenizer=tokenizer,
+    )
+    total_steps = cfg.num_iterations * cfg.num_steps
+    rows_longest = -(-cfg.batch_size // dist.world_size) * cfg.group_size
+    scoring = {
+        "temperature": cfg.temperature,
+        "micro_batch_size": cfg.micro_batch_size,
+        "num_rows_longest": rows_longest,
+        "device": dist.device,
+    }
+
+    for step in run.steps(total_steps, desc="grpo"):  # Alg. 1 l.2, l.4
+        if step % cfg.num_steps == 0:
+            copy_weights(reference, policy)  # Alg. 1 l.3
+        clock = Clock()
+        chosen = epoch_order(len(problems), step, cfg.batch_size, cfg.seed)  # Alg. 1 l.5
+        mine = [problems[i] for i in chosen[dist.rank :: dist.world_size]]
+        prompts = [tokenizer.encode(problem.prompt, bos=True) for problem in mine]
+        refresh_replica(sampling_model, policy, dist)  # Alg. 1 l.6: old <- policy
+        rollouts = sample_groups(  # Alg. 1 l.7
+            sampling_model,
+            prompts,
+            cfg.group_size,
+            max_new_tokens=cfg.max_new_tokens,
+            eos_ids=(tokenizer.eos_id,),
+            temperature=cfg.temperature,
+            seed=cfg.seed,
+            step=step,
+            prompt_ids=[problem.id for problem in mine],
+            vocab_limit=tokenizer.vocab_size,
+        )
+        clock.lap("sampling")
+        rewards_PG, texts, parts = score(cfg, mine, rollouts, tokenizer)  # Alg. 1 l.8
+        advantages_PG = outcome_advantages(rewards_PG)  # Alg. 1 l.9
+        clock.lap("rewards")
+        scored_PG = ~rewards_PG.isnan()
+        batch = make_batch(prompts, rollouts, advantages_PG, scored_PG, cfg.batch_size)
+        if cfg.kl_coef > 0:
+            batch.ref_logp_N = response_logprobs(reference, batch, **scoring)
+        if cfg.num_updates * cfg.num_minibatches > 1:  # else old is the policy itself
+            batch.old_logp_N = response_logprobs(policy, batch, **scoring)
+        clock.lap("scoring")
+        lr = SCHEDULES[cfg.schedule](
+            step, num_steps=total_steps, peak=cfg.lr, warmup_steps=cfg.warmup_steps
+        )
+        metrics = update(cfg, policy, optimizer, batch, lr, dist)  # Alg. 1 l.10-11
+        clock.lap("update")
+        metrics |= rollout_metrics(rewards_PG, parts, rollouts, dist)
+        metrics |= {"lr": lr, **clock.seconds}
+        if (step + 1) % cfg.eval_interval == 0 or step + 1 == total_steps:
+            refresh_replica(sampling_model, policy, dist)
+            metrics["heldout_pass@1"] = greedy_accuracy(
+                sampling_model, tokenizer, heldout, max_new_tokens=cfg.max_new_tokens, dist=dist
+            )
+            run.samples(step, sample_lines(mine[0], texts, rewards_PG, advantages_PG))
+        run.log(step, metrics, shown=("reward", "heldout_pass@1"))
+    finish(cfg, run, dist)
+
+
+class Clock:
+    """Seconds of each phase of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[f"seconds_{phase}"] = now - self._last
+        self._last = now
+
+
+def rollout_metrics(
+    rewards_PG: torch.Tensor, parts: dict[str, list], rollouts: Rollouts, dist: Dist
+) -> dict[str, float]:
+    """Describe a batch of rollouts; sums over sums across ranks."""
+    known = rewards_PG[~rewards_PG.isnan()]
+    sums = {
+        "outputs": rewards_PG.numel(),
+        "known": known.numel(),
+        "reward": known.sum(),
+        "reward_square": known.square().sum(),
+        "groups": rewards_PG.shape[0],
+        "constant": constant_groups(rewards_PG).sum(),
+        "tokens": rollouts.lengths_PG.sum(),
+        "truncated": (~rollouts.finished_PG).sum(),
+        **{f"reward_{name}": sum(v for v in values if v) for name, values in parts.items()},
+    }
+    totals = all_reduce_sum({name: float(value) for name, value in sums.items()}, dist)
+    known = max(totals["known"], 1.0)
+    mean = totals["reward"] / known
+    return {
+        "reward": mean,
+        "reward_std": max(totals["reward_square"] / known - mean**2, 0.0) ** 0.5,
+        **{f"reward_{name}": totals[f"reward_{name}"] / known for name in parts},
+        "no_reward": totals["outputs"] - totals["known"],
+        "constant_groups": totals["constant"] / max(totals["groups"], 1.0),
+        "length": totals["tokens"] / max(totals["outputs"], 1.0),
+        "truncated": totals["truncated"] / max(totals["outputs"], 1.0),
+    }
+
+
+def sample_lines(
+    problem: Problem, texts: list[str], rewards_PG: torch.Tensor, advantages_PG: torch.Tensor
+) -> list[str]:
+    """Return the first group of a step as text: prompt, then outputs with reward, advantage."""
+    lines = [f"prompt: {problem.prompt}"]
+    for text, reward, advantage in zip(
+        texts, rewards_PG[0].tolist(), advantages_PG[0].tolist(), strict=False
+    ):
+        lines.append(f"reward {reward:.2f} advantage {advantage:+.2f}: {text}")
+    return lines
+
+
+def finish(cfg: GRPOConfig, run: Run, dist: Dist) -> None:
+    """Draw the run's plots."""
+    if dist.is_main:
+        plot_metrics(
+            cfg.run_dir,
+            [
+                ("reward", ["reward", "reward_equation", "reward_format"]),
+                ("held-out accuracy, greedy", ["heldout_pass@1"]),
+                ("loss: policy term and beta * KL", ["loss_policy", "loss_kl"]),
+                ("KL to the reference, entropy (nats per token)", ["kl", "entropy"]),
+                ("output length (tokens)", ["length"]),
+                ("constant groups, truncated outputs", ["constant_groups", "truncated"]),
+            ],
+        )
+    run.close()
+
+
+def main() -> None:
+    cfg = parse(GRPOConfig, PRESETS, description=__doc__)
+    if len(cfg.rewards) != len(cfg.reward_weights):
+        raise SystemExit("--reward_weights needs one weight for each of --rewards")
+    with open_run(cfg) as dist:
+        train(cfg, dist)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,213 @@
+"""Pretrain a base model on the recalled corpus (Sec. 2.2, 2.3).
+
+    python train_pretrain.py --preset cpu --corpus runs/corpus/corpus.jsonl \
+        --tokenizer runs/tokenizer --run_dir runs/base
+    torchrun --nproc_per_node 8 train_pretrain.py          # the paper's 1.3B ablation
+
+Writes a run folder: checkpoints/, metrics.jsonl, plots/. The same command continues a run.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kernels import linear_token_logprobs
+from nanomath.config import RunConfig, opt, parse
+from nanomath.data import TokenShards, read_jsonl, write_shards
+from nanomath.dist import Dist, all_reduce_sum, barrier, shard
+from nanomath.log import plot_metrics, progress
+from nanomath.model import ModelConfig, Transformer
+from nanomath.optim import SCHEDULES, make_adamw, supervised_step
+from nanomath.run import Run, open_run
+from nanomath.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class PretrainConfig(RunConfig):
+    run_dir: str = opt("runs/base", "folder of this run", may_change=True)
+    corpus: str = opt("runs/corpus/corpus.jsonl", "JSON lines with a text field", may_change=True)
+    valid: str = opt("runs/corpus/valid.jsonl", "held-out pages, likewise", may_change=True)
+    tokenizer: str = opt("runs/tokenizer", "folder with tokenizer.json", may_change=True)
+    num_layers: int = opt(24, "transformer blocks, Sec. 2.2: DeepSeek-LLM 1.3B", low=1)
+    width: int = opt(2048, "model width D", low=1)
+    num_heads: int = opt(16, "query heads H", low=1)
+    num_kv_heads: int = opt(16, "key and value heads K", low=1)
+    ffn_width: int = opt(5504, "feed-forward width F", low=1)
+    context: int = opt(4096, "tokens per row, Sec. 2.2", low=2)
+    batch_size: int = opt(1024, "rows per step, all ranks together: 4M tokens, Sec. 2.2", low=1)
+    num_steps: int = opt(35763, "optimizer steps: 150B tokens, Sec. 2.2", low=1)
+    lr: float = opt(5.3e-4, "peak learning rate, Sec. 2.2", low=0.0)
+    schedule: str = opt("multi_step", "learning rate over steps, Sec. 2.2", choices=(*SCHEDULES,))
+    warmup_steps: int = opt(2000, "steps of linear warm-up, Sec. 2.2", low=0)
+    weight_decay: float = opt(0.1, "AdamW, Sec. 2.2", low=0.0)
+    beta1: float = opt(0.9, "AdamW, Sec. 2.2", low=0.0, high=1.0)
+    beta2: float = opt(0.95, "AdamW, Sec. 2.2", low=0.0, high=1.0)
+    eval_interval: int = opt(500, "steps between validations", low=1)
+    max_valid_tokens: int = opt(1_000_000, "held-out tokens per validation at most", low=1)
+
+
+PRESETS = {
+    "deepseekmath_7b": {  # Sec. 2.3
+        "num_layers": 30,
+        "width": 4096,
+        "num_heads": 32,
+        "num_kv_heads": 32,
+        "ffn_width": 11008,
+        "batch_size": 2560,  # 10M tokens
+        "num_steps": 47684,  # 500B tokens
+        "lr": 4.2e-4,
+    },
+    # From here on small runs. DEVIATION: a small model takes a higher rate and a shorter warm-up.
+    "gpu": {
+        "num_layers": 8,
+        "width": 512,
+        "num_heads": 8,
+        "num_kv_heads": 8,
+        "ffn_width": 1376,
+        "context": 512,
+        "batch_size": 256,
+        "micro_batch_size": 64,
+        "num_steps": 1000,
+        "lr": 1e-3,
+        "warmup_steps": 100,
+        "eval_interval": 200,
+        "checkpoint_interval": 250,
+    },
+    "cpu": {
+        "num_layers": 4,
+        "width": 128,
+        "num_heads": 4,
+        "num_kv_heads": 4,
+        "ffn_width": 344,
+        "context": 256,
+        "batch_size": 32,
+        "micro_batch_size": 32,
+        "num_steps": 300,
+        "lr": 3e-3,
+        "warmup_steps": 30,
+        "eval_interval": 50,
+        "max_valid_tokens": 65_536,
+        "checkpoint_interval": 50,
+    },
+    "smoke": {
+        "num_layers": 2,
+        "width": 64,
+        "num_heads": 2,
+        "num_kv_heads": 2,
+        "ffn_width": 176,
+        "context": 128,
+        "batch_size": 16,
+        "micro_batch_size": 16,
+        "num_steps": 20,
+        "lr": 3e-3,
+        "warmup_steps": 5,
+        "eval_interval": 10,
+        "max_valid_tokens": 8_192,
+        "checkpoint_interval": 10,
+    },
+}
+
+
+def tokenized(name: str, path: str, cfg: PretrainConfig, tok: Tokenizer, dist: Dist) -> TokenShards:
+    """Tokenize a JSONL file into run_dir/tokens/NAME once, on the first rank, and map it."""
+    folder = Path(cfg.run_dir) / "tokens" / name
+    if dist.is_main and not (folder / "index.json").exists():
+        documents = progress(read_jsonl(path), desc=f"tokenize {name}", unit="page")
+        texts = (row["text"] for _, row in documents)
+        write_shards(folder, texts, tok)
+    barrier(dist)
+    return TokenShards(folder)
+
+
+@torch.no_grad()
+def bits_per_byte(model: torch.nn.Module, valid: TokenShards, cfg: PretrainConfig, dist: Dist):
+    """Return the model's code length of the held-out text in bits per byte of text."""
+    sums = {"nats": 0.0, "bytes": 0.0}
+    windows = valid.sequential(cfg.context, cfg.max_valid_tokens)
+    mine = windows[dist.rank :: dist.world_size]
+    longest = -(-len(windows) // dist.world_size)
+    for start in range(0, longest, cfg.micro_batch_size):
+        rows_BT = mine[start : start + cfg.micro_batch_size]
+        tokens_BT = torch.as_tensor(rows_BT).to(dist.device)
+        if not len(tokens_BT):
+            tokens_BT = torch.zeros(1, 2, dtype=torch.int64, device=dist.device)
+
+        def head_fn(hidden_BTD, head_VD, tokens_BT=tokens_BT):
+            hidden_ND = hidden_BTD.flatten(0, 1)
+            return linear_token_logprobs(hidden_ND, head_VD, tokens_BT[:, 1:].flatten())[0]
+
+        logp_N = model(tokens_BT[:, :-1], head_fn=head_fn)
+        if len(rows_BT):
+            sums["nats"] -= float(logp_N.double().sum())
+            sums["bytes"] += logp_N.numel() / valid.tokens_per_byte
+    totals = all_reduce_sum(sums, dist)
+    return totals["nats"] / math.log(2) / totals["bytes"]
+
+
+def train(cfg: PretrainConfig, dist: Dist) -> None:
+    tokenizer = Tokenizer.load(cfg.tokenizer)
+    train_tokens = tokenized("train", cfg.corpus, cfg, tokenizer, dist)
+    valid_tokens = tokenized("valid", cfg.valid, cfg, tokenizer, dist)
+    model_cfg = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        num_layers=cfg.num_layers,
+        width=cfg.width,
+        num_heads=cfg.num_heads,
+        num_kv_heads=cfg.num_kv_heads,
+        ffn_width=cfg.ffn_width,
+        max_context=cfg.context,
+    )
+    model = Transformer(model_cfg)
+    model.init_weights(cfg.seed)
+    model = shard(model, dist)
+    optimizer = make_adamw(
+        model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
+    )
+    run = Run(
+        cfg,
+        dist,
+        modules={"model": model},
+        optimizer=optimizer,
+        model_cfg=model_cfg,
+        tokenizer=tokenizer,
+    )
+    for step in run.steps(cfg.num_steps, desc="pretrain"):
+        lr = SCHEDULES[cfg.schedule](
+            step, num_steps=cfg.num_steps, peak=cfg.lr, warmup_steps=cfg.warmup_steps
+        )
+        metrics = supervised_step(
+            model,
+            optimizer,
+            train_tokens.batch(step, cfg.batch_size, cfg.context, cfg.seed),
+            lr=lr,
+            max_grad_norm=cfg.max_grad_norm,
+            micro_batch_size=cfg.micro_batch_size,
+            dist=dist,
+        )
+        metrics["lr"] = lr
+        if (step + 1) % cfg.eval_interval == 0 or step + 1 == cfg.num_steps:
+            metrics["valid_bits_per_byte"] = bits_per_byte(model, valid_tokens, cfg, dist)
+            run.state["valid_bits_per_byte"] = metrics["valid_bits_per_byte"]
+        run.log(step, metrics, shown=("loss", "valid_bits_per_byte"))
+    if dist.is_main:
+        plot_metrics(
+            cfg.run_dir,
+            [
+                ("loss (nats per token)", ["loss"]),
+                ("validation (bits per byte)", ["valid_bits_per_byte"]),
+                ("learning rate", ["lr"]),
+            ],
+        )
+    run.close()
+
+
+def main() -> None:
+    cfg = parse(PretrainConfig, PRESETS, description=__doc__)
+    with open_run(cfg) as dist:
+        train(cfg, dist)
+
+
+if __name__ == "__main__":
+    main()
