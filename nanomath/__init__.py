@@ -1,1 +1,31 @@
-"""nanomath: DeepSeekMath (arXiv:2402.03300) from web pages to a policy trained by GRPO."""
+"""nanomath: DeepSeekMath (arXiv:2402.03300), from web pages to a policy trained by GRPO.
+
+Shapes. Tensors carry their axes as a suffix, `hidden_BTD`:
+
+    B  rows of a micro-batch        D  model width
+    P  prompts (questions)          H  query heads
+    G  outputs per prompt           K  key and value heads
+    T  time                         E  head width
+    V  vocabulary                   F  feed-forward width
+    N  flattened tokens             R  rows being sampled
+
+Time alignment, everywhere: `logp_BT[:, t]` scores `tokens_BT[:, t + 1]`.
+
+Read in this order (the order of the paper, then down into each part):
+
+    speedrun.sh        the story: every stage is a command
+    train_grpo.py      Algorithm 1
+    grpo.py            advantages, the objective (Eq. 3, 4), the update
+    ../kernels/        the loss over the vocabulary: reference.py first, then the fused forms
+    sampler.py         groups of outputs; model.py under it: the Transformer and its cache
+    rewards.py         what an output is worth; tasks/countdown.py, judge/equation.py: who says so
+    optim.py, data.py  one weighted step; packed examples and token shards
+    corpus/            Sec. 2.1: pages, classifier, domains, decontamination, recall (the loop)
+    tokenizer.py       byte-level BPE
+    evaluation.py      Pass@K, Maj@K, intervals
+    run.py             what every trainer owes its users: resume, log, checkpoint, stop
+    dist.py, checkpoint.py, config.py, log.py      sharding, files, command lines
+
+Imports run one way: kernels -> config, dist, log, tokenizer, judge, corpus -> model, data, optim ->
+sampler, checkpoint, rewards, tasks -> grpo, evaluation, run -> the scripts. This file imports none.
+"""
