@@ -1,0 +1,364 @@
+"""Countdown: reach a target with + - * /, using each given number exactly once.
+
+Problems, prompts, worked solutions and the judge. Problem i of a seed is a pure function of
+(seed, i): nothing is downloaded and any rank can make any problem. A stable hash of the sorted
+numbers and the target splits all problems into train and heldout, so that no held-out problem is
+ever trained on, whatever the seed, the ranges or the source.
+
+The judge, in full:
+- The answer is the text between <answer> and </answer>. The completion must hold exactly one of
+  each, in this order, after the reasoning: not inside <think>, and with no think tag after it.
+  Two answers, or an answer inside the reasoning, are no answer. Tags in the prompt do not count,
+  because the judge never sees the prompt.
+- It is right when judge/equation.py reads it (no "=", no full stop), its numbers are the given ones
+  with the same multiplicity, and its exact value is the target.
+
+Left to others: the format reward (rewards.py), Pass@K and Maj@K (evaluation.py).
+
+    python -m nanomath.tasks.countdown --out sft.jsonl --num 10000 --preset cpu
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+from nanomath.config import opt, parse
+from nanomath.judge.equation import Reading, read_equation
+from nanomath.tasks import Problem
+from nanomath.tasks.expressions import MAX_NUMBERS, expressions, is_reachable, solutions
+
+HELDOUT_ONE_IN = 10  # share of all problems that are never trained on
+_MAX_DRAWS = 20_000  # per problem; a range without reachable targets ends with an error
+
+SHORT_PROMPT = "Numbers: {numbers}\nTarget: {target}\n"
+FULL_PROMPT = (
+    "Use each of the numbers [{numbers}] exactly once, with + - * / and parentheses, to make an "
+    "expression whose value is {target}. Reason inside <think> </think>, then give only the "
+    "expression inside <answer> </answer>, without an equals sign, "
+    "for example <answer>(1 + 2) / 3</answer>.\n"
+)
+STYLES = ("short", "full")
+
+
+# ------------------------------------------------------------------------------------- problems
+
+
+def make_problem(id: int, nums: Sequence[int], target: int, *, style: str = "short") -> Problem:
+    """Return the problem with its prompt; style "short" is for models trained here from scratch,
+    "full" (instructions and an example) for pretrained ones."""
+    if style not in STYLES:
+        raise ValueError(f"prompt style {style!r}: choose from {', '.join(STYLES)}")
+    if style == "short":
+        prompt = SHORT_PROMPT.format(numbers=" ".join(map(str, nums)), target=target)
+    else:
+        prompt = FULL_PROMPT.format(numbers=", ".join(map(str, nums)), target=target)
+    return Problem(id, "countdown", prompt, {"nums": list(nums), "target": target})
+
+
+def split_of(nums: Sequence[int], target: int) -> str:
+    """Return "heldout" for one problem in HELDOUT_ONE_IN, else "train"; the same for all time."""
+    text = f"countdown {' '.join(map(str, sorted(nums)))} {target}"
+    return "train" if _hash(text)[0] % HELDOUT_ONE_IN else "heldout"
+
+
+def problem_at(
+    index: int,
+    *,
+    split: str = "train",
+    seed: int = 0,
+    num_numbers: Sequence[int] = (3,),
+    max_number: int = 99,
+    max_target: int = 100,
+    style: str = "short",
+) -> Problem:
+    """Return problem `index` of a seed: uniform over all reachable (numbers, target) of the split.
+
+    How many numbers is drawn first, evenly. Raises ValueError where the ranges hold no problem.
+    """
+    _check_ranges(split, num_numbers, max_number, max_target)
+    for draw in range(_MAX_DRAWS):
+        words = _hash(f"countdown problem {seed} {index} {draw}")
+        if draw == 0:
+            count = num_numbers[words[0] % len(num_numbers)]
+        target = 1 + words[1] % max_target
+        nums = [1 + word % max_number for word in words[2 : 2 + count]]
+        # The cheap test first: solving is what costs.
+        if split_of(nums, target) == split and is_reachable(nums, target):
+            return make_problem(index, nums, target, style=style)
+    raise ValueError(
+        f"no {split} problem found with {count} numbers up to {max_number} and targets up to "
+        f"{max_target}: widen the ranges"
+    )
+
+
+def generate(
+    num: int,
+    *,
+    split: str = "train",
+    seed: int = 0,
+    num_numbers: Sequence[int] = (3,),
+    max_number: int = 99,
+    max_target: int = 100,
+    style: str = "short",
+) -> list[Problem]:
+    """Return the first `num` different problems of a seed (same numbers in another order and same
+    target: the same problem). A problem's id is its index in the seed's stream.
+
+    Raises ValueError where the ranges hold fewer.
+    """
+    problems: list[Problem] = []
+    seen: set[tuple] = set()
+    index, misses = 0, 0
+    while len(problems) < num:
+        problem = problem_at(
+            index,
+            split=split,
+            seed=seed,
+            num_numbers=num_numbers,
+            max_number=max_number,
+            max_target=max_target,
+            style=style,
+        )
+        index += 1
+        key = _key(problem)
+        if key in seen:
+            misses += 1
+            # Even with one problem in a hundred left unseen, this many repeats are unheard of.
+            if misses > 2000:
+                raise ValueError(
+                    f"only {len(problems)} different {split} problems found of {num} with numbers "
+                    f"up to {max_number} and targets up to {max_target}: widen the ranges"
+                )
+            continue
+        misses = 0
+        seen.add(key)
+        problems.append(problem)
+    return problems
+
+
+def read_jsonl(
+    path: str | os.PathLike,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    style: str = "short",
+) -> tuple[list[Problem], list[str]]:
+    """Read rows {"nums": [..], "target": n}; return the problems and a line for each bad row.
+
+    A bad row is no such JSON, has numbers that are not positive whole numbers, or a target that
+    cannot be reached; a repeated problem is dropped silently. With split, only rows of that split
+    are kept. Ids are line numbers from 0. Raises FileNotFoundError and, for a file without one
+    good row, ValueError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file; give a JSONL file of rows "
+            '{"nums": [95, 21, 3], "target": 88}, such as Countdown-Tasks-3to4'
+        )
+    problems, bad, seen, num_good = [], [], set(), 0
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line_number, line in enumerate(file):
+            if limit is not None and len(problems) >= limit:
+                break
+            if not line.strip():
+                continue
+            row = _read_row(line)
+            if isinstance(row, str):
+                bad.append(f"{path}:{line_number + 1}: {row}")
+                continue
+            num_good += 1
+            problem = make_problem(line_number, *row, style=style)
+            if _key(problem) in seen or (split is not None and split_of(*row) != split):
+                continue
+            seen.add(_key(problem))
+            problems.append(problem)
+    if not num_good:
+        first = f"; first: {bad[0]}" if bad else ""
+        raise ValueError(f"{path}: no Countdown problem in it ({len(bad)} bad rows{first})")
+    return problems, bad
+
+
+def _read_row(line: str) -> tuple[list[int], int] | str:
+    """Return (nums, target), or what is wrong with the row."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return f"not JSON ({type(error).__name__})"
+    if not isinstance(row, dict) or "nums" not in row or "target" not in row:
+        return 'not a row {"nums": [..], "target": n}'
+    nums, target = row["nums"], row["target"]
+    if not isinstance(nums, list) or not all(type(n) is int and 0 < n < 10**6 for n in nums):
+        return "nums must be a list of whole numbers from 1 to 999999"
+    if not 2 <= len(nums) <= MAX_NUMBERS:
+        return f"{len(nums)} numbers; 2 to {MAX_NUMBERS} are supported"
+    if type(target) is not int or not 0 < target < 10**6:
+        return "target must be a whole number from 1 to 999999"
+    if not is_reachable(nums, target):
+        return f"{target} cannot be reached from {nums}"
+    return nums, target
+
+
+def _check_ranges(split: str, num_numbers: Sequence[int], max_number: int, max_target: int) -> None:
+    if split not in ("train", "heldout"):
+        raise ValueError(f"split {split!r}: choose train or heldout")
+    if not num_numbers or not all(2 <= count <= MAX_NUMBERS for count in num_numbers):
+        raise ValueError(f"num_numbers {tuple(num_numbers)}: give counts from 2 to {MAX_NUMBERS}")
+    if max_number < 1 or max_target < 1:
+        raise ValueError(f"max_number {max_number} and max_target {max_target} must be at least 1")
+
+
+def _key(problem: Problem) -> tuple:
+    return (*sorted(problem.payload["nums"]), problem.payload["target"])
+
+
+def _hash(text: str) -> tuple[int, ...]:
+    """Return eight uint64 that depend on the text alone, on every machine and version."""
+    return struct.unpack("<8Q", hashlib.blake2b(text.encode()).digest())
+
+
+# ------------------------------------------------------------------------------ worked solutions
+
+
+def worked_solution(problem: Problem, seed: int = 0, *, max_wrong_attempts: int = 0) -> str:
+    """Return a solution text: one operation a line inside <think>, then the equation in <answer>.
+
+    The solution is drawn among all different ones; where some have only non-negative whole
+    intermediate values, among those. With max_wrong_attempts = k, from 0 to k (drawn) attempts
+    that miss the target come first, each ending with " no": search is then part of the text.
+    """
+    nums, target = problem.payload["nums"], problem.payload["target"]
+    found = solutions(nums, target)
+    if not found:
+        raise ValueError(f"problem {problem.id}: {target} cannot be reached from {nums}")
+    words = _hash(f"countdown solution {seed} {problem.id} {nums} {target}")
+    natural = [expression for expression in found if expression.is_natural]
+    chosen = (natural or found)[words[0] % len(natural or found)]
+    lines = []
+    num_wrong = words[1] % (max_wrong_attempts + 1)
+    if num_wrong:
+        wrong = [e for e in expressions(nums) if e.is_natural and e.value != target]
+        for attempt in range(min(num_wrong, len(wrong))):
+            word = _hash(f"countdown attempt {seed} {problem.id} {nums} {target} {attempt}")[0]
+            steps = wrong.pop(word % len(wrong)).steps()
+            lines += [*steps[:-1], steps[-1] + " no"]
+    lines += chosen.steps()
+    return "<think>" + "\n".join(lines) + f"</think><answer>{chosen.text}</answer>"
+
+
+def solve(nums: Sequence[int], target: int) -> list[str]:
+    """Return every different solution once, as text with the fewest parentheses, sorted.
+
+    Two that differ only by the order or grouping of sums and products are the same solution.
+    """
+    return sorted(expression.text for expression in solutions(nums, target))
+
+
+# ----------------------------------------------------------------------------------------- judge
+
+
+def extract_answer(completion: str) -> str | None:
+    """Return the text of the one <answer> pair after the reasoning, or None (module docstring)."""
+    if completion.count("<answer>") != 1 or completion.count("</answer>") != 1:
+        return None
+    before, _, rest = completion.partition("<answer>")
+    answer, closed, after = rest.partition("</answer>")
+    if not closed:  # the closing tag came first
+        return None
+    if before.rfind("<think>") > before.rfind("</think>"):  # still inside the reasoning
+        return None
+    if any(tag in answer + after for tag in ("<think>", "</think>")):
+        return None
+    return answer
+
+
+def read_answer(completion: str) -> Reading:
+    """Read the completion's equation; Reading.error is "no answer" where there is none."""
+    answer = extract_answer(completion)
+    return Reading(error="no answer") if answer is None else read_equation(answer)
+
+
+def is_correct(problem: Problem, completion: str) -> bool:
+    """Say whether the equation uses every number exactly once and equals the target exactly."""
+    return answer_class(problem, completion) == (Fraction(problem.payload["target"]), True)
+
+
+def answer_class(problem: Problem, completion: str) -> tuple[Fraction, bool] | None:
+    """Return what Maj@K counts as one answer: (exact value, every number used exactly once).
+
+    None for an unreadable answer, which does not vote.
+    """
+    reading = read_answer(completion)
+    if reading.value is None:
+        return None
+    return reading.value, sorted(reading.numbers) == sorted(problem.payload["nums"])
+
+
+# --------------------------------------------------------------------------------- command line
+
+
+@dataclasses.dataclass(frozen=True)
+class CountdownConfig:
+    """Writes worked solutions of training problems as JSONL."""
+
+    out: str = opt("sft.jsonl", "file to write: rows of prompt, solution, nums, target")
+    num: int = opt(10_000, "different problems", low=1)
+    split: str = opt("train", "train or heldout", choices=("train", "heldout"))
+    seed: int = opt(0, "seed of problems and of the choice among solutions", low=0)
+    num_numbers: tuple[int, ...] = opt(
+        (3,), "how many numbers, drawn evenly", low=2, high=MAX_NUMBERS
+    )
+    max_number: int = opt(99, "numbers are from 1 to this", low=1)
+    max_target: int = opt(100, "targets are from 1 to this", low=1)
+    style: str = opt("short", "prompt: short (from scratch) or full (pretrained)", choices=STYLES)
+    max_wrong_attempts: int = opt(0, "wrong attempts shown before the solution, at most", low=0)
+
+
+# The ranges of train_grpo.py's presets: what is shown in SFT is what is asked afterwards.
+PRESETS = {
+    "smoke": {"num": 500, "max_number": 10, "max_target": 20},
+    "cpu": {"num": 10_000, "max_number": 20, "max_target": 50},
+    "gpu": {"num": 100_000, "num_numbers": (3, 4)},
+}
+
+
+def sft_rows(
+    problems: Iterable[Problem], seed: int = 0, *, max_wrong_attempts: int = 0
+) -> Iterator[dict]:
+    """Yield {"prompt", "solution", "nums", "target"} for each problem."""
+    for problem in problems:
+        solution = worked_solution(problem, seed, max_wrong_attempts=max_wrong_attempts)
+        yield {"prompt": problem.prompt, "solution": solution, **problem.payload}
+
+
+def main(cfg: CountdownConfig) -> None:
+    out = Path(cfg.out)
+    problems = generate(
+        cfg.num,
+        split=cfg.split,
+        seed=cfg.seed,
+        num_numbers=cfg.num_numbers,
+        max_number=cfg.max_number,
+        max_target=cfg.max_target,
+        style=cfg.style,
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # By temporary file and rename: a reader never sees half a data set.
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        for row in sft_rows(problems, cfg.seed, max_wrong_attempts=cfg.max_wrong_attempts):
+            file.write(json.dumps(row) + "\n")
+    os.replace(temporary, out)
+    print(f"{out}: {len(problems)} worked solutions")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse(CountdownConfig, PRESETS, description=__doc__))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None

@@ -1,0 +1,480 @@
+"""Countdown: problems, split, solver, worked solutions and the judge."""
+
+import dataclasses
+import itertools
+import json
+import random
+import re
+import time
+from fractions import Fraction
+
+import pytest
+
+from nanomath.judge.equation import read_equation
+from nanomath.tasks import countdown
+from nanomath.tasks.countdown import (
+    answer_class,
+    extract_answer,
+    generate,
+    is_correct,
+    make_problem,
+    problem_at,
+    read_answer,
+    read_jsonl,
+    solve,
+    split_of,
+    worked_solution,
+)
+from nanomath.tasks.expressions import expressions, is_reachable
+
+
+def brute_values(values: tuple[Fraction, ...]) -> set[Fraction]:
+    """All values of all expressions: join any two, in every way, until one is left."""
+    if len(values) == 1:
+        return {values[0]}
+    found = set()
+    for i, j in itertools.permutations(range(len(values)), 2):
+        a, b = values[i], values[j]
+        rest = tuple(v for k, v in enumerate(values) if k not in (i, j))
+        for joined in (a + b, a - b, a * b, a / b if b else None):
+            if joined is not None:
+                found |= brute_values((*rest, joined))
+    return found
+
+
+def quotients(*nums: int) -> tuple[Fraction, ...]:
+    return tuple(map(Fraction, nums))
+
+
+# ---------------------------------------------------------------------------------- expressions
+
+
+@pytest.mark.parametrize(("nums", "forms", "values"), [((2, 3), 6, 6), ((101, 211, 307), 68, 68)])
+def test_number_of_forms(nums, forms, values):
+    """Generic numbers have 6 and 68 forms, all different in value: none is missing or doubled."""
+    found = expressions(nums)
+    assert len(found) == forms
+    assert len({form.value for form in found}) == values
+
+
+def test_four_numbers_have_every_value_once_up_to_sign_twins():
+    """Four generic numbers give 1,170 values (OEIS A140606) by 1,260 forms, as brute force."""
+    nums = (1009, 2003, 4001, 8009)
+    found = expressions(nums)
+    values = {form.value for form in found}
+    assert (len(found), len(values)) == (1260, 1170)
+    assert values == brute_values(quotients(*nums))
+
+
+@pytest.mark.parametrize("nums", [(3, 3, 8), (5, 5, 5), (1, 2, 3), (2, 2, 4), (6, 4, 2)])
+def test_forms_reach_what_brute_force_reaches(nums):
+    """Equal numbers and zeros on the way: the same values as brute force, each text once."""
+    found = expressions(nums)
+    assert {form.value for form in found} == brute_values(quotients(*nums))
+    assert len({form.text for form in found}) == len(found)
+    for target in range(-3, 30):
+        assert is_reachable(nums, target) == (target in {form.value for form in found})
+
+
+def test_reachable_agrees_with_brute_force_on_four_numbers():
+    """is_reachable is true exactly for the whole values brute force finds."""
+    for nums in ((3, 3, 8, 8), (1, 1, 2, 7), (95, 21, 3, 7)):
+        values = brute_values(quotients(*nums))
+        for target in range(1, 101):
+            assert is_reachable(nums, target) == (target in values)
+
+
+def test_text_steps_and_value_agree():
+    """A form's text reads back to its value and numbers; its steps are true and end at it."""
+    for nums in ((95, 21, 3), (3, 3, 8, 8), (7, 2, 9, 4)):
+        for form in expressions(nums):
+            reading = read_equation(form.text)
+            assert (reading.value, sorted(reading.numbers)) == (form.value, sorted(nums))
+            steps = form.steps()
+            assert len(steps) == len(nums) - 1
+            results = []
+            for step in steps:
+                left, right = step.split("=")
+                results.append(read_equation(right).value)
+                assert read_equation(left).value == results[-1], step
+            assert results[-1] == form.value
+            assert form.is_natural == all(v >= 0 and v.denominator == 1 for v in results)
+
+
+def test_text_has_no_needless_parentheses():
+    """Removing any pair of parentheses changes the value or the meaning of the text."""
+    for form in expressions((11, 7, 5, 3)):
+        text = form.text
+        for match in re.finditer(r"\(", text):
+            depth, end = 0, match.start()
+            for end in range(match.start(), len(text)):
+                depth += {"(": 1, ")": -1}.get(text[end], 0)
+                if depth == 0:
+                    break
+            bare = text[: match.start()] + text[match.start() + 1 : end] + text[end + 1 :]
+            assert read_equation(bare).value != form.value, (text, bare)
+
+
+def test_solve():
+    """Known problems have exactly their known solutions."""
+    assert solve([95, 21, 3], 88) == ["95-21/3"]
+    assert solve([3, 3, 8, 8], 24) == ["8/(3-8/3)"]
+    assert solve([3, 3, 3], 3) == ["3*3/3", "3+3-3"]
+    assert solve([1, 2], 50) == []
+    assert solve([7], 7) == ["7"]
+    with pytest.raises(ValueError, match="6 numbers"):
+        solve([1, 2, 3, 4, 5, 6], 7)
+
+
+def test_solver_is_fast():
+    """Three numbers take under 1 ms and four under 20 ms (CPU time, best of five)."""
+    for nums, limit in (((95, 21, 3), 1e-3), ((95, 21, 3, 7), 20e-3)):
+        seconds = []
+        for _ in range(5):
+            start = time.thread_time()
+            for _ in range(5):
+                solve(nums, 88)
+            seconds.append((time.thread_time() - start) / 5)
+        assert min(seconds) < limit
+
+
+# ------------------------------------------------------------------------------------- problems
+
+
+def test_problem_is_a_pure_function_of_seed_and_index():
+    """Problem i needs no other problem; other seeds and indices give other problems."""
+    problems = generate(60, seed=3)
+    for problem in reversed(problems):
+        assert problem_at(problem.id, seed=3) == problem
+    other = generate(60, seed=4)
+    assert sum(a.payload == b.payload for a, b in zip(problems, other, strict=True)) < 3
+
+
+def test_problems_do_not_change_between_versions():
+    """Problems and split are fixed for all time: the values of the first version."""
+    payloads = [problem_at(i, seed=0).payload for i in range(3)]
+    assert payloads == GOLDEN_TRAIN
+    assert problem_at(0, split="heldout", num_numbers=(4,)).payload == GOLDEN_HELDOUT
+
+
+GOLDEN_TRAIN = [
+    {"nums": [25, 5, 6], "target": 36},
+    {"nums": [67, 69, 80], "target": 40},
+    {"nums": [85, 96, 96], "target": 85},
+]
+GOLDEN_HELDOUT = {"nums": [60, 57, 82, 41], "target": 1}
+
+
+def test_problems_are_reachable_different_and_in_range():
+    """Numbers, targets and counts stay in their ranges, every target is reached, none repeats."""
+    problems = generate(300, num_numbers=(3, 4), max_number=12, max_target=30, seed=1)
+    keys = set()
+    for problem in problems:
+        nums, target = problem.payload["nums"], problem.payload["target"]
+        assert all(1 <= n <= 12 for n in nums)
+        assert 1 <= target <= 30
+        assert solve(nums, target)
+        assert split_of(nums, target) == "train"
+        keys.add((*sorted(nums), target))
+    assert len(keys) == 300
+    assert len({problem.id for problem in problems}) == 300
+    counts = [len(problem.payload["nums"]) for problem in problems]
+    assert 100 < counts.count(3) < 200
+    assert set(counts) == {3, 4}
+
+
+def test_both_ends_of_the_ranges_occur():
+    """Every number from 1 to max_number, target 1 and target max_target are drawn."""
+    problems = generate(60, num_numbers=(2,), max_number=9, max_target=18, seed=0)
+    nums = [n for problem in problems for n in problem.payload["nums"]]
+    assert set(nums) == set(range(1, 10))
+    targets = {problem.payload["target"] for problem in problems}
+    assert min(targets) == 1
+    assert max(targets) == 18
+
+
+def test_split_never_leaks():
+    """Held-out problems are disjoint from training problems of every seed, order and range."""
+    heldout = {
+        (*sorted(p.payload["nums"]), p.payload["target"])
+        for p in generate(100, split="heldout", max_number=10, max_target=20)
+    }
+    for seed in range(3):
+        train = generate(400, seed=seed, max_number=10, max_target=20)
+        assert not heldout & {(*sorted(p.payload["nums"]), p.payload["target"]) for p in train}
+    for *nums, target in heldout:
+        for order in itertools.permutations(nums):
+            assert split_of(order, target) == "heldout"
+
+
+def test_split_share():
+    """One problem in ten is held out."""
+    splits = [split_of((a, b, 5), t) for a in range(40) for b in range(a, 40) for t in range(5)]
+    assert abs(splits.count("heldout") / len(splits) - 0.1) < 0.015
+
+
+def test_exhausted_ranges_end_with_an_error():
+    """Asking for more problems than exist, or for none that exist, is one clear error."""
+    with pytest.raises(ValueError, match="different train problems found of 1000.*widen"):
+        generate(1000, num_numbers=(2,), max_number=3, max_target=5)
+    other = "train" if split_of((1, 1), 1) == "heldout" else "heldout"
+    with pytest.raises(ValueError, match=f"no {other} problem found"):
+        problem_at(0, split=other, num_numbers=(2,), max_number=1, max_target=1)
+    for bad in (
+        {"split": "test"},
+        {"num_numbers": ()},
+        {"num_numbers": (1,)},
+        {"num_numbers": (9,)},
+        {"max_number": 0},
+        {"style": "long"},
+    ):
+        with pytest.raises(ValueError):
+            problem_at(0, **bad)
+
+
+def test_prompts():
+    """The short prompt is numbers and target alone; the full one shows an answer that passes."""
+    short = make_problem(0, [95, 21, 3], 88)
+    assert short.prompt == "Numbers: 95 21 3\nTarget: 88\n"
+    full = make_problem(0, [95, 21, 3], 88, style="full")
+    for part in ("[95, 21, 3]", "88", "<think>", "</think>", "<answer>(1 + 2) / 3</answer>"):
+        assert part in full.prompt
+    example = re.search(r"<answer>\(.*?</answer>", full.prompt)[0]
+    assert is_correct(make_problem(0, [1, 2, 3], 1), example)
+    # The judge sees completions only: the example in the prompt is never an answer.
+    assert not is_correct(make_problem(0, [1, 2, 3], 1, style="full"), "")
+
+
+# ------------------------------------------------------------------------------ worked solutions
+
+
+def test_worked_solution_form():
+    """The worked solution of the page's example, character by character."""
+    solution = worked_solution(make_problem(0, [95, 21, 3], 88))
+    assert solution == "<think>21/3=7\n95-7=88</think><answer>95-21/3</answer>"
+    hard = worked_solution(make_problem(0, [3, 3, 8, 8], 24))
+    lines = "8/3=(8/3)\n3-(8/3)=(1/3)\n8/(1/3)=24"
+    assert hard == f"<think>{lines}</think><answer>8/(3-8/3)</answer>"
+    with pytest.raises(ValueError, match="cannot be reached"):
+        worked_solution(make_problem(0, [1, 2], 50))
+
+
+def test_worked_solutions_are_right():
+    """Every solution passes the judge, its steps are true, whole and non-negative."""
+    problems = generate(200, num_numbers=(3, 4), seed=5)
+    for problem in problems:
+        solution = worked_solution(problem, seed=2)
+        assert is_correct(problem, solution), solution
+        steps = extract_think(solution).split("\n")
+        naturals = [e for e in expressions(problem.payload["nums"]) if e.is_natural]
+        whole = any(e.value == problem.payload["target"] for e in naturals)
+        for step in steps:
+            left, right = step.split("=")
+            assert read_equation(left).value == read_equation(right).value
+            if whole:
+                assert right.isdigit()
+        assert right == str(problem.payload["target"])
+
+
+def extract_think(solution: str) -> str:
+    return re.fullmatch(r"<think>(.*)</think><answer>.*</answer>", solution, re.DOTALL)[1]
+
+
+def test_solution_is_drawn_among_all():
+    """Over seeds every solution with whole steps is drawn; one seed always draws the same."""
+    problem = make_problem(0, [2, 3, 4], 24)
+    drawn = {worked_solution(problem, seed) for seed in range(200)}
+    assert {extract_answer(text) for text in drawn} == set(solve([2, 3, 4], 24))
+    assert worked_solution(problem, 7) == worked_solution(problem, 7)
+
+
+def test_wrong_attempts():
+    """Up to k attempts miss the target, are marked, and come before the right one."""
+    problem = make_problem(0, [95, 21, 3], 88)
+    counts = set()
+    for seed in range(40):
+        solution = worked_solution(problem, seed, max_wrong_attempts=2)
+        assert is_correct(problem, solution)
+        lines = extract_think(solution).split("\n")
+        marked = [line for line in lines if line.endswith(" no")]
+        assert lines[-2:] == ["21/3=7", "95-7=88"]
+        assert len(lines) == 2 * (len(marked) + 1)
+        for line in marked:
+            left, right = line.removesuffix(" no").split("=")
+            assert read_equation(left).value == read_equation(right).value != 88
+        counts.add(len(marked))
+    assert counts == {0, 1, 2}
+
+
+# ----------------------------------------------------------------------------------------- judge
+
+
+PROBLEM = make_problem(0, [95, 21, 3], 88)
+GOOD = "<think>21/3=7</think><answer>95-21/3</answer>"
+
+
+@pytest.mark.parametrize(
+    ("completion", "correct"),
+    [
+        (GOOD, True),
+        ("<answer> 95 - (21 / 3) </answer>", True),  # accuracy is the equation alone
+        ("<answer>\n95-21/3\n</answer>", True),
+        ("so it is</think> <answer>95-21/3</answer> done", True),  # <think> given in the prompt
+        ("<answer>-21/3+95</answer>", True),
+        ("95-21/3", False),  # no tags
+        ("<answer>95-21/3", False),  # cut off
+        ("<answer>95-21/3</answer", False),
+        ("</answer>95-21/3<answer>", False),
+        ("<answer>95-21/3</answer><answer>95-21/3</answer>", False),  # two answers
+        ("<answer>1+1</answer><answer>95-21/3</answer>", False),
+        ("<answer><answer>95-21/3</answer></answer>", False),
+        ("<answer>1</answer>95-21/3</answer>", False),
+        ("<think><answer>95-21/3</answer></think>", False),  # inside the reasoning
+        ("<think>hm <answer>95-21/3</answer>", False),
+        ("<think>a</think><think><answer>95-21/3</answer>", False),
+        ("<answer>95-21/3</answer></think>", False),
+        ("<answer>95-21/3</think></answer>", False),
+        ("<answer>95-21/3</answer><think>", False),
+        ("<answer>88</answer>", False),  # numbers left out
+        ("<answer>95-21/3+0</answer>", False),  # a number not given
+        ("<answer>95-21/3*3/3</answer>", False),  # a number twice
+        ("<answer>95-(3+4)</answer>", False),
+        ("<answer>9 5-21/3</answer>", False),
+        ("<answer>95-21/3=88</answer>", False),
+        ("<answer>95-21/3.</answer>", False),
+        ("<answer>95+21*3</answer>", False),
+        ("<answer>95-21/03</answer>", False),
+        ("<answer>95-21//3</answer>", False),
+        ("<answer>$95-21/3$</answer>", False),
+        ("<ANSWER>95-21/3</ANSWER>", False),
+        ("<answer></answer>", False),
+        ("", False),
+    ],
+)
+def test_judge(completion, correct):
+    """Each completion has its stated result: one readable answer after the reasoning, or none."""
+    assert is_correct(PROBLEM, completion) is correct
+
+
+def test_judge_is_exact():
+    """Nearly is not equal: a value off by less than 1e-9 is wrong, thirds sum exactly."""
+    near = make_problem(0, [1, 999999999, 1], 1)
+    assert not is_correct(near, "<answer>1+1/999999999</answer>")
+    thirds = make_problem(0, [1, 3, 1, 3, 1, 3], 1)
+    assert is_correct(thirds, "<answer>1/3+1/3+1/3</answer>")
+    assert not is_correct(thirds, "<answer>1*1*1*3/3</answer>")
+
+
+def test_multiplicity():
+    """A number given twice is used twice, one given once is used once."""
+    twice = make_problem(0, [5, 5, 1], 9)
+    assert is_correct(twice, "<answer>5+5-1</answer>")
+    assert not is_correct(make_problem(0, [5, 1, 1], 9), "<answer>5+5-1</answer>")
+
+
+def test_answer_class():
+    """A class is the exact value with whether the numbers are used once; unreadable is None."""
+    assert answer_class(PROBLEM, GOOD) == (Fraction(88), True)
+    assert answer_class(PROBLEM, "<answer>88</answer>") == (Fraction(88), False)
+    assert answer_class(PROBLEM, "<answer>21/95*3</answer>") == (Fraction(63, 95), True)
+    assert answer_class(PROBLEM, "<answer>21*3/95</answer>") == (Fraction(63, 95), True)
+    assert answer_class(PROBLEM, "<answer>eighty-eight</answer>") is None
+    assert read_answer("nothing").error == "no answer"
+
+
+def test_judge_bounds_hostile_completions():
+    """A megabyte of tags or digits is judged within 50 ms of CPU time and is wrong."""
+    for completion in (
+        "<answer>" + "9" * 1_000_000 + "</answer>",
+        "<answer>" * 100_000,
+        "<answer>" + "(" * 1_000_000,
+        "<think>" * 100_000 + "<answer>88</answer>",
+        "<answer>9**9**9**9**9</answer>",
+        "<" * 1_000_000,
+    ):
+        start = time.thread_time()
+        assert not is_correct(PROBLEM, completion)
+        assert time.thread_time() - start < 0.05
+
+
+def test_judge_fuzz():
+    """Random pieces of tags and text never raise, and are right only if one answer is there."""
+    rng = random.Random(0)
+    pieces = ["<think>", "</think>", "<answer>", "</answer>", "95-21/3", "95", " ", "\n", "=", "<"]
+    right = 0
+    for _ in range(5000):
+        text = "".join(rng.choices(pieces, k=rng.randrange(1, 8)))
+        if is_correct(PROBLEM, text):
+            right += 1
+            assert text.count("<answer>") == text.count("</answer>") == 1
+            assert "95-21/3" in text
+    assert right > 0
+
+
+# ----------------------------------------------------------------------------------------- files
+
+
+def test_read_jsonl(tmp_path):
+    """Good rows become problems; each bad row is named with its line and reason."""
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        '{"nums": [95, 21, 3], "target": 88}',
+        '{"nums": [3, 95, 21], "target": 88}',  # the same problem again
+        '{"nums": [1, 2], "target": 50}',
+        "not json",
+        '{"nums": [1, "2"], "target": 3}',
+        '{"nums": [1, true], "target": 2}',
+        '{"nums": [1], "target": 1}',
+        '{"nums": [1, 2, 3, 4, 5, 6, 7], "target": 1}',
+        '{"nums": [1, 2], "target": 3.0}',
+        '{"nums": [1, 2]}',
+        "[" * 100_000,
+        "",
+        '{"nums": [2, 3], "target": 6, "extra": 1}',
+    ]
+    path.write_text("\n".join(rows) + "\n")
+    problems, bad = read_jsonl(path)
+    assert [(p.id, p.payload) for p in problems] == [
+        (0, {"nums": [95, 21, 3], "target": 88}),
+        (12, {"nums": [2, 3], "target": 6}),
+    ]
+    assert [int(line.split(":")[1]) for line in bad] == list(range(3, 12))
+    assert "50 cannot be reached from [1, 2]" in bad[0]
+    splits = [len(read_jsonl(path, split=split)[0]) for split in ("train", "heldout")]
+    assert sum(splits) == 2
+    assert len(read_jsonl(path, limit=1)[0]) == 1
+
+
+def test_read_jsonl_errors(tmp_path):
+    """A missing file names its source; a file without one good row says so."""
+    with pytest.raises(FileNotFoundError, match="Countdown-Tasks-3to4"):
+        read_jsonl(tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match="no Countdown problem"):
+        read_jsonl(tmp_path / "empty.jsonl")
+
+
+def test_command_writes_worked_solutions(tmp_path, capsys):
+    """The command's rows are training problems with solutions that pass, and no temporary stays."""
+    out = tmp_path / "data" / "sft.jsonl"
+    cfg = countdown.parse(countdown.CountdownConfig, countdown.PRESETS, ["--num", "25"])
+    assert (cfg.num, cfg.num_numbers) == (25, (3,))
+    countdown.main(dataclasses.replace(cfg, out=str(out)))
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == 25
+    for row in rows:
+        assert list(row) == ["prompt", "solution", "nums", "target"]
+        problem = make_problem(0, row["nums"], row["target"])
+        assert row["prompt"] == problem.prompt
+        assert is_correct(problem, row["solution"])
+        assert split_of(row["nums"], row["target"]) == "train"
+    assert [path.name for path in out.parent.iterdir()] == ["sft.jsonl"]
+    assert "25 worked solutions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(countdown.PRESETS))
+def test_presets_hold_enough_problems(name):
+    """Every preset's ranges hold its number of training problems (checked on a part for gpu)."""
+    values = dict(countdown.PRESETS[name])
+    num = min(values.pop("num"), 10_000 if name != "gpu" else 200)
+    assert len(generate(num, **values)) == num
