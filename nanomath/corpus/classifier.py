@@ -1,0 +1,129 @@
+"""The fastText classifier that tells math pages from others (Sec. 2.1, step 2).
+
+Trained with one thread, because only then do two runs give the same model. A two-class fastText
+model is linear in its rows, so `collapse` rewrites it with one number per row: the same
+probabilities, dim times smaller and about four times faster.
+"""
+
+import os
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import fasttext
+import numpy as np
+
+from nanomath.corpus.text import normalise
+
+POSITIVE = "__label__math"
+NEGATIVE = "__label__other"
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class ClassifierSettings:
+    """The paper's values; it does not state the buckets, fastText's default is taken."""
+
+    dim: int = 256
+    lr: float = 0.1
+    word_ngrams: int = 3
+    min_count: int = 3
+    epochs: int = 3
+    buckets: int = 2_000_000
+    seed: int = 0
+
+
+def train(
+    pages: Iterable[tuple[str, bool]], model_path: str | Path, settings: ClassifierSettings
+) -> None:
+    """Train on (page text, is math) in the order given; write the collapsed model.
+
+    Raises ValueError where either class has no page.
+    """
+    model_path = Path(model_path)
+    train_path = model_path.with_suffix(".train.txt")
+    whole_path = model_path.with_suffix(".whole.bin")
+    counts = {True: 0, False: 0}
+    with open(train_path, "w", encoding="utf-8") as lines:
+        for text, is_math in pages:
+            counts[is_math] += 1
+            lines.write(f"{POSITIVE if is_math else NEGATIVE} {normalise(text)}\n")
+    if not all(counts.values()):
+        raise ValueError(
+            f"the classifier needs pages of both classes, not {counts[True]} math pages "
+            f"and {counts[False]} others"
+        )
+    try:
+        model = fasttext.train_supervised(
+            input=str(train_path),
+            dim=settings.dim,
+            lr=settings.lr,
+            wordNgrams=settings.word_ngrams,
+            minCount=settings.min_count,
+            epoch=settings.epochs,
+            bucket=settings.buckets,
+            seed=settings.seed,
+            loss="softmax",
+            thread=1,
+            verbose=0,
+        )
+    except ValueError as error:  # "Empty vocabulary. Try a smaller -minCount value."
+        raise ValueError(
+            f"fastText cannot train on {sum(counts.values())} pages: {error}"
+        ) from None
+    model.save_model(str(whole_path))
+    del model  # before collapse loads it again: never two copies in memory
+    collapse(whole_path, model_path)
+    whole_path.unlink()
+    train_path.unlink()
+
+
+def collapse(source: str | Path, target: str | Path) -> None:
+    """Write an exact one-dimensional copy of a two-class softmax model.
+
+    softmax([h.o0, h.o1]) depends only on h.(o0 - o1), and h is a mean of rows, so each row can be
+    replaced by its product with o0 - o1 and the output layer by [1, 0].
+    Raises ValueError where the model is not of that kind.
+    """
+    model = fasttext.load_model(str(source))
+    if model.is_quantized():
+        raise ValueError(f"{source}: a quantised model cannot be collapsed")
+    rows, output = model.get_input_matrix(), model.get_output_matrix()
+    if output.shape[0] != 2:
+        raise ValueError(f"{source}: collapse needs 2 classes, the model has {output.shape[0]}")
+    num_rows, dim = rows.shape
+    scores = (rows @ (output[0] - output[1])).astype("<f4")
+    # The file ends with, for input and output: a quantised flag, (rows, columns), the values.
+    tail = (1 + 16 + 4 * num_rows * dim) + (1 + 16 + 4 * output.size)
+    temporary = Path(f"{target}.tmp")
+    with open(source, "rb") as whole, open(temporary, "wb") as small:
+        header = bytearray(whole.read(os.path.getsize(source) - tail))
+        if struct.unpack_from("<i", header, 8)[0] != dim:  # after magic number and version
+            raise ValueError(f"{source}: not the fastText file layout this was written for")
+        struct.pack_into("<i", header, 8, 1)
+        small.write(header)
+        small.write(b"\0" + struct.pack("<qq", num_rows, 1) + scores.tobytes())
+        small.write(b"\0" + struct.pack("<qq", 2, 1) + np.array([1, 0], "<f4").tobytes())
+    os.replace(temporary, target)
+
+
+def load(model_path: str | Path):
+    """Load a trained or collapsed model."""
+    return fasttext.load_model(str(model_path))
+
+
+def math_probabilities(model, texts: Iterable[str]) -> Iterator[float]:
+    """Yield the probability of the math class for each page text.
+
+    Only list calls: a single string fails in some releases of the package with numpy 2.
+    """
+    texts = iter(texts)
+    while batch := [normalise(text) for text in islice(texts, _BATCH)]:
+        labels, probabilities = model.predict(batch, k=2, threshold=-1.0)
+        yield from (_of_math(*page) for page in zip(labels, probabilities))
+
+
+def _of_math(labels: Sequence[str], probabilities: Sequence[float]) -> float:
+    return float(probabilities[list(labels).index(POSITIVE)])

@@ -1,0 +1,133 @@
+"""Find pages that contain benchmark text (Sec. 2.1, step 6).
+
+A page is contaminated when it holds any 10-gram of a benchmark question or answer, or the whole of
+one that has 3 to 9 grams; shorter ones are not used. Grams are those of text.py, so that Chinese,
+which has no spaces, is covered as well. Every hit is counted per benchmark text: a short answer
+that matches half the web must be seen, not silently obeyed.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from nanomath.corpus.text import canonical, ngram_hashes
+
+NUM_GRAMS = 10  # Sec. 2.1
+MIN_GRAMS = 3  # Sec. 2.1
+FIELDS = (
+    *("question", "answer", "problem", "solution"),
+    *("Question", "Answer", "body", "Body", "input", "passage"),
+)
+
+
+@dataclass(frozen=True)
+class BenchmarkText:
+    """One question or answer: `name` says where it is from, as in `gsm8k_test:17:question`."""
+
+    name: str
+    text: str
+
+
+def read_benchmark(path: str | Path) -> list[BenchmarkText]:
+    """Read questions and answers from JSONL (the fields in FIELDS, and `messages`).
+
+    Raises ValueError naming the file and line where a line is not a JSON object, or the file where
+    no line has such a field.
+    """
+    path = Path(path)
+    texts = []
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}:{number}: not a JSON object; give JSONL benchmark files")
+            values = [(name, row.get(name)) for name in FIELDS]
+            if isinstance(row.get("messages"), list):
+                values += [
+                    (f"message{i}", message.get("content"))
+                    for i, message in enumerate(row["messages"])
+                    if isinstance(message, dict)
+                ]
+            texts += [
+                BenchmarkText(f"{path.stem}:{number}:{name}", value)
+                for name, value in values
+                if isinstance(value, str) and value
+            ]
+    if not texts:
+        raise ValueError(f"{path}: no line has any of the fields {', '.join(FIELDS)}")
+    return texts
+
+
+@dataclass
+class _Lookup:
+    """Sorted hashes and, for each, the benchmark texts that have it (rows of a sparse table)."""
+
+    hashes: np.ndarray
+    first: np.ndarray
+    owners: np.ndarray
+
+    @classmethod
+    def build(cls, pairs: Sequence[tuple[np.ndarray, int]]) -> "_Lookup":
+        hashes = np.concatenate([h for h, _ in pairs])
+        owners = np.concatenate([np.full(len(h), owner) for h, owner in pairs])
+        order = np.lexsort((owners, hashes))
+        unique, first = np.unique(hashes[order], return_index=True)
+        return cls(unique, np.append(first, len(hashes)), owners[order])
+
+    def find(self, hashes: np.ndarray) -> set[int]:
+        place = np.searchsorted(self.hashes, hashes).clip(max=len(self.hashes) - 1)
+        found = np.unique(place[self.hashes[place] == hashes])
+        return {int(o) for i in found for o in self.owners[self.first[i] : self.first[i + 1]]}
+
+
+@dataclass
+class Decontaminator:
+    """The index of all benchmark texts, and the hits counted while pages pass through it."""
+
+    texts: list[BenchmarkText]
+    num_long: int = 0
+    num_short: int = 0
+    num_unused: int = 0
+    hits: Counter = field(default_factory=Counter)
+    _lookups: dict[int, _Lookup] = field(default_factory=dict)
+
+    def __init__(self, texts: Iterable[BenchmarkText]):
+        self.texts = list(texts)
+        self.hits, self._lookups = Counter(), {}
+        pairs: dict[int, list[tuple[np.ndarray, int]]] = {}
+        self.num_long = self.num_short = self.num_unused = 0
+        for owner, item in enumerate(self.texts):
+            text = canonical(item.text)
+            num_grams = text.count(b" ") + 1 if text else 0
+            n = min(num_grams, NUM_GRAMS)
+            if n < MIN_GRAMS:
+                self.num_unused += 1
+                continue
+            self.num_long += n == NUM_GRAMS
+            self.num_short += n < NUM_GRAMS
+            pairs.setdefault(n, []).append((np.unique(ngram_hashes(text, n)), owner))
+        for n in sorted(pairs):
+            self._lookups[n] = _Lookup.build(pairs[n])
+
+    def matches(self, page_text: str) -> list[str]:
+        """Return the names of the benchmark texts found in a page, and count them."""
+        text = canonical(page_text)
+        owners: set[int] = set()
+        for n, lookup in self._lookups.items():
+            owners |= lookup.find(ngram_hashes(text, n))
+        names = sorted({self.texts[owner].name for owner in owners})
+        self.hits.update(names)
+        return names
+
+    def summary(self) -> dict[str, int]:
+        """Return how many texts are matched by 10-grams, matched whole, and too short to use."""
+        return {"long": self.num_long, "short": self.num_short, "unused": self.num_unused}

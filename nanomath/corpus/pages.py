@@ -1,0 +1,228 @@
+"""The pages of the web at hand: installed documentation, or a crawl in JSONL.
+
+The embedded web needs no download: the docstrings of a fixed list of packages, read with `ast` and
+never imported, so that no package's code runs. One page per module docstring, function and class
+(with its methods); host = subpackage.package, as in https://linalg.numpy/linalg/norm. A crawl of
+one's own comes as JSONL lines {"url", "text"}. Generated pages are in generated.py.
+"""
+
+import ast
+import inspect
+import json
+import os
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+# What every install of this project has: torch, sympy and numpy bring or are the mathematics,
+# the others are the rest of the web. `python` is the standard library.
+PACKAGES = (
+    *("python", "torch", "torchgen", "functorch", "triton", "sympy", "mpmath"),
+    *("networkx", "numpy", "jinja2", "markupsafe", "fsspec", "filelock", "setuptools"),
+    *("typing_extensions", "tqdm", "safetensors", "tensorboard", "matplotlib", "PIL"),
+    *("contourpy", "cycler", "fontTools", "kiwisolver", "packaging", "pyparsing"),
+    *("dateutil", "absl", "grpc", "google/protobuf", "markdown", "werkzeug", "tiktoken"),
+    *("regex", "fasttext", "requests", "urllib3", "idna", "certifi"),
+    *("charset_normalizer", "pip"),
+)
+MIN_CHARACTERS = 300  # shorter docstrings say little more than a name
+MAX_CHARACTERS = 50_000
+_SKIPPED_FOLDERS = {"test", "tests", "testing", "site-packages", "dist-packages", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class Page:
+    """One web page; kind is `real` or `generated`."""
+
+    url: str
+    text: str
+    kind: str = "real"
+
+    def to_json(self) -> str:
+        return json.dumps(self.__dict__, ensure_ascii=False)
+
+
+@dataclass
+class PageCounts:
+    """What reading pages met, for the report: nothing is dropped without a count."""
+
+    files: int = 0
+    unreadable_files: int = 0
+    pages: int = 0
+    too_short: int = 0
+    missing_packages: list[str] = field(default_factory=list)
+    bad_lines: int = 0
+    bad_line_examples: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def write_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
+    """Open a temporary file beside path; at the end of the block it becomes path.
+
+    A reader, or the next run after a kill, sees the whole file or none.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def find_package(name: str, search_path: list[str] | None = None) -> Path | None:
+    """Return the folder or file of an installed package, without importing it; None if absent."""
+    if name == "python":
+        return Path(sysconfig.get_path("stdlib"))
+    for folder in sys.path if search_path is None else search_path:
+        base = Path(folder or ".") / name
+        if (base / "__init__.py").is_file():
+            return base
+        if base.with_suffix(".py").is_file():
+            return base.with_suffix(".py")
+    return None
+
+
+def source_files(root: Path) -> list[Path]:
+    """List a package's .py files without its tests, in an order that never varies."""
+    if root.is_file():
+        return [root]
+    found = []
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = sorted(set(subfolders) - _SKIPPED_FOLDERS)
+        found += [Path(folder) / name for name in sorted(files) if name.endswith(".py")]
+    return found
+
+
+def parse_file(task: tuple[str, Path, Path]) -> tuple[list[Page], int, bool]:
+    """Return (pages, number of docstrings too short for a page, readable) of one source file.
+
+    task is (package name, package root, file). Nothing of the file is executed.
+    """
+    package, root, path = task
+    try:
+        source = path.read_bytes()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+            tree = ast.parse(source)
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+        return [], 0, False
+    host, folder, dotted = _address(package, root, path)
+    pages, too_short = [], 0
+    for name, title, body in _documents(tree, dotted):
+        text = f"{title}\n\n{body}" if body else ""
+        if len(body) < MIN_CHARACTERS:
+            too_short += bool(body)
+            continue
+        url = f"https://{host}/{folder}{name}"
+        pages.append(Page(url, _clean(text[:MAX_CHARACTERS])))
+    return pages, too_short, True
+
+
+def read_jsonl(path: str | Path, counts: PageCounts) -> Iterator[Page]:
+    """Yield the pages of a crawl: JSONL with `url` and `text`; bad lines are counted and named.
+
+    Raises FileNotFoundError, or ValueError naming the file when it holds no page at all.
+    """
+    path = Path(path)
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            page, problem = _read_line(line)
+            if page is None:
+                counts.bad_lines += 1
+                if len(counts.bad_line_examples) < 5:
+                    counts.bad_line_examples.append(f"{path}:{number}: {problem}")
+                continue
+            counts.pages += 1
+            yield page
+    if not counts.pages:
+        raise ValueError(
+            f'{path}: no page in it ({counts.bad_lines} bad lines); one {{"url", "text"}} a line'
+        )
+
+
+def _read_line(line: bytes) -> tuple[Page | None, str]:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None, "not JSON in UTF-8"
+    if not isinstance(row, dict):
+        return None, "not a JSON object"
+    for name in ("url", "text"):
+        if not isinstance(row.get(name), str) or not row[name].strip():
+            return None, f'no "{name}" in it'
+    kind = "generated" if row.get("kind") == "generated" else "real"
+    return Page(_clean(row["url"]).strip(), _clean(row["text"]), kind), ""
+
+
+def _clean(text: str) -> str:
+    # Lone surrogates (a JSON "\ud800") cannot be written as UTF-8.
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _address(package: str, root: Path, path: Path) -> tuple[str, str, str]:
+    """Return (host, path prefix, dotted module name) of a source file's pages."""
+    package = package.rpartition("/")[2]
+    relative = path.relative_to(root) if root.is_dir() else Path(path.name)
+    parts = [part.removesuffix(".py") for part in relative.parts]
+    if parts[-1] == "__init__" or not root.is_dir():
+        parts = parts[:-1]
+    dotted = ".".join(([] if package == "python" else [package]) + parts)
+    host = f"{parts[0].strip('_') or parts[0]}.{package}" if parts else f"www.{package}"
+    return host.lower(), "".join(f"{part}/" for part in parts), dotted
+
+
+def _documents(tree: ast.Module, dotted: str) -> Iterator[tuple[str, str, str]]:
+    """Yield (name, title, body) of a module and its top-level objects."""
+    yield "", dotted, ast.get_docstring(tree) or ""
+    for node in _top_level(tree.body):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.name, f"{dotted}.{_signature(node)}", ast.get_docstring(node) or ""
+        elif isinstance(node, ast.ClassDef):
+            bases = ", ".join(ast.unparse(base) for base in node.bases)
+            yield node.name, f"class {dotted}.{node.name}({bases})", _class_body(node)
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            # numpy and torch document compiled functions by add_newdoc(...) and add_docstr(...).
+            call = node.value
+            called = ast.unparse(call.func)
+            if called.rpartition(".")[2] in ("add_docstr", "add_newdoc") and call.args:
+                body = max(_strings(call), key=len, default="")
+                name = ast.unparse(call.args[-2] if called.endswith("newdoc") else call.args[0])
+                name = name.strip("'\"").rpartition(".")[2]
+                yield name, f"{dotted}.{name}", inspect.cleandoc(body)
+
+
+def _top_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    for node in body:
+        if isinstance(node, ast.If | ast.Try):
+            yield from _top_level(node.body)
+            yield from _top_level(node.orelse)
+        else:
+            yield node
+
+
+def _class_body(node: ast.ClassDef) -> str:
+    parts = [ast.get_docstring(node) or ""]
+    for method in node.body:
+        if isinstance(method, ast.FunctionDef | ast.AsyncFunctionDef):
+            doc = ast.get_docstring(method)
+            if doc:
+                parts.append(f"{_signature(method)}\n{doc}")
+    return "\n\n".join(part for part in parts if part)
+
+
+def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    return f"{node.name}({ast.unparse(node.args)})"
+
+
+def _strings(node: ast.AST) -> Iterator[str]:
+    for child in ast.walk(node):
+        if isinstance(child, ast.Constant) and isinstance(child.value, str):
+            yield child.value

@@ -1,0 +1,238 @@
+"""The iterative loop of Sec. 2.1: train, score, rank to a budget, find domains, grow the seed.
+
+State is files: each step of a round writes one file by rename and is skipped when that file is
+there, so a killed run goes on where it was and ends with the same bytes. Reading pages and the
+last steps (decontamination, writing the corpus) are in build_corpus.py.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nanomath.corpus import classifier, domains
+from nanomath.corpus.pages import write_atomically
+
+
+@dataclass
+class Web:
+    """The deduplicated pages: columns in memory, texts on disk."""
+
+    path: Path
+    urls: list[str]
+    hosts: list[str]
+    offsets_N: np.ndarray  # of each page's line in the file, bytes
+    tokens_N: np.ndarray
+    generated_N: np.ndarray  # bool
+    math_N: np.ndarray  # bool: what the URL rules say, the truth of precision and recall
+
+    @classmethod
+    def load(cls, path: str | Path, rules: domains.UrlRules) -> "Web":
+        """Read the columns of a pages file (lines with url, text, kind, tokens)."""
+        urls, tokens, generated, offsets = [], [], [], []
+        with open(path, "rb") as lines:
+            offset = 0
+            for line in lines:
+                row = json.loads(line)
+                urls.append(row["url"])
+                tokens.append(row["tokens"])
+                generated.append(row["kind"] == "generated")
+                offsets.append(offset)
+                offset += len(line)
+        return cls(
+            Path(path),
+            urls,
+            [domains.host_of(url) for url in urls],
+            np.array(offsets, np.int64),
+            np.array(tokens, np.int64),
+            np.array(generated, bool),
+            np.array([rules.is_math(url) for url in urls], bool),
+        )
+
+    def __len__(self) -> int:
+        return len(self.urls)
+
+    def pages(self, indices: Iterable[int]) -> Iterator[dict]:
+        """Yield the pages of these indices, in the order given."""
+        with open(self.path, "rb") as file:
+            for index in indices:
+                file.seek(self.offsets_N[index])
+                yield json.loads(file.readline())
+
+    def texts(self, indices: Iterable[int]) -> Iterator[str]:
+        return (page["text"] for page in self.pages(indices))
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """What the loop needs to know; build_corpus.py says what each value is and where it is from."""
+
+    seed: int
+    num_positives: int
+    num_negatives: int
+    budgets: tuple[int, ...]
+    min_domain_share: float
+    stop_overlap: float
+    classifier: classifier.ClassifierSettings
+
+
+def unit_hash(text: str, seed: int, purpose: str) -> float:
+    """Return a number in [0, 1) that depends on nothing but its arguments."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{text}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def choose_seed(
+    web: Web, seed: int, seed_hosts: float, seed_pages: float, never_hosts: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (seed, never seeded), bool [N]: which math pages the first round knows.
+
+    A share seed_hosts of the math hosts gives a share seed_pages of its pages; a share never_hosts
+    never joins the seed, so that recall there is a measure of generalisation. A host's own part
+    depends on its name alone.
+    """
+    places = {host: unit_hash(host, seed, "host") for host in set(web.hosts)}
+    seed_N, never_N = np.zeros(len(web), bool), np.zeros(len(web), bool)
+    for i, (url, host) in enumerate(zip(web.urls, web.hosts)):
+        if web.math_N[i]:
+            never_N[i] = places[host] < never_hosts
+            in_seed = never_hosts <= places[host] < never_hosts + seed_hosts
+            seed_N[i] = in_seed and unit_hash(url, seed, "page") < seed_pages
+    return seed_N, never_N
+
+
+def rank_to_budget(scores_N: np.ndarray, tokens_N: np.ndarray, budget: int) -> np.ndarray:
+    """Return the best pages whose tokens together fit the budget: bool [N].
+
+    Ties go to the earlier page; ranking ends at the first page that does not fit.
+    """
+    order = np.argsort(-scores_N, kind="stable")
+    num_kept = np.searchsorted(np.cumsum(tokens_N[order]), budget, side="right")
+    collected_N = np.zeros(len(scores_N), bool)
+    collected_N[order[:num_kept]] = True
+    return collected_N
+
+
+def training_pages(
+    web: Web,
+    seed_N: np.ndarray,
+    collected_N: np.ndarray,
+    extra_seed: Sequence[str],
+    round_number: int,
+    settings: LoopSettings,
+) -> list[tuple[int, bool]]:
+    """Draw what the classifier trains on: (page, is math), shuffled.
+
+    Pages from len(web) on are those of extra_seed. Negatives come from all pages that are neither
+    in the seed nor were collected before: math pages not yet found are among them, as they are in
+    the paper's draw from the whole crawl, and pages already taken for math are not.
+    """
+    rng = np.random.default_rng([settings.seed, round_number])
+    extra = np.arange(len(web), len(web) + len(extra_seed))
+    positives = np.concatenate((np.flatnonzero(seed_N), extra))
+    others = np.flatnonzero(~seed_N & ~collected_N)
+    if not len(others):  # everything was collected: the lower half of it has to do
+        others = np.flatnonzero(~seed_N)
+    positives = rng.permutation(positives)[: settings.num_positives]
+    others = rng.permutation(others)[: settings.num_negatives]
+    both = [(int(i), True) for i in positives] + [(int(i), False) for i in others]
+    return [both[i] for i in rng.permutation(len(both))]
+
+
+def round_metrics(
+    web: Web, collected_N: np.ndarray, seed_N: np.ndarray, never_N: np.ndarray, before_N: np.ndarray
+) -> dict[str, float | int | None]:
+    """Return a round's row of the report; None where there is nothing to divide by."""
+    row: dict[str, float | int | None] = {
+        "seed_pages": int(seed_N.sum()),
+        "pages": int(collected_N.sum()),
+        "tokens": int(web.tokens_N[collected_N].sum()),
+    }
+    groups = {"": np.ones(len(web), bool), "real_": ~web.generated_N}
+    groups["generated_"] = web.generated_N
+    for name, group_N in groups.items():
+        right_N = group_N & web.math_N & collected_N
+        row[f"{name}pages"] = int((group_N & collected_N).sum())
+        row[f"{name}precision"] = _ratio(right_N.sum(), (group_N & collected_N).sum())
+        row[f"{name}recall"] = _ratio(right_N.sum(), (group_N & web.math_N).sum())
+        unseen_N = group_N & web.math_N & ~seed_N
+        row[f"{name}recall_outside_seed"] = _ratio((unseen_N & collected_N).sum(), unseen_N.sum())
+        new_N = group_N & never_N
+        row[f"{name}recall_never_seeded"] = _ratio((new_N & collected_N).sum(), new_N.sum())
+    tokens_before = web.tokens_N[collected_N & before_N].sum()
+    row["overlap"] = _ratio(tokens_before, web.tokens_N[collected_N].sum())
+    return row
+
+
+def run_round(
+    folder: Path,
+    web: Web,
+    seed_N: np.ndarray,
+    never_N: np.ndarray,
+    before_N: np.ndarray,
+    extra_seed: Sequence[str],
+    rules: domains.UrlRules,
+    round_number: int,
+    settings: LoopSettings,
+    progress,
+) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Run one round, or the rest of it; return (collected, next seed, row of the report).
+
+    before_N: what any earlier round collected. progress(iterable, total=, desc=, unit=) is a bar.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    collected_N, joins_N = folder / "collected.npy", folder / "joins.npy"
+    if (folder / "round.json").exists():
+        row = json.loads((folder / "round.json").read_text(encoding="utf-8"))
+        return np.load(collected_N), seed_N | np.load(joins_N), row
+
+    if not (folder / "model.bin").exists():
+        drawn = training_pages(web, seed_N, before_N, extra_seed, round_number, settings)
+        indices = progress(drawn, total=len(drawn), desc="writing training pages", unit="page")
+        labelled = _labelled_texts(web, extra_seed, indices)
+        classifier.train(labelled, folder / "model.bin", settings.classifier)
+    if not (folder / "scores.npy").exists():
+        model = classifier.load(folder / "model.bin")
+        found = classifier.math_probabilities(model, web.texts(range(len(web))))
+        bar = progress(found, total=len(web), desc=f"scoring, round {round_number}", unit="page")
+        save_array(folder / "scores.npy", np.fromiter(bar, np.float32, len(web)))
+    scores_N = np.load(folder / "scores.npy")
+
+    budget = settings.budgets[min(round_number, len(settings.budgets)) - 1]
+    collected = rank_to_budget(scores_N, web.tokens_N, budget)
+    found = domains.discover(web.hosts, collected, scores_N, settings.min_domain_share)
+    joins = domains.annotate(web.urls, web.hosts, collected, found, rules) & ~never_N & ~seed_N
+    save_array(collected_N, collected)
+    save_array(joins_N, joins)
+    with write_atomically(folder / "domains.tsv") as file:
+        rows = domains.candidate_rows(web.urls, web.hosts, collected, joins, found)
+        domains.write_candidates(file, rows)
+    row = {"round": round_number, "budget": budget}
+    row |= round_metrics(web, collected, seed_N, never_N, before_N)
+    row |= {"domains": len(found), "joining": int(joins.sum())}
+    row["stop"] = bool(row["overlap"] is not None and row["overlap"] >= settings.stop_overlap)
+    with write_atomically(folder / "round.json") as file:
+        file.write(json.dumps(row, indent=1) + "\n")
+    return collected, seed_N | joins, row
+
+
+def save_array(path: Path, values: np.ndarray) -> None:
+    with write_atomically(path, "wb") as file:
+        np.save(file, values)
+
+
+def _labelled_texts(
+    web: Web, extra_seed: Sequence[str], drawn: Iterable[tuple[int, bool]]
+) -> Iterator[tuple[str, bool]]:
+    for index, is_math in drawn:
+        if index >= len(web):
+            yield extra_seed[index - len(web)], is_math
+        else:
+            yield next(web.texts([index])), is_math
+
+
+def _ratio(part: int, whole: int) -> float | None:
+    return float(part / whole) if whole else None

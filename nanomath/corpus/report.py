@@ -1,0 +1,115 @@
+"""What the corpus stage shows: a line per round, the funnel plot, a score histogram per round."""
+
+from pathlib import Path
+
+import numpy as np
+
+from nanomath.corpus.recall import Web
+from nanomath.log import new_figure, save_figure
+
+
+def print_round(row: dict) -> None:
+    """Print one round: pages, precision, recall; real and generated apart; hosts never seeded."""
+    print(
+        f"round {row['round']}: seed {row['seed_pages']} pages, collected {row['pages']} pages, "
+        f"{row['tokens'] / 1e6:.2f}M tokens, precision {_percent(row['precision'])}, "
+        f"recall {_percent(row['recall'])}, {_percent(row['overlap'])} collected before"
+    )
+    for kind in ("real", "generated"):
+        print(
+            f"    {kind:>9}: {row[f'{kind}_pages']} pages, "
+            f"precision {_percent(row[f'{kind}_precision'])}, "
+            f"recall {_percent(row[f'{kind}_recall'])}, "
+            f"outside the seed {_percent(row[f'{kind}_recall_outside_seed'])}, "
+            f"on hosts never in the seed {_percent(row[f'{kind}_recall_never_seeded'])}"
+        )
+    print(
+        f"    {row['domains']} hosts over the domain threshold; "
+        f"{row['joining']} uncollected pages join the seed",
+        flush=True,
+    )
+
+
+def print_rounds(funnel: dict) -> None:
+    for row in funnel["rounds"]:
+        print_round(row)
+
+
+def print_corpus(run_dir: Path, funnel: dict) -> None:
+    """Print what decontamination dropped and what the corpus holds."""
+    texts, dropped = funnel["benchmark_texts"], funnel["contaminated"]
+    print(
+        f"decontamination: {dropped['real']} real and {dropped['generated']} generated pages "
+        f"dropped; benchmark texts matched by 10-grams {texts['long']}, whole {texts['short']}, "
+        f"too short to use {texts['unused']}"
+    )
+    for kind, total in funnel["corpus"].items():
+        print(f"{kind:>9}: {total['pages']} pages, {total['tokens'] / 1e6:.2f}M tokens")
+    print(f"{run_dir / 'corpus.jsonl'}; {funnel['validation']} validation pages beside it")
+
+
+def plot_all(run_dir: Path, web: Web, funnel: dict) -> None:
+    """Draw plots/funnel.png and plots/scores-round-N.png."""
+    plot_funnel(run_dir / "plots" / "funnel.png", funnel)
+    for row in funnel["rounds"]:
+        folder = run_dir / f"round-{row['round']}"
+        scores_N, collected_N = np.load(folder / "scores.npy"), np.load(folder / "collected.npy")
+        path = run_dir / "plots" / f"scores-round-{row['round']}.png"
+        plot_scores(path, web, scores_N, collected_N, row)
+
+
+def plot_funnel(path: Path, funnel: dict) -> None:
+    """Draw how many pages are left after each step."""
+    steps = funnel["pages"]
+    left = steps["pages"]
+    bars = [("read", left)]
+    for name, label in [
+        ("capped", "math capped"),
+        ("same_url", "URLs deduplicated"),
+        ("near_duplicates", "near-duplicates out"),
+    ]:
+        left -= steps[name]
+        bars.append((label, left))
+    bars += [(f"collected, round {row['round']}", row["pages"]) for row in funnel["rounds"]]
+    bars.append(("corpus", sum(total["pages"] for total in funnel["corpus"].values())))
+    figure, (axis,) = new_figure(1)
+    labels, values = zip(*reversed(bars))
+    drawn = axis.barh(labels, values, color="tab:blue")
+    axis.bar_label(drawn, fontsize=7)
+    axis.set_xlabel("pages")
+    axis.margins(x=0.15)
+    axis.set_title("From pages to corpus")
+    save_figure(figure, path)
+
+
+def plot_scores(
+    path: Path, web: Web, scores_N: np.ndarray, collected_N: np.ndarray, row: dict
+) -> None:
+    """Draw the classifier's scores, math pages and others by the URL rules, and the cut."""
+    figure, (axis,) = new_figure(1)
+    groups = [
+        ("other", ~web.math_N),
+        ("math, real", web.math_N & ~web.generated_N),
+        ("math, generated", web.math_N & web.generated_N),
+    ]
+    groups = [(label, group_N) for label, group_N in groups if group_N.any()]
+    axis.hist(
+        [scores_N[group_N] for _, group_N in groups],
+        bins=40,
+        range=(0.0, 1.0),
+        stacked=True,
+        log=True,
+        label=[label for label, _ in groups],
+    )
+    if collected_N.any():
+        cut = float(scores_N[collected_N].min())
+        axis.axvline(cut, color="black", linewidth=1, label=f"kept from {cut:.3f}")
+    axis.set_title(f"Scores, round {row['round']}")
+    axis.set_xlabel("probability of math")
+    axis.set_ylabel("pages")
+    axis.legend(fontsize=7)
+    save_figure(figure, path)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
