@@ -1,0 +1,216 @@
+"""The policy loss from hidden states [N, D] and the head's weight [V, D]: [N, V] never exists.
+
+Rows without weight are dropped, the rest goes through in chunks: logits of the chunk into one
+buffer, the row pass writes their gradient over them, and two more matrix products turn that into
+the chunk's hidden gradient and add to the head's. So the forward pass does all 6 N V D FLOPs and
+nothing is recomputed; backward hands the finished gradients out. The head's gradient is summed in
+fp32: rounding each chunk to bf16 would bias training (the entropy drifts down).
+
+Runs as the model's head_fn, inside the root's forward, where sharded weights are gathered. N = 0
+gives zero gradients, so a rank without rows still takes part. On a GPU, dropping rows waits for the
+device once (their number must be known); nothing else does.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.policy_loss import hand_out, new_status, run_rows, weighted_sum
+from kernels.rows import (
+    LossSettings,
+    PolicyLossOutput,
+    Rows,
+    RowStats,
+    check_head,
+    check_rows,
+)
+
+CPU_CHUNK_ELEMENTS = 2**24  # logits per chunk: 64 MiB in fp32
+GPU_CHUNK_ROWS = 8192  # each chunk re-reads and re-writes the fp32 head gradient: 4-9% at 4096-8192
+
+
+def linear_policy_loss(
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    targets_N: Tensor,
+    *,
+    weights_N: Tensor,
+    advantages_N: Tensor,
+    old_logp_N: Tensor | None = None,
+    ref_logp_N: Tensor | None = None,
+    clip_eps_low: float = 0.2,
+    clip_eps_high: float = 0.2,
+    kl_coef: float = 0.0,
+    temperature: float = 1.0,
+    chunk_rows: int | None = None,
+    status: Tensor | None = None,
+) -> PolicyLossOutput:
+    """Compute policy_loss of hidden @ head^T with gradients for both, by chunks of rows.
+
+    hidden_ND and head_VD in one dtype, on one device. Outputs have N rows; those of weight 0 are
+    dropped before the head and hold 0. chunk_rows: rows per chunk, chosen from memory if None.
+    The other arguments, `status` and the errors are policy_loss's.
+    """
+    rows = Rows(targets_N, weights_N, advantages_N, old_logp_N, ref_logp_N)
+    settings = LossSettings(clip_eps_low, clip_eps_high, kl_coef, temperature)
+    return _from_hidden(hidden_ND, head_VD, rows, settings, chunk_rows, status)
+
+
+def linear_cross_entropy(
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    targets_N: Tensor,
+    *,
+    weights_N: Tensor,
+    chunk_rows: int | None = None,
+    status: Tensor | None = None,
+) -> PolicyLossOutput:
+    """Compute sum_n w_n * -logp_n from hidden states and head; otherwise as linear_policy_loss."""
+    rows = Rows(targets_N, weights_N)
+    return _from_hidden(hidden_ND, head_VD, rows, LossSettings(), chunk_rows, status)
+
+
+@torch.no_grad()
+def linear_token_logprobs(
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    targets_N: Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk_rows: int | None = None,
+    status: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute (logp_N, entropy_N in nats) of hidden @ head^T without gradient, by chunks of rows.
+
+    For the old and the reference passes. Raises as linear_policy_loss does.
+    """
+    check_head(hidden_ND, head_VD)
+    rows = check_rows(Rows(targets_N), hidden_ND)
+    settings = LossSettings(temperature=temperature).check(has_ref=True)
+    stats = RowStats.new(hidden_ND, hidden_ND.shape[0], has_loss=False)
+    _run_chunks(hidden_ND, head_VD, rows, settings, stats, None, None, chunk_rows, status)
+    return stats.logp_N, stats.entropy_N
+
+
+class _LinearPolicyLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_ND, head_VD, rows, settings, needs_grads, chunk_rows, status):
+        hidden_ND, head_VD = hidden_ND.detach(), head_VD.detach()
+        num_rows = hidden_ND.shape[0]
+        index_M = rows.weights_N.nonzero()[:, 0]  # the one wait for the device
+        dropped = len(index_M) < num_rows
+        hidden_MD = hidden_ND
+        if dropped:
+            ids_N = torch.arange(num_rows, device=hidden_ND.device)
+            rows = rows._replace(ids_N=ids_N).take(index_M)
+            hidden_MD = hidden_ND[index_M]
+        grad_hidden_MD = torch.empty_like(hidden_MD) if needs_grads[0] else None
+        grad_head_VD = _new_head_grad(head_VD) if needs_grads[1] else None
+        stats = RowStats.new(hidden_MD, len(index_M), has_loss=True)
+        _run_chunks(
+            hidden_MD, head_VD, rows, settings, stats, grad_hidden_MD, grad_head_VD,
+            chunk_rows, status,
+        )  # fmt: skip
+        loss = weighted_sum(stats, rows.weights_N)
+        if dropped:
+            stats = stats.spread(index_M, num_rows)
+            if grad_hidden_MD is not None:
+                grad_ND = torch.zeros_like(hidden_ND)
+                grad_hidden_MD = grad_ND.index_copy_(0, index_M, grad_hidden_MD)
+        if grad_head_VD is not None:
+            grad_head_VD = grad_head_VD.to(head_VD.dtype)
+        ctx.grads = [grad_hidden_MD, grad_head_VD]
+        ctx.mark_non_differentiable(*stats)
+        return loss, *stats
+
+    @staticmethod
+    def backward(ctx, upstream, *_):
+        return *hand_out(ctx, upstream), None, None, None, None, None
+
+
+def _from_hidden(hidden_ND, head_VD, rows, settings, chunk_rows, status) -> PolicyLossOutput:
+    check_head(hidden_ND, head_VD)
+    rows = check_rows(rows, hidden_ND)
+    settings.check(rows.ref_logp_N is not None)
+    grad_mode = torch.is_grad_enabled()
+    needs_grads = (grad_mode and hidden_ND.requires_grad, grad_mode and head_VD.requires_grad)
+    status = new_status(hidden_ND) if status is None else status
+    loss, *stats = _LinearPolicyLoss.apply(
+        hidden_ND, head_VD, rows, settings, needs_grads, chunk_rows, status
+    )
+    stats = RowStats(*stats)
+    return PolicyLossOutput(loss, **stats._asdict(), status=status)
+
+
+def _run_chunks(
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    rows: Rows,
+    settings: LossSettings,
+    stats: RowStats,
+    grad_hidden_ND: Tensor | None,
+    grad_head_VD: Tensor | None,
+    chunk_rows: int | None,
+    status: Tensor | None,
+) -> None:
+    """Fill stats and the wanted gradients, chunk by chunk, with one buffer for the logits."""
+    num_rows, vocab_size = hidden_ND.shape[0], head_VD.shape[0]
+    if num_rows == 0:
+        if grad_head_VD is not None:
+            grad_head_VD.zero_()
+        return
+    if hidden_ND.device.type == "cpu":  # slow there in bf16, and fp32 logits are the better ones
+        dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
+        hidden_ND, head_VD = hidden_ND.to(dtype), head_VD.to(dtype)
+    limit = chunk_rows or _default_chunk_rows(hidden_ND, vocab_size)
+    num_chunks = -(-num_rows // limit)
+    chunk = -(-num_rows // num_chunks)  # equal chunks: a short last one wastes its matrix products
+    buffer_CV = hidden_ND.new_empty(chunk, vocab_size)
+    wants_grad = grad_hidden_ND is not None or grad_head_VD is not None
+    for start in range(0, num_rows, chunk):
+        span = slice(start, min(start + chunk, num_rows))
+        hidden_CD, logits_CV = hidden_ND[span], buffer_CV[: span.stop - start]
+        torch.mm(hidden_CD, head_VD.t(), out=logits_CV)
+        grad_CV = logits_CV if wants_grad else None
+        run_rows(logits_CV, _numbered(rows, span), settings, stats.take(span), grad_CV, status)
+        if grad_hidden_ND is not None:
+            _mm_into(grad_hidden_ND[span], logits_CV, head_VD)
+        if grad_head_VD is not None:
+            _add_head_grad(grad_head_VD, logits_CV, hidden_CD, is_first=start == 0)
+
+
+def _numbered(rows: Rows, span: slice) -> Rows:
+    """The chunk's rows with the caller's row numbers, for errors."""
+    if rows.ids_N is None:
+        rows = rows._replace(ids_N=torch.arange(len(rows.targets_N), device=rows.targets_N.device))
+    return rows.take(span)
+
+
+def _default_chunk_rows(hidden_ND: Tensor, vocab_size: int) -> int:
+    if hidden_ND.device.type == "cpu":
+        return max(1, CPU_CHUNK_ELEMENTS // vocab_size)
+    free_bytes, _ = torch.cuda.mem_get_info(hidden_ND.device)
+    affordable = free_bytes // 4 // (vocab_size * hidden_ND.element_size())
+    return max(256, min(GPU_CHUNK_ROWS, affordable // 256 * 256))
+
+
+def _new_head_grad(head_VD: Tensor) -> Tensor:
+    dtype = torch.promote_types(head_VD.dtype, torch.float32)
+    return torch.empty(head_VD.shape, dtype=dtype, device=head_VD.device)
+
+
+def _mm_into(out: Tensor, left: Tensor, right: Tensor) -> None:
+    if out.dtype == left.dtype:
+        torch.mm(left, right, out=out)
+    else:  # bf16 on a CPU, where the products are fp32
+        out.copy_(left @ right)
+
+
+def _add_head_grad(
+    grad_head_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor, *, is_first: bool
+) -> None:
+    """grad_head += grad_logits^T @ hidden; the first chunk stores, which saves the zero fill."""
+    options = {} if grad_CV.dtype == grad_head_VD.dtype else {"out_dtype": grad_head_VD.dtype}
+    if is_first:
+        torch.mm(grad_CV.t(), hidden_CD, out=grad_head_VD, **options)
+    else:
+        torch.addmm(grad_head_VD, grad_CV.t(), hidden_CD, out=grad_head_VD, **options)

@@ -1,0 +1,208 @@
+"""The policy loss from logits [N, V], with its gradient made in the forward pass.
+
+    policy_loss      GRPO's clipped surrogate with the k3 KL (Eq. 3, 4), summed with a weight a row
+    cross_entropy    the same pass with A = 1 and rho = 1 (pretraining, SFT, RFT)
+    token_logprobs   log-probability and entropy only, no gradient, one sweep
+
+A row's weight carries everything that scales its loss (1/(P G |o|), gradient accumulation, world
+size), so backward hands the finished gradient out as it is; any other upstream gradient is applied
+in place. The gradient exists once: backward can run once, and double backward raises. CUDA tensors
+go to the Triton kernel, all others to torch. The trainers use the forms of linear.py, which never
+hold [N, V].
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from kernels import policy_loss_torch
+from kernels.rows import (
+    LossSettings,
+    PolicyLossOutput,
+    Rows,
+    RowStats,
+    check_logits,
+    check_rows,
+)
+
+
+def policy_loss(
+    logits_NV: Tensor,
+    targets_N: Tensor,
+    *,
+    weights_N: Tensor,
+    advantages_N: Tensor,
+    old_logp_N: Tensor | None = None,
+    ref_logp_N: Tensor | None = None,
+    clip_eps_low: float = 0.2,
+    clip_eps_high: float = 0.2,
+    kl_coef: float = 0.0,
+    temperature: float = 1.0,
+    inplace: bool = False,
+    status: Tensor | None = None,
+) -> PolicyLossOutput:
+    """Compute GRPO's loss sum_n w_n * -(min(rho A, clip(rho) A) - kl_coef * k3) (Eq. 3, 4).
+
+    logits_NV bf16, fp16, fp32 or fp64; targets_N int64 or int32; the rest fp32 or fp64, constants
+    of the loss. old_logp_N None: the policy is its own old policy, rho = 1 with its gradient (one
+    update per batch of rollouts). Rows of weight 0 are skipped and hold 0 in every output.
+    inplace: the gradient overwrites the logits (no second [N, V]); for logits nobody reads later.
+    status: on a GPU, a word (int64 [1], zeros) to share among calls; see check_status.
+    Raises ValueError for a shape, dtype or setting that does not fit, and on a CPU for bad values.
+    """
+    rows = Rows(targets_N, weights_N, advantages_N, old_logp_N, ref_logp_N)
+    settings = LossSettings(clip_eps_low, clip_eps_high, kl_coef, temperature)
+    return _from_logits(logits_NV, rows, settings, inplace, status)
+
+
+def cross_entropy(
+    logits_NV: Tensor,
+    targets_N: Tensor,
+    *,
+    weights_N: Tensor,
+    inplace: bool = False,
+    status: Tensor | None = None,
+) -> PolicyLossOutput:
+    """Compute sum_n w_n * -logp_n; arguments and errors as in policy_loss (SFT in Sec. 5.2)."""
+    rows = Rows(targets_N, weights_N)
+    return _from_logits(logits_NV, rows, LossSettings(), inplace, status)
+
+
+@torch.no_grad()
+def token_logprobs(
+    logits_NV: Tensor,
+    targets_N: Tensor,
+    *,
+    temperature: float = 1.0,
+    status: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute (logp_N, entropy_N in nats) of the targets, without gradient, in one sweep.
+
+    Raises as policy_loss does; on a GPU a bad row is NaN and `status`, if given, names it.
+    """
+    check_logits(logits_NV)
+    rows = check_rows(Rows(targets_N), logits_NV)
+    settings = LossSettings(temperature=temperature).check(has_ref=True)
+    stats = RowStats.new(logits_NV, logits_NV.shape[0], has_loss=False)
+    run_rows(logits_NV.detach(), rows, settings, stats, None, status)
+    return stats.logp_N, stats.entropy_N
+
+
+def run_rows(
+    logits_NV: Tensor,
+    rows: Rows,
+    settings: LossSettings,
+    stats: RowStats,
+    grad_NV: Tensor | None,
+    status: Tensor | None,
+) -> None:
+    """Fill stats and, if given, grad_NV (may be logits_NV) for rows whose weights are not 0."""
+    if logits_NV.shape[0] == 0:
+        return
+    if logits_NV.stride(1) != 1:
+        logits_NV = logits_NV.contiguous()
+    if uses_triton(logits_NV):
+        from kernels.policy_loss_triton import launch_rows
+
+        launch_rows(logits_NV, rows, settings, stats, grad_NV, status)
+    else:
+        policy_loss_torch.run_rows(logits_NV, rows, settings, stats, grad_NV)
+
+
+def uses_triton(tensor: Tensor) -> bool:
+    """Tell whether this tensor goes to the Triton kernel: on a GPU, or with TRITON_INTERPRET=1
+    (Triton's own switch, which runs the kernel's source on CPU tensors, slowly). The kernel's
+    sums are fp32, so float64 stays with torch."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return (tensor.is_cuda or interpreted) and tensor.dtype != torch.float64
+
+
+def new_status(like: Tensor) -> Tensor | None:
+    return torch.zeros(1, dtype=torch.int64, device=like.device) if uses_triton(like) else None
+
+
+def weighted_sum(stats: RowStats, weights_N: Tensor) -> Tensor:
+    """The loss; summed in float64, so that it does not depend on the order of the rows."""
+    return (stats.loss_N.double() * weights_N.double()).sum().to(stats.loss_N.dtype)
+
+
+def scale_by_upstream(grads: list[Tensor | None], upstream: Tensor) -> None:
+    """Multiply finished gradients by the upstream gradient, in place. On a GPU the value is never
+    read by the host: the kernel leaves at once where it is 1."""
+    for grad in grads:
+        if grad is None or grad.numel() == 0:
+            continue
+        if uses_triton(grad):
+            from kernels.policy_loss_triton import launch_scale
+
+            launch_scale(grad, upstream)
+        elif grad.is_cuda or float(upstream) != 1.0:
+            grad.mul_(upstream)
+
+
+def hand_out(ctx, upstream: Tensor) -> list[Tensor | None]:
+    """Return the gradients that forward left in ctx.grads, once, scaled by upstream."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "a fused loss has no second derivative (create_graph=True): its gradient is a constant "
+            "made in the forward pass; use kernels.reference"
+        )
+    if ctx.grads is None:
+        raise RuntimeError(
+            "backward ran twice through a fused loss: its gradient is made in the forward pass "
+            "and handed out once; compute the loss again instead of retain_graph=True"
+        )
+    grads, ctx.grads = ctx.grads, None  # dropped here, so that autograd may keep the memory
+    scale_by_upstream(grads, upstream)
+    return grads
+
+
+class _PolicyLossFromLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits_NV, rows, settings, needs_grad, inplace, status):
+        index_M = rows.weights_N.nonzero()[:, 0] if logits_NV.device.type == "cpu" else None
+        logits_NV = logits_NV.detach()
+        grad_NV = None
+        if needs_grad:
+            grad_NV = logits_NV if inplace else torch.empty_like(logits_NV)
+        stats = RowStats.new(logits_NV, logits_NV.shape[0], has_loss=True)
+        if index_M is None or len(index_M) == logits_NV.shape[0] or uses_triton(logits_NV):
+            run_rows(logits_NV, rows, settings, stats, grad_NV, status)  # the kernel skips rows
+        else:
+            stats = _run_kept_rows(logits_NV, rows, index_M, settings, grad_NV)
+        if inplace and needs_grad:
+            torch.autograd.graph.increment_version(logits_NV)  # the kernel's writes are not seen
+        ctx.grads = [grad_NV]
+        ctx.mark_non_differentiable(*stats)
+        return weighted_sum(stats, rows.weights_N), *stats
+
+    @staticmethod
+    def backward(ctx, upstream, *_):
+        return hand_out(ctx, upstream)[0], None, None, None, None, None
+
+
+def _run_kept_rows(logits_NV, rows, index_M, settings, grad_NV) -> RowStats:
+    rows_M = rows._replace(ids_N=torch.arange(len(rows.targets_N))).take(index_M)
+    logits_MV = logits_NV[index_M]  # a copy, so the gradient may go over it
+    stats_M = RowStats.new(logits_MV, len(index_M), has_loss=True)
+    grad_MV = None if grad_NV is None else logits_MV
+    run_rows(logits_MV, rows_M, settings, stats_M, grad_MV, None)
+    if grad_NV is not None:
+        grad_NV.zero_().index_copy_(0, index_M, logits_MV)
+    return stats_M.spread(index_M, len(rows.targets_N))
+
+
+def _from_logits(logits_NV, rows, settings, inplace, status) -> PolicyLossOutput:
+    check_logits(logits_NV)
+    rows = check_rows(rows, logits_NV)
+    settings.check(rows.ref_logp_N is not None)
+    needs_grad = logits_NV.requires_grad and torch.is_grad_enabled()
+    if inplace and needs_grad and (logits_NV.is_leaf or logits_NV.stride(1) != 1):
+        raise ValueError("logits_NV: inplace needs the contiguous output of a layer, not a leaf")
+    status = new_status(logits_NV) if status is None else status
+    loss, *stats = _PolicyLossFromLogits.apply(
+        logits_NV, rows, settings, needs_grad, inplace, status
+    )
+    stats = RowStats(*stats)
+    return PolicyLossOutput(loss, **stats._asdict(), status=status)

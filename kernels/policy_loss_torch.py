@@ -1,0 +1,136 @@
+"""The row pass on a CPU: same results as policy_loss_triton.py, few passes, no [N, V] temporary.
+
+Works through the rows in blocks that stay in the cache: two block buffers are allocated once and
+every operation writes into one of them. What is per row rather than per logit is done in float64,
+it costs nothing there. Bad values raise at once. Also runs float64 logits on any device.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.rows import LossSettings, Rows, RowStats, bad_row_error
+
+BLOCK_ELEMENTS = 2**18  # logits per block: 1 MiB in fp32, so that its buffers stay in the cache
+
+
+def run_rows(
+    logits_NV: Tensor, rows: Rows, settings: LossSettings, stats: RowStats, grad_NV: Tensor | None
+) -> None:
+    """Fill stats, and grad_NV (which may be logits_NV) with d(sum w loss)/dlogits if given."""
+    num_rows, vocab_size = logits_NV.shape
+    dtype = stats.logp_N.dtype
+    block = max(1, min(num_rows, BLOCK_ELEMENTS // vocab_size))
+    centred = torch.empty(block, vocab_size, dtype=dtype, device=logits_NV.device)
+    direct = grad_NV is not None and grad_NV.dtype == dtype
+    exps = None if direct else torch.empty_like(centred)
+    targets_N = _checked_targets(rows, vocab_size)
+    _check_finite(rows)
+    for start in range(0, num_rows, block):
+        span = slice(start, min(start + block, num_rows))
+        size = span.stop - start
+        exps_BV = grad_NV[span] if direct else exps[:size]
+        _run_block(
+            logits_NV[span], targets_N[span], rows.take(span), settings, stats.take(span),
+            centred[:size], exps_BV, grad_NV is not None,
+        )  # fmt: skip
+        if grad_NV is not None and not direct:
+            grad_NV[span].copy_(exps_BV)
+
+
+def _run_block(
+    logits_BV: Tensor,
+    targets_B: Tensor,
+    rows: Rows,
+    settings: LossSettings,
+    stats: RowStats,
+    centred_BV: Tensor,
+    exps_BV: Tensor,
+    needs_grad: bool,
+) -> None:
+    """One block; exps_BV ends as the gradient. It may be the memory of logits_BV."""
+    max_B1 = logits_BV.amax(1, keepdim=True).to(centred_BV.dtype)
+    if logits_BV.dtype == centred_BV.dtype:
+        torch.sub(logits_BV, max_B1, out=centred_BV)
+    else:
+        centred_BV.copy_(logits_BV).sub_(max_B1)
+    # The target's difference in float64: two fp32 logits 160 apart would give it 8e-6 wrong.
+    target_B1 = logits_BV.gather(1, targets_B[:, None]).double() - max_B1
+    target_B = target_B1[:, 0] / settings.temperature
+    if settings.temperature != 1.0:
+        centred_BV.mul_(1.0 / settings.temperature)
+    torch.exp(centred_BV, out=exps_BV)
+    sum_B = exps_BV.sum(1).double()
+    moment_B = torch.linalg.vecdot(exps_BV, centred_BV).double()
+    log_sum_B = sum_B.log()
+    logp_B = target_B - log_sum_B
+    if not bool(logp_B.isfinite().all()):
+        _raise_bad_logits(logp_B, max_B1[:, 0], rows)
+    if bool(moment_B.isnan().any()):  # 0 * -inf: entries of -inf, whose share of the entropy is 0
+        torch.mul(exps_BV, centred_BV.clamp_(min=-1e30), out=centred_BV)
+        moment_B = centred_BV.sum(1).double()
+    stats.logp_N.copy_(logp_B)
+    stats.entropy_N.copy_(log_sum_B - moment_B / sum_B)
+    if rows.weights_N is None:
+        return
+    slope_B = _loss_and_slope(logp_B, rows, settings, stats)
+    if needs_grad:
+        slope_B *= rows.weights_N / settings.temperature
+        exps_BV.mul_((-slope_B / sum_B).to(exps_BV.dtype)[:, None])
+        at_target_B1 = slope_B.to(exps_BV.dtype)[:, None]
+        exps_BV.scatter_add_(1, targets_B[:, None], at_target_B1)
+
+
+def _loss_and_slope(logp_B: Tensor, rows: Rows, settings: LossSettings, stats: RowStats) -> Tensor:
+    """Write loss, KL, ratio and clip flag of each row; return dloss/dlogp (float64)."""
+    if rows.advantages_N is None:  # cross entropy: A = 1, rho = 1, and the loss reads as -logp
+        stats.loss_N.copy_(-logp_B)
+        stats.ratio_N.fill_(1.0)
+        return torch.full_like(logp_B, -1.0)
+    advantages_B = rows.advantages_N.double()
+    if rows.old_logp_N is None:
+        ratio_B = torch.ones_like(logp_B)
+    else:
+        ratio_B = (logp_B - rows.old_logp_N).exp()
+    low_B = (ratio_B < 1.0 - settings.clip_eps_low) & (advantages_B < 0)
+    high_B = (ratio_B > 1.0 + settings.clip_eps_high) & (advantages_B > 0)
+    bounded_B = ratio_B.clamp(1.0 - settings.clip_eps_low, 1.0 + settings.clip_eps_high)
+    loss_B = -torch.minimum(ratio_B * advantages_B, bounded_B * advantages_B)  # Eq. 3
+    slope_B = (-ratio_B * advantages_B).masked_fill_(low_B | high_B, 0.0)
+    if rows.ref_logp_N is not None:
+        log_ref_ratio_B = rows.ref_logp_N - logp_B
+        excess_B = torch.expm1(log_ref_ratio_B)  # pi_ref / pi - 1
+        kl_B = excess_B - log_ref_ratio_B  # Eq. 4
+        stats.kl_N.copy_(kl_B)
+        loss_B += settings.kl_coef * kl_B
+        slope_B -= settings.kl_coef * excess_B
+    stats.loss_N.copy_(loss_B)
+    stats.ratio_N.copy_(ratio_B)
+    stats.clipped_N.copy_(high_B.to(torch.int8) - low_B.to(torch.int8))
+    return slope_B
+
+
+def _checked_targets(rows: Rows, vocab_size: int) -> Tensor:
+    targets_N = rows.targets_N.long()
+    outside_N = (targets_N < 0) | (targets_N >= vocab_size)
+    if bool(outside_N.any()):
+        raise bad_row_error(_row_id(rows, outside_N), 1)
+    return targets_N
+
+
+def _check_finite(rows: Rows) -> None:
+    for field in rows[1:5]:
+        if field is not None and not bool(field.isfinite().all()):
+            raise bad_row_error(_row_id(rows, ~field.isfinite()), 2)
+
+
+def _raise_bad_logits(logp_B: Tensor, max_B: Tensor, rows: Rows) -> None:
+    bad_B = ~logp_B.isfinite()
+    first = int(bad_B.nonzero()[0])
+    # A NaN or +inf makes the maximum one too; with a finite maximum the target itself is -inf.
+    code = 4 if bool(max_B[first].isfinite()) else 3
+    raise bad_row_error(_row_id(rows, bad_B), code)
+
+
+def _row_id(rows: Rows, bad_N: Tensor) -> int:
+    row = bad_N.nonzero()[0]
+    return int(row if rows.ids_N is None else rows.ids_N[row])

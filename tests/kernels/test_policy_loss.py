@@ -1,0 +1,337 @@
+"""The losses from logits against float64 reference math: values, gradients, errors."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import kernels
+from kernels import reference
+
+SETTINGS = {"clip_eps_low": 0.2, "clip_eps_high": 0.28, "kl_coef": 0.04}
+VALUES = ("loss_N", "logp_N", "entropy_N", "kl_N", "ratio_N")
+
+
+def run(module, case, **kwargs):
+    """(output, gradient by the logits) of policy_loss in `module`."""
+    logits_NV = case.logits_NV.clone().requires_grad_()
+    output = module.policy_loss(logits_NV, case.targets_N, **case.rows(), **kwargs)
+    output.loss.backward()
+    return output, logits_NV.grad
+
+
+def assert_equal_to_reference(case, device, grad_tolerance, **kwargs):
+    output, grad_NV = run(kernels, case.to(device), **kwargs)
+    exact, exact_grad_NV = run(reference, case.double(), **kwargs)
+    for name in VALUES:
+        value_N, exact_N = getattr(output, name).cpu().double(), getattr(exact, name)
+        error_N = (value_N - exact_N).abs() / exact_N.abs().clamp(min=1.0)
+        assert error_N.max() <= 2e-6, (name, error_N.max(), error_N.argmax())
+    assert torch.equal(output.clipped_N.cpu(), exact.clipped_N)
+    assert abs(output.loss.item() - exact.loss.item()) <= 2e-6 * max(1.0, abs(exact.loss.item()))
+    coefficient_N = reference.gradient_coefficient(
+        exact.logp_N, *(x.double() for x in list(case.rows().values())[1:]),
+        kwargs["clip_eps_low"], kwargs["clip_eps_high"], kwargs["kl_coef"],
+    )  # fmt: skip
+    scale_N = case.weights_N.double() * coefficient_N[case.weights_N != 0].abs().max()
+    scale_N = scale_N / kwargs.get("temperature", 1.0)
+    error_N = (grad_NV.cpu().double() - exact_grad_NV).abs().amax(1)
+    assert bool((error_N <= grad_tolerance * scale_N).all()), (error_N / scale_N).max()
+    return exact
+
+
+@pytest.mark.parametrize("vocab_size", [1, 17, 1000])
+@pytest.mark.parametrize("num_rows", [1, 3, 257])
+def test_equals_float64_reference(device, make_case, num_rows, vocab_size):
+    """Every output within 2e-6 and the gradient within 2e-6 of its row's scale, on all kinds of
+    rows; the four clip cases, the inside and both KL signs do occur."""
+    case = make_case(num_rows, vocab_size, seed=num_rows + vocab_size)
+    exact = assert_equal_to_reference(case, device, 2e-6, **SETTINGS)
+    if num_rows < 257:
+        return
+    kept_N, up_N = case.weights_N != 0, case.advantages_N > 0
+    low_N, high_N = exact.ratio_N < 0.8, exact.ratio_N > 1.28
+    inside_N = ~low_N & ~high_N
+    cases = (up_N & low_N, up_N & high_N, ~up_N & low_N, ~up_N & high_N, inside_N)
+    assert all(int((case_N & kept_N).sum()) > 2 for case_N in cases) and not kept_N.all()
+    assert set(exact.clipped_N.tolist()) == {-1, 0, 1}
+    log_ref_N = case.ref_logp_N - exact.logp_N
+    assert int((log_ref_N[kept_N] > 0.1).sum()) > 9 and int((log_ref_N[kept_N] < -0.1).sum()) > 9
+
+
+@pytest.mark.parametrize(("num_rows", "vocab_size"), [(5, 102_400), (2, 151_936)])
+def test_equals_reference_at_full_vocabulary(device, make_case, num_rows, vocab_size):
+    """Rows longer than one block, at the vocabularies of DeepSeek and Qwen."""
+    case = make_case(num_rows, vocab_size, seed=5)
+    assert_equal_to_reference(case, device, 2e-6, **SETTINGS)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.3])
+def test_temperature_divides_the_logits(device, make_case, temperature):
+    """Values and gradient at another sampling temperature, rows longer than a thread's share."""
+    case = make_case(33, 700, seed=3, temperature=temperature)
+    assert_equal_to_reference(case, device, 2e-6, temperature=temperature, **SETTINGS)
+
+
+def test_bf16_logits_keep_fp32_values(device, make_case):
+    """bf16 logits give values as exact as their rounding allows (fp32 math), a bf16 gradient."""
+    case = make_case(33, 700, seed=4, dtype=torch.bfloat16)
+    assert_equal_to_reference(case, device, 4e-3, **SETTINGS)
+    output, grad_NV = run(kernels, case.to(device), **SETTINGS)
+    assert output.logp_N.dtype == torch.float32 and grad_NV.dtype == torch.bfloat16
+
+
+def test_float64_is_exact(make_case):
+    """float64 logits run in float64: everything within 1e-12."""
+    case = make_case(33, 700, seed=4).double()
+    output, grad_NV = run(kernels, case, **SETTINGS)
+    exact, exact_grad_NV = run(reference, case, **SETTINGS)
+    for name in VALUES:
+        torch.testing.assert_close(
+            getattr(output, name), getattr(exact, name), rtol=1e-12, atol=1e-12
+        )
+    torch.testing.assert_close(grad_NV, exact_grad_NV, rtol=0, atol=1e-13)
+
+
+def test_terms_switch_off(device, make_case):
+    """Without old and reference log-probabilities: ratio 1 with its gradient, KL 0."""
+    case = make_case(23, 100, seed=6)
+    case = case._replace(advantages_N=case.advantages_N + 0.3)
+    rows = {"weights_N": case.weights_N, "advantages_N": case.advantages_N}
+    logits_NV = case.logits_NV.to(device).detach().requires_grad_()
+    exact_NV = case.logits_NV.double().detach().requires_grad_()
+    output = kernels.policy_loss(
+        logits_NV, case.targets_N.to(device), **{k: v.to(device) for k, v in rows.items()}
+    )
+    exact = reference.policy_loss(
+        exact_NV, case.targets_N, **{k: v.double() for k, v in rows.items()}
+    )
+    output.loss.backward()
+    exact.loss.backward()
+    kept_N = case.weights_N != 0
+    assert torch.equal(output.ratio_N.cpu(), kept_N.float()) and not output.kl_N.any()
+    assert float(exact_NV.grad.abs().max()) > 1e-3
+    torch.testing.assert_close(logits_NV.grad.cpu().double(), exact_NV.grad, rtol=0, atol=1e-7)
+    assert output.loss.item() == pytest.approx(exact.loss.item(), abs=1e-6)
+
+
+def test_cross_entropy_is_the_special_case(device, make_case):
+    """loss_N is -logp and the gradient that of torch's cross entropy; weight-0 rows never read
+    their target (it may be -100)."""
+    case = make_case(23, 100, seed=7)
+    dropped_N = case.weights_N == 0
+    targets_N = case.targets_N.masked_fill(dropped_N, -100)
+    logits_NV = case.logits_NV.to(device).detach().requires_grad_()
+    output = kernels.cross_entropy(
+        logits_NV, targets_N.to(device), weights_N=case.weights_N.to(device)
+    )
+    output.loss.backward()
+    exact_NV = case.logits_NV.double().detach().requires_grad_()
+    per_row_N = torch.nn.functional.cross_entropy(exact_NV, targets_N, reduction="none")
+    exact = (per_row_N * case.weights_N.double()).sum()
+    exact.backward()
+    assert dropped_N.any() and not logits_NV.grad[dropped_N.to(device)].any()
+    torch.testing.assert_close(output.loss_N.cpu(), per_row_N.float(), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(logits_NV.grad.cpu().double(), exact_NV.grad, rtol=0, atol=3e-8)
+    assert output.loss.item() == pytest.approx(exact.item(), rel=2e-6)
+    again = reference.cross_entropy(
+        case.logits_NV.double(), case.targets_N, weights_N=case.weights_N.double()
+    )
+    assert again.loss.item() == pytest.approx(exact.item(), rel=1e-9)
+
+
+def test_token_logprobs_equal_the_loss(device, make_case):
+    """Log-probabilities and entropies without gradient equal the reference's in float64."""
+    case = make_case(33, 700, seed=8, temperature=0.8)
+    logp_N, entropy_N = kernels.token_logprobs(
+        case.logits_NV.to(device).requires_grad_(), case.targets_N.to(device), temperature=0.8
+    )
+    exact = reference.token_logprobs(case.logits_NV.double(), case.targets_N, temperature=0.8)
+    assert not logp_N.requires_grad
+    for value_N, exact_N in zip((logp_N, entropy_N), exact, strict=True):
+        torch.testing.assert_close(value_N.cpu().double(), exact_N, rtol=2e-6, atol=2e-6)
+
+
+def test_no_rows(make_case):
+    """N = 0 gives loss 0 and an empty gradient."""
+    output, grad_NV = run(kernels, make_case(0, 17), **SETTINGS)
+    assert output.loss.item() == 0.0 and grad_NV.shape == (0, 17)
+
+
+def test_gradient_at_ratio_one(device):
+    """At rho = 1, dJ/dlogp = (A + beta (pi_ref/pi - 1)) / (P G |o|) (Sec. 4), to 1e-6."""
+    torch.manual_seed(0)
+    logits_NV = torch.randn(12, 50, device=device, requires_grad=True)
+    targets_N = torch.randint(50, (12,)).to(device)
+    logp_N, _ = reference.token_logprobs(logits_NV.double(), targets_N)
+    ref_N = logp_N + torch.linspace(-1, 1, 12, device=device)
+    advantages_N, beta, weight = torch.randn(12).to(device), 0.04, 1 / (2 * 3 * 2)
+    for old_N in (None, logp_N):
+        output = kernels.policy_loss(
+            logits_NV, targets_N, weights_N=torch.full_like(advantages_N, weight),
+            advantages_N=advantages_N, old_logp_N=old_N, ref_logp_N=ref_N, kl_coef=beta,
+        )  # fmt: skip
+        (grad_NV,) = torch.autograd.grad(output.loss, logits_NV)
+        dlogp_N = (advantages_N + beta * (torch.exp(ref_N - logp_N) - 1)) * weight
+        onehot_NV = torch.nn.functional.one_hot(targets_N, 50)
+        expected_NV = -dlogp_N[:, None] * (onehot_NV - logits_NV.detach().double().softmax(1))
+        torch.testing.assert_close(grad_NV.double(), expected_NV, rtol=0, atol=1e-6 * weight)
+
+
+def test_loss_is_beta_times_kl_though_the_gradient_is_not_zero(device):
+    """One step per batch, outcome advantages: loss = beta * mean over outputs of their mean token
+    KL (Sec. 4), to 1e-6, while the gradient is not 0."""
+    torch.manual_seed(1)
+    lengths = [3, 5, 2, 6]
+    weights_N = torch.cat([torch.full((n,), 1 / (len(lengths) * n)) for n in lengths])
+    rewards_G = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    advantages_G = (rewards_G - rewards_G.mean()) / rewards_G.std(correction=0)
+    assert advantages_G[0].item() == pytest.approx(3**0.5)  # sqrt(G - 1)
+    logits_NV = torch.randn(sum(lengths), 40).to(device).requires_grad_()
+    targets_N = torch.randint(40, (sum(lengths),)).to(device)
+    ref_N, _ = kernels.token_logprobs(logits_NV + 0.3 * torch.randn(40).to(device), targets_N)
+    output = kernels.policy_loss(
+        logits_NV, targets_N, weights_N=weights_N.to(device), ref_logp_N=ref_N, kl_coef=0.04,
+        advantages_N=advantages_G.repeat_interleave(torch.tensor(lengths)).to(device),
+    )  # fmt: skip
+    output.loss.backward()
+    mean_kl = torch.stack([kl.mean() for kl in output.kl_N.cpu().split(lengths)]).mean().item()
+    assert mean_kl > 1e-3
+    assert output.loss.item() == pytest.approx(0.04 * mean_kl, abs=1e-6)
+    assert logits_NV.grad.abs().max() > 1e-2
+
+
+def test_upstream_gradient_is_applied(device, make_case):
+    """Another upstream gradient (loss * 0.5, two losses added) scales the gradient exactly."""
+    case = make_case(7, 100, seed=9).to(device)
+    _, once_NV = run(kernels, case, **SETTINGS)
+    logits_NV = case.logits_NV.clone().requires_grad_()
+    losses = [
+        kernels.policy_loss(logits_NV, case.targets_N, **case.rows(), **SETTINGS).loss
+        for _ in range(2)
+    ]
+    (0.5 * losses[0] + 2.0 * losses[1]).backward()
+    torch.testing.assert_close(logits_NV.grad, 2.5 * once_NV, rtol=1e-6, atol=0)
+
+
+def test_gradient_is_handed_out_once(device, make_case):
+    """A second backward and a double backward raise instead of giving a wrong number."""
+    case = make_case(7, 100, seed=9).to(device)
+    logits_NV = case.logits_NV.clone().requires_grad_()
+    loss = kernels.policy_loss(logits_NV, case.targets_N, **case.rows(), **SETTINGS).loss
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, logits_NV, create_graph=True)
+    torch.autograd.grad(loss, logits_NV, retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward ran twice"):
+        loss.backward()
+
+
+def test_inplace_writes_the_gradient_over_the_logits(device, make_case):
+    """With inplace the gradient is the logits' own memory and equal; misuse is an error."""
+    case = make_case(24, 100, seed=10).to(device)
+    leaf_NV = case.logits_NV.clone().requires_grad_()
+    expected, expected_NV = run(kernels, case, **SETTINGS)
+    logits_NV = leaf_NV * 1.0  # a layer that does not need its output in backward
+    output = kernels.policy_loss(logits_NV, case.targets_N, **case.rows(), inplace=True, **SETTINGS)
+    torch.testing.assert_close(logits_NV.detach(), expected_NV, rtol=0, atol=0)
+    assert output.loss.item() == expected.loss.item()
+    output.loss.backward()
+    torch.testing.assert_close(leaf_NV.grad, expected_NV, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="logits_NV: inplace"):
+        kernels.policy_loss(leaf_NV, case.targets_N, **case.rows(), inplace=True)
+    logits_NV = leaf_NV.exp()  # needs its output: autograd must notice that it is gone
+    finite = case._replace(logits_NV=logits_NV.clamp(-50, 50))
+    loss = kernels.cross_entropy(
+        logits_NV.clamp_(-50, 50).sigmoid(),
+        finite.targets_N,
+        weights_N=case.weights_N,
+        inplace=True,
+    ).loss
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+BAD_ROWS = {
+    "outside": ("targets_N", 100),
+    "negative": ("targets_N", -1),
+    "weight": ("weights_N", float("nan")),
+    "infinite weight": ("weights_N", float("inf")),
+    "advantage": ("advantages_N", float("inf")),
+    "old": ("old_logp_N", float("-inf")),
+    "ref": ("ref_logp_N", float("nan")),
+    "nan logit": ("logits_NV", float("nan")),
+    "inf logit": ("logits_NV", float("inf")),
+    "all -inf": ("logits_NV", float("-inf")),
+    "target -inf": ("logits_NV", float("-inf")),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ROWS)
+def test_bad_row_is_never_a_number(device, make_case, kind, request):
+    """A bad value names its row: at once on a CPU; by NaN in that row alone and the status word
+    where nothing may wait."""
+    field, value = BAD_ROWS[kind]
+    case = make_case(9, 100, seed=11)
+    bad = case._replace(**{field: getattr(case, field).clone()})
+    column = {"nan logit": 17, "inf logit": 17, "target -inf": int(case.targets_N[5])}
+    index = (5, column.get(kind, slice(None))) if field == "logits_NV" else 5
+    getattr(bad, field)[index] = value
+    if "torch" in request.node.callspec.id:
+        with pytest.raises(ValueError, match="row 5 has no loss"):
+            run(kernels, bad, **SETTINGS)
+        return
+    good, good_NV = run(kernels, case.to(device), **SETTINGS)
+    kernels.check_status(good.status)
+    output, grad_NV = run(kernels, bad.to(device), **SETTINGS)
+    others_N = torch.arange(9, device=device) != 5
+    assert output.loss.isnan() and grad_NV[5].isnan().all()
+    for name in VALUES:
+        assert getattr(output, name)[5].isnan(), name
+        assert torch.equal(getattr(output, name)[others_N], getattr(good, name)[others_N])
+    assert torch.equal(grad_NV[others_N], good_NV[others_N])
+    with pytest.raises(ValueError, match="row 5 has no loss"):
+        kernels.check_status(output.status)
+
+
+def test_bad_row_in_token_logprobs(make_case):
+    """The log-probabilities alone refuse a bad row as well."""
+    case = make_case(9, 100, seed=11)
+    case.logits_NV[3, 0] = float("nan")
+    with pytest.raises(ValueError, match="row 3 has no loss: its logits hold a NaN"):
+        kernels.token_logprobs(case.logits_NV, case.targets_N)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logits_NV": torch.zeros(3)}, "logits_NV must be"),
+        ({"logits_NV": torch.zeros(9, 100).long()}, "logits_NV must be floating"),
+        ({"targets_N": torch.zeros(8).long()}, r"targets_N must be \[9\], got \[8\]"),
+        ({"targets_N": torch.zeros(9)}, "targets_N must be torch.int64"),
+        ({"weights_N": torch.zeros(9, 1)}, r"weights_N must be \[9\]"),
+        ({"advantages_N": torch.zeros(9).bfloat16()}, "advantages_N must be torch.float32"),
+        ({"old_logp_N": torch.zeros(9, requires_grad=True)}, "old_logp_N is a constant"),
+        ({"ref_logp_N": None}, "kl_coef > 0 needs ref_logp_N"),
+        ({"temperature": 0.0}, "temperature must be"),
+        ({"clip_eps_high": -0.1}, "clip_eps_high must be"),
+        ({"kl_coef": float("nan")}, "kl_coef must be"),
+    ],
+)
+def test_misfit_names_the_argument(make_case, change, message):
+    """A wrong shape, dtype or setting raises ValueError with the argument's name."""
+    arguments = make_case(9, 100)._asdict() | SETTINGS | change
+    with pytest.raises(ValueError, match=message):
+        kernels.policy_loss(arguments.pop("logits_NV"), arguments.pop("targets_N"), **arguments)
+
+
+def test_runs_without_triton():
+    """`import kernels` and the CPU path need no triton."""
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, kernels\n"
+        "x = torch.zeros(2, 4, requires_grad=True)\n"
+        "kernels.cross_entropy(x, torch.tensor([0, 1]), weights_N=torch.ones(2)).loss.backward()\n"
+        "assert x.grad[0].tolist() == [-0.75, 0.25, 0.25, 0.25], x.grad"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

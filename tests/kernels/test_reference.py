@@ -1,0 +1,67 @@
+"""The definitions themselves against the paper's closed forms, in float64."""
+
+import pytest
+import torch
+
+from kernels import reference
+
+
+def test_gradient_coefficient_is_the_derivative_of_eq_3():
+    """The closed form of dJ/dlogp equals autograd's in each clip case and for both KL signs."""
+    torch.manual_seed(0)
+    logp_N = -3 * torch.rand(400, dtype=torch.float64)
+    logp_N.requires_grad_()
+    old_N = logp_N.detach() + 0.5 * torch.randn(400)
+    ref_N = logp_N.detach() + torch.randn(400)
+    advantages_N = torch.randn(400, dtype=torch.float64)
+    ratio_N = reference.ratio(logp_N, old_N)
+    surrogate_N = reference.clipped_surrogate(ratio_N, advantages_N, 0.2, 0.3)
+    (surrogate_N - 0.04 * reference.kl_k3(logp_N, ref_N)).sum().backward()
+    coefficient_N = reference.gradient_coefficient(
+        logp_N.detach(), advantages_N, old_N, ref_N, 0.2, 0.3, 0.04
+    )
+    torch.testing.assert_close(logp_N.grad, coefficient_N, rtol=1e-12, atol=1e-12)
+    sides = reference.clip_side(ratio_N, advantages_N, 0.2, 0.3)
+    assert set(sides.tolist()) == {-1, 0, 1}
+    ignored_N = (ratio_N < 0.8) & (advantages_N > 0) | (ratio_N > 1.3) & (advantages_N < 0)
+    assert ignored_N.any() and not sides[ignored_N].any()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "objective", "side"),
+    [
+        (0.5, 2.0, 1.0, 0),  # worse than old though good: pulled back up, no clip
+        (1.5, 2.0, 2.4, 1),
+        (0.5, -2.0, -1.6, -1),
+        (1.5, -2.0, -3.0, 0),
+        (1.1, 2.0, 2.2, 0),
+        (1.1, -2.0, -2.2, 0),
+    ],
+)
+def test_clip_cases_by_hand(ratio, advantage, objective, side):
+    """min(rho A, clip(rho, 0.8, 1.2) A), worked by hand."""
+    ratio, advantage = torch.tensor([ratio]), torch.tensor([advantage])
+    assert reference.clipped_surrogate(ratio, advantage, 0.2, 0.2).item() == pytest.approx(
+        objective
+    )
+    assert reference.clip_side(ratio, advantage, 0.2, 0.2).item() == side
+
+
+def test_k3_is_unbiased_and_never_negative():
+    """E_pi[k3] is the KL(pi || ref), and each sample's value is at least 0 (Eq. 4)."""
+    torch.manual_seed(1)
+    logp_V = torch.randn(50, dtype=torch.float64).log_softmax(0)
+    ref_V = torch.randn(50, dtype=torch.float64).log_softmax(0)
+    k3_V = reference.kl_k3(logp_V, ref_V)
+    kl = (logp_V.exp() * (logp_V - ref_V)).sum()
+    assert k3_V.min() >= 0
+    assert (logp_V.exp() * k3_V).sum().item() == pytest.approx(kl.item(), rel=1e-12)
+
+
+def test_entropy_by_hand():
+    """Uniform over 8 of 10 entries: log 8; one certain entry: 0."""
+    logits = torch.zeros(2, 10, dtype=torch.float64)
+    logits[0, 8:] = -torch.inf
+    logits[1, 1:] = -torch.inf
+    entropy = reference.entropy(reference.log_softmax(logits))
+    assert entropy.tolist() == pytest.approx([2.0794415416798357, 0.0])
