@@ -58,7 +58,7 @@ class RolloutBatch:
     rows: per output, prompt and response token ids in one list.
     prompt_lengths, response_lengths: B ints each; the sampled EOS is part of the response.
     advantages_B: float64 [B]. weights_B: float64 [B], 1 / (P G |o_i|) with global P (Eq. 3).
-    sampler_logp_N, ref_logp_N, old_logp_N: fp32, packed over response tokens.
+    sampler_logp_N, ref_logp_N, old_logp_N: packed over response tokens, fp32 or wider.
     """
 
     rows: list[list[int]]
@@ -102,7 +102,7 @@ def make_batch(
             rows.append(list(prompt) + tokens_PGT[p, g, :length].tolist())
             prompt_lengths.append(len(prompt))
             response_lengths.append(length)
-            logp.append(rollouts.logp_PGT[p, g, :length].float())
+            logp.append(rollouts.logp_PGT[p, g, :length].cpu())
     counts_P1 = scored_PG.sum(dim=1, keepdim=True).clamp(min=1).double()
     lengths = rollouts.lengths_PG.clamp(min=1).double().cpu()
     weights_PG = scored_PG.double() / (num_prompts * counts_P1 * lengths)  # Eq. 3: 1 / (P G |o_i|)
@@ -145,11 +145,14 @@ def response_logprobs(
     num_rows_longest: int,
     device: torch.device,
 ) -> torch.Tensor:
-    """Score every response token of the batch under `model`: fp32 [N], no gradient.
+    """Score every response token of the batch under `model`: [N], no gradient.
+
+    fp32, whatever the compute type; float64 for a float64 model.
 
     The temperature is the sampling temperature, over the full vocabulary (PAPER Sec. 4, silent).
     """
-    logp_N = torch.zeros(sum(batch.response_lengths), dtype=torch.float32)
+    dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    logp_N = torch.zeros(sum(batch.response_lengths), dtype=dtype)
     for rows in split_rows(range(len(batch)), num_rows_longest, micro_batch_size):
         tokens_BT, predicted_N = (t.to(device) for t in pad_rows(batch, rows))
         targets_N = tokens_BT.roll(-1, dims=1).flatten()[predicted_N]
@@ -158,7 +161,7 @@ def response_logprobs(
             hidden_ND = hidden_BTD.flatten(0, 1)[predicted_N]
             return linear_token_logprobs(hidden_ND, head_VD, targets_N, temperature=temperature)[0]
 
-        logp_N[batch.token_slices(rows)] = model(tokens_BT, head_fn=head_fn).float().cpu()
+        logp_N[batch.token_slices(rows)] = model(tokens_BT, head_fn=head_fn).cpu()
     return logp_N
 
 

@@ -138,16 +138,14 @@ def supervised_step(
     losses = []
 
     def loss_of_rows(rows: list[int]) -> torch.Tensor:
-        part = batch.rows(rows).to(dist.device)
+        part = batch.rows(rows or [0]).to(dist.device)
+        weights_BT = part.weights_BT if rows else torch.zeros_like(part.weights_BT)
         targets_BT = part.tokens_BT.roll(-1, dims=1)  # the last column has weight 0
 
         def head_fn(hidden_BTD: torch.Tensor, head_VD: torch.Tensor) -> torch.Tensor:
-            return linear_cross_entropy(
-                hidden_BTD.flatten(0, 1),
-                head_VD,
-                targets_BT.flatten(),
-                weights_N=part.weights_BT.flatten(),
-            ).loss
+            hidden_ND, targets_N = hidden_BTD.flatten(0, 1), targets_BT.flatten()
+            weights_N = weights_BT.flatten()
+            return linear_cross_entropy(hidden_ND, head_VD, targets_N, weights_N=weights_N).loss
 
         loss = model(
             part.tokens_BT,
