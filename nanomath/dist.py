@@ -1,0 +1,467 @@
+"""Processes and sharding: one process group, FSDP2 applied from outside the model, reductions.
+
+Every collective of the project is here or inside FSDP2, so that ranks can be reasoned about in
+one place. Control messages (flags, JSON, sums of metrics) travel as CPU tensors over gloo,
+gradients and weights over NCCL on GPUs and gloo on CPUs. Nothing is pickled. World size 1 on a CPU
+has no process group and an unwrapped model (FSDP2 costs 25-60% at small sizes); the same code runs
+on both.
+
+Weights of tokens are global (see DESIGN), so gradients are summed over ranks, never averaged.
+Left to others: what is trained (train_*.py), how state is kept (checkpoint.py).
+
+    dist = setup(cfg.device, cfg.threads)
+    with raise_together(dist):       # an error on any rank ends all ranks, with its message
+        model = shard(model, dist)
+        ...
+        cleanup(dist)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as td
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+# A rank may wait this long for another one: sampling and judging are uneven between ranks, and the
+# first step compiles. `set_timeout` shortens it once the first step is done.
+START_TIMEOUT_S = 1800
+POLL_S = 0.25  # how often a rank looks for another rank's error
+LAST_WORDS_S = 20  # after an error, a process that has not ended by itself is killed
+
+
+@dataclass(frozen=True)
+class Dist:
+    """Who this process is. `mesh` and `watch` are None without a process group."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    mesh: DeviceMesh | None = field(default=None, repr=False, compare=False)
+    watch: ErrorWatch | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+# ---------------------------------------------------------------------------- start and end
+
+
+def setup(device: str = "auto", threads: int = 0, timeout_s: float = START_TIMEOUT_S) -> Dist:
+    """Join the ranks torchrun started, or run alone; choose the device and the number of threads.
+
+    device: auto (a GPU if there is one), cpu or cuda. threads: torch threads of this process, 0 =
+    the physical cores it may use divided by the processes on this machine.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    torch.set_num_threads(threads or default_threads(local_world_size))
+    chosen = _choose_device(device, local_rank)
+    if chosen.type == "cpu" and world_size == 1:
+        return Dist(0, 0, 1, chosen)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    alone = world_size == 1 and "MASTER_ADDR" not in os.environ
+    td.init_process_group(
+        "gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl",
+        timeout=timedelta(seconds=timeout_s),
+        **({"store": td.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
+    )
+    mesh = init_device_mesh(chosen.type, (world_size,))
+    watch = ErrorWatch(rank, world_size) if world_size > 1 else None
+    return Dist(rank, local_rank, world_size, chosen, mesh, watch)
+
+
+def cleanup(dist: Dist) -> None:
+    """Leave the process group after every rank has finished. Not for use after an error."""
+    if dist.mesh is None:
+        return
+    barrier(dist)
+    if dist.watch is not None:
+        dist.watch.stop()
+        barrier(dist)  # the store may live in rank 0: nobody leaves while another still reads it
+    td.destroy_process_group()
+    # gloo's threads free the last messages under the GIL; an interpreter that is shutting down
+    # aborts on that (pytorch#190489), and FSDP2 keeps the group from being joined. Let them finish.
+    time.sleep(0.2)
+
+
+def set_timeout(dist: Dist, seconds: float) -> None:
+    """Let collectives wait at most this long from now on; call it after the first step."""
+    if dist.mesh is not None:
+        td.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+
+def default_threads(local_world_size: int) -> int:
+    """Return the physical cores this process may use divided by the processes sharing them.
+
+    OMP_NUM_THREADS counts for a single process only: torchrun sets it to 1 by itself.
+    """
+    if local_world_size == 1 and os.environ.get("OMP_NUM_THREADS", "").isdigit():
+        return max(1, int(os.environ["OMP_NUM_THREADS"]))
+    return max(1, _physical_cores() // local_world_size)
+
+
+def _physical_cores() -> int:
+    """Count cores in the affinity mask, hyper-threads as one, within the cgroup's quota."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    if allowed is None:
+        return os.cpu_count() or 1
+    cores = set()
+    for cpu in allowed:
+        try:
+            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as file:
+                cores.add(file.read().strip())
+        except OSError:
+            cores.add(str(cpu))
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = file.read().split()
+        limit = max(1, int(quota) // int(period)) if quota != "max" else len(cores)
+    except (OSError, ValueError):
+        limit = len(cores)
+    return min(len(cores), limit)
+
+
+def _choose_device(device: str, local_rank: int) -> torch.device:
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device {device}: expected auto, cpu or cuda")
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here; use --device cpu or auto")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"process {local_rank} of this machine needs a GPU of its own but there are "
+            f"{torch.cuda.device_count()}: lower torchrun's --nproc_per_node, or use --device cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+# ---------------------------------------------------------------------------- sharding
+
+
+def shard(model: nn.Module, dist: Dist) -> nn.Module:
+    """Shard the rows of all weights over the ranks, in place, and return the model.
+
+    One FSDP2 group per entry of `model.blocks`, one for the rest (embedding, final norm, head).
+    Gradients are sums over ranks. GPUs compute in bf16 and reduce gradients in fp32; CPUs stay in
+    the model's dtype. World size 1 on a CPU returns the model unwrapped.
+    """
+    if dist.mesh is None:
+        return model.to(dist.device)
+    if dist.device.type == "cpu":
+        precision = MixedPrecisionPolicy()
+    else:
+        # Inputs are token ids at the root and bf16 already at the blocks: casting would only
+        # round the rotary tables.
+        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for block in model.blocks:
+        fully_shard(block, mesh=dist.mesh, mp_policy=precision)
+    fully_shard(model, mesh=dist.mesh, mp_policy=precision)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # Without this a factor becomes a PREMUL_SUM reduction, which gloo does not have.
+            module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def microbatch_sync(model: nn.Module, is_last: bool) -> None:
+    """Reduce gradients over ranks in the coming backward only if it is the step's last one.
+
+    Call it before the forward. Every rank must run the same number of micro-batches, and each one's
+    loss must reach every weight, be it with weight 0: FSDP2 reduces only gradients that exist.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(is_last)
+
+
+def reshard(model: nn.Module) -> None:
+    """Put every FSDP2 group back to its sharded weights.
+
+    A forward without backward leaves the root gathered; reading or writing `parameters()` then
+    would meet a copy that the next forward goes on using.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def make_replica(model: nn.Module, dist: Dist) -> nn.Module:
+    """Return an unsharded copy to sample from, without gradients: bf16 on a GPU, else as the model.
+
+    An unwrapped model is its own replica. Refresh with `refresh_replica` after each update.
+    """
+    if not isinstance(model, FSDPModule):
+        return model
+    # FSDP2 puts a class of its own in front of the model's.
+    plain = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    devices = [dist.device] if dist.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), dist.device:
+        replica = plain(model.cfg)
+    for mine, theirs in _pairs(replica, model):
+        dtype = torch.bfloat16 if dist.device.type == "cuda" else theirs.dtype
+        mine.data = mine.data.to(dtype)
+    replica.requires_grad_(False).train(model.training)
+    refresh_replica(replica, model, dist)
+    return replica
+
+
+@torch.no_grad()
+def refresh_replica(replica: nn.Module, model: nn.Module, dist: Dist) -> None:
+    """Gather the sharded weights block by block into the replica, in place: addresses never change.
+
+    Costs one all-gather per block in the compute dtype, and the memory of one block above the
+    replica's.
+    """
+    if replica is model:
+        return
+    reshard(model)
+    targets = dict(replica.named_parameters())
+    for prefix, module in model.named_modules():
+        if not isinstance(module, FSDPModule):
+            continue
+        module.unshard()  # this group only: the weights of nested groups stay DTensors
+        for name, weight in module.named_parameters(prefix=prefix):
+            if not isinstance(weight, DTensor):
+                targets[name].copy_(weight)
+        module.reshard()
+    sources = dict(model.named_buffers())
+    for name, buffer in replica.named_buffers():
+        buffer.copy_(sources[name])
+
+
+@torch.no_grad()
+def copy_weights(dst: nn.Module, src: nn.Module) -> None:
+    """Copy all weights of src into dst in place; both unwrapped, or both sharded alike.
+
+    The reference model of GRPO is refreshed this way (Alg. 1 l.3). No communication.
+    """
+    reshard(dst)
+    reshard(src)
+    for mine, theirs in _pairs(dst, src):
+        if isinstance(mine, DTensor) != isinstance(theirs, DTensor):
+            raise ValueError("copy_weights needs both models sharded or both not")
+        local(mine).copy_(local(theirs))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's rows of a sharded tensor, or the tensor itself; the memory is shared."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _pairs(left: nn.Module, right: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    ours, theirs = dict(left.named_parameters()), dict(right.named_parameters())
+    for name in sorted(ours.keys() | theirs.keys()):
+        shapes = [list(side[name].shape) if name in side else None for side in (ours, theirs)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"models differ at {name}: shape {shapes[0]} against {shapes[1]}")
+    return [(ours[name], theirs[name]) for name in ours]
+
+
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, dist: Dist) -> float:
+    """Scale all gradients so that their joint 2-norm is at most max_norm; return the norm before.
+
+    Summed in float64, over ranks where a gradient is sharded; equal on all ranks. A norm that is
+    not finite is returned and nothing is scaled: the caller skips the step.
+    """
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    square = {True: 0.0, False: 0.0}  # sharded gradients, whole gradients
+    for is_sharded in square:
+        norms = [
+            torch.linalg.vector_norm(local(grad), dtype=torch.float64)
+            for grad in grads
+            if isinstance(grad, DTensor) == is_sharded
+        ]
+        square[is_sharded] = float(torch.stack(norms).square().sum()) if norms else 0.0
+    total = all_reduce_sum({"sharded": square[True]}, dist)["sharded"] + square[False]
+    norm = math.sqrt(total) if total >= 0 else math.nan
+    if math.isfinite(norm) and norm > max_norm:
+        for grad in grads:
+            local(grad).mul_(max_norm / norm)
+    return norm
+
+
+# ---------------------------------------------------------------------------- messages
+
+
+def all_reduce_sum(values: dict[str, float] | Tensor, dist: Dist) -> dict[str, float] | Tensor:
+    """Sum over ranks: a dict of floats (float64, same keys on all ranks) or a tensor, in place."""
+    if isinstance(values, Tensor):
+        if dist.mesh is not None:
+            td.all_reduce(values)
+        return values
+    sums = torch.tensor([float(value) for value in values.values()], dtype=torch.float64)
+    if dist.mesh is not None and len(values):
+        td.all_reduce(sums)
+    return dict(zip(values, sums.tolist(), strict=True))
+
+
+def all_ok(ok: bool, dist: Dist) -> bool:
+    """Return True on every rank if ok is true on all of them."""
+    return all_reduce_sum({"failed": float(not ok)}, dist)["failed"] == 0.0
+
+
+def barrier(dist: Dist) -> None:
+    """Wait until every rank is here."""
+    all_ok(True, dist)
+
+
+def broadcast_json(obj: object, dist: Dist) -> object:
+    """Return rank 0's obj, as read back from strict JSON, on every rank."""
+    return gather_json(obj if dist.is_main else None, dist)[0]
+
+
+def gather_json(obj: object, dist: Dist) -> list:
+    """Return every rank's obj in the order of ranks, as read back from strict JSON."""
+    text = json.dumps(obj, allow_nan=False).encode()
+    if dist.mesh is None:
+        return [json.loads(text)]
+    sizes = torch.zeros(dist.world_size, dtype=torch.int64)
+    sizes[dist.rank] = len(text)
+    td.all_reduce(sizes)
+    padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
+    padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    parts = [torch.empty_like(padded) for _ in range(dist.world_size)]
+    td.all_gather(parts, padded)
+    return [json.loads(bytes(part[:n].numpy())) for part, n in zip(parts, sizes.tolist())]
+
+
+# ---------------------------------------------------------------------------- errors and signals
+
+
+class ErrorWatch:
+    """Carry one rank's error to the others outside the collectives, which may be waiting for it.
+
+    A thread looks at the rendezvous store a few times a second; on an error it prints the message
+    and ends the process, wherever the main thread is stuck.
+    """
+
+    def __init__(self, rank: int, world_size: int):
+        self.rank, self.world_size = rank, world_size
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = td.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30))
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps its store
+        self._store = td.PrefixStore(f"nanomath-errors-{restart}", store)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._poll, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def tell(self, message: str) -> bool:
+        """Publish this rank's error and wait until the others have it; False if not the first."""
+        self.stop()
+        is_first = True
+        with suppress(RuntimeError):  # the process that held the store has gone already
+            is_first = self._store.add("failures", 1) == 1
+            if is_first:
+                self._store.set("message", f"rank {self.rank}: {message}")
+            self._wait_until_seen()
+        return is_first
+
+    def _wait_until_seen(self) -> None:
+        """Wait, not for long, until all know: the store ends with the process that holds it."""
+        self._store.add("seen", 1)
+        give_up = time.monotonic() + 5
+        while self._store.add("seen", 0) < self.world_size and time.monotonic() < give_up:
+            time.sleep(0.05)
+
+    def _poll(self) -> None:
+        message = None
+        while message is None and not self._stopped.wait(POLL_S):
+            try:
+                if self._store.check(["message"]):
+                    message = self._store.get("message").decode()
+            except RuntimeError as error:
+                message = f"lost contact with the other ranks ({str(error).splitlines()[0]})"
+        if message is not None:
+            print(f"nanomath: rank {self.rank} ends: {message}", file=sys.stderr, flush=True)
+            with suppress(RuntimeError):
+                self._wait_until_seen()
+            os._exit(1)
+
+
+@contextmanager
+def raise_together(dist: Dist) -> Iterator[None]:
+    """End all ranks when the body raises on one of them, each with that error's message.
+
+    The first rank to fail raises its exception; ranks that fail after it end silently with status
+    1, for theirs is mostly a lost connection; ranks that wait in a collective are ended by their
+    watch. Put it around everything between setup and cleanup: the processes do not survive it.
+    """
+    try:
+        yield
+    except BaseException as error:
+        ended_well = isinstance(error, SystemExit) and error.code in (None, 0)
+        if dist.watch is None or ended_well:
+            raise
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(LAST_WORDS_S)  # leaving a broken NCCL group may hang
+        text = str(error) if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
+        if not dist.watch.tell(text):
+            raise SystemExit(1) from None
+        raise
+
+
+class StopSignal:
+    """Turn SIGTERM and SIGUSR1 into a question asked at the end of a step; a second one kills.
+
+        with StopSignal() as stop:
+            for step in ...:
+                ...
+                if stop.requested(dist):
+                    save(...); break
+
+    Schedulers and torchrun both forward a SIGTERM, so copies within a second count as one.
+    """
+
+    SAME_SIGNAL_S = 1.0
+
+    def __init__(self, signals: tuple[int, ...] = (signal.SIGTERM, signal.SIGUSR1)):
+        self.name: str | None = None
+        self._since = 0.0
+        self._before = {number: signal.signal(number, self._handle) for number in signals}
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.name is not None and time.monotonic() - self._since > self.SAME_SIGNAL_S:
+            os._exit(128 + number)
+        if self.name is None:
+            self.name, self._since = signal.Signals(number).name, time.monotonic()
+
+    def requested(self, dist: Dist) -> bool:
+        """Return True on all ranks if any rank was signalled. Call it at the same step on all."""
+        return not all_ok(self.name is None, dist)
+
+    def close(self) -> None:
+        """Put the handlers back that were there before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __enter__(self) -> StopSignal:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
