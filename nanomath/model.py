@@ -1,0 +1,384 @@
+"""The Transformer of DeepSeek-LLM (PAPER.md section 2): a Llama, in one readable file.
+
+Pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases. The order of the
+file is the order of a forward pass: configuration, norm, rotary, attention, feed-forward, block,
+Transformer; the key/value cache stands beside the attention it serves. Parameter names map one to
+one to Llama's. What this file leaves to others: sharding (dist.py applies it from outside), losses
+(kernels, as `head_fn`), choosing tokens (sampler.py), reading weights (checkpoint.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a Transformer. Widths are numbers of features, contexts numbers of tokens."""
+
+    vocab_size: int
+    num_layers: int
+    width: int  # D
+    num_heads: int  # H
+    num_kv_heads: int  # K: H = multi-head attention, less = grouped queries
+    ffn_width: int  # F
+    head_width: int | None = None  # E; None: width / num_heads
+    rope_theta: float = 10000.0
+    rms_eps: float = 1e-6
+    max_context: int = 4096
+    tied_head: bool = False  # the head is the embedding
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "width",
+            "num_heads",
+            "num_kv_heads",
+            "ffn_width",
+            "max_context",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"ModelConfig.{name} is {getattr(self, name)}; it must be >= 1")
+        if self.num_layers < 0:
+            raise ValueError(f"ModelConfig.num_layers is {self.num_layers}; it must be >= 0")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"ModelConfig: num_heads {self.num_heads} is no multiple of num_kv_heads "
+                f"{self.num_kv_heads}; every key/value head serves the same number of query heads"
+            )
+        if self.head_width is None and self.width % self.num_heads:
+            raise ValueError(
+                f"ModelConfig: width {self.width} is no multiple of num_heads {self.num_heads}; "
+                "change one or give head_width"
+            )
+        if self.head_size % 2:
+            raise ValueError(f"ModelConfig: head width {self.head_size} is odd; rotary needs pairs")
+
+    @property
+    def head_size(self) -> int:
+        """E: `head_width` where given, else width / num_heads."""
+        return self.head_width if self.head_width is not None else self.width // self.num_heads
+
+    @property
+    def num_parameters(self) -> int:
+        """Count the parameters without building the model; a tied head counts once."""
+        attention = 2 * self.width * self.head_size * (self.num_heads + self.num_kv_heads)
+        block = attention + 3 * self.width * self.ffn_width + 2 * self.width
+        embeddings = self.vocab_size * self.width * (1 if self.tied_head else 2)
+        return embeddings + self.num_layers * block + self.width
+
+
+MODEL_PRESETS = {
+    # Sec. 2.2: the corpus ablations' 1.3B; its shape is not published, PAPER.md section 2 fixes it.
+    "deepseek_llm_1b3": ModelConfig(102400, 24, 2048, 16, 16, 5504),
+    # Sec. 2.3: DeepSeekMath 7B's shape (DeepSeek-LLM 7B, DeepSeek-Coder v1.5 7B).
+    "deepseek_llm_7b": ModelConfig(102400, 30, 4096, 32, 32, 11008),
+}
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Plain operations: on a CPU F.rms_norm's backward takes 2.5 times as long as theirs.
+        # In bf16 the mean is taken in fp32, as Llama does; fp32 and float64 stay what they are.
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight
+
+
+def rotary_table(cfg: ModelConfig, positions_BT: Tensor, dtype: torch.dtype):
+    """Return cos and signed sin, each [B, T, 1, E], for `rotate`; once per forward pass.
+
+    The angles are fp32 whatever the model's dtype: bf16 cannot tell position 257 from 258. They are
+    computed from the positions, not kept in a buffer, so no `.to(bfloat16)` can round them.
+    """
+    pairs = torch.arange(0, cfg.head_size, 2, device=positions_BT.device).float() / cfg.head_size
+    angles = positions_BT[:, :, None, None].float() * (1.0 / cfg.rope_theta**pairs)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+def rotate(x_BTHE: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate feature i with feature i + E/2 (the order of Hugging Face's Llama weights)."""
+    cos, signed_sin = rope
+    # roll swaps the halves and the sign sits in the sine: half of rotate_half's operations. No
+    # addcmul: its fused rounding would save one more, but logits then differ from Llama's by 1 ulp.
+    return x_BTHE * cos + x_BTHE.roll(x_BTHE.shape[-1] // 2, -1) * signed_sin
+
+
+def attend(query_BTHE: Tensor, key_BTKE: Tensor, value_BTKE: Tensor, mask: Tensor | None) -> Tensor:
+    """Causal attention, [B, T, H, E]; `mask` (bool [B, 1, T, T], True = sees) replaces causal."""
+    out_BHTE = F.scaled_dot_product_attention(
+        query_BTHE.transpose(1, 2),
+        key_BTKE.transpose(1, 2),
+        value_BTKE.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=query_BTHE.shape[2] != key_BTKE.shape[2],
+    )
+    return out_BHTE.transpose(1, 2)
+
+
+class GroupCache:
+    """Keys and values of P prompts, each held once, and of R samples drawn from them.
+
+    Life: `Transformer.forward(prompts_PT, cache=cache)` fills the prompts (padding on the right;
+    `prompt_lengths` says what is real); `start(prompt_of_row)` opens rows, any number per prompt;
+    each `forward(tokens_R1, cache=cache)` then adds one token per row; `keep` drops rows; `start`
+    again opens new rows on the same prompts. A row of length n stands at position
+    prompt_length + n, so nothing depends on how far the batch was padded.
+    """
+
+    def __init__(self, cfg: ModelConfig, prompt_lengths: Sequence[int], device: torch.device):
+        self.num_kv_heads, self.scale = cfg.num_kv_heads, cfg.head_size**-0.5
+        self.prompt_lengths_P = torch.tensor(prompt_lengths, device=device)
+        self.prompt_keys: list[Tensor] = []  # per layer [P*K, E, Tp]: ready for a batched product
+        self.prompt_values: list[Tensor] = []  # per layer [P*K, Tp, E]
+        self.own_keys: list[Tensor] = []  # per layer [R*K, capacity, E]
+        self.own_values: list[Tensor] = []
+        self.bias_P1T: Tensor | None = None  # 0 on a prompt, -inf on its padding; None: no padding
+        self.prompt_of_row_R: Tensor | None = None  # None until the prompts are in
+        self.num_own = 0  # tokens each row holds
+
+    def start(self, prompt_of_row_R: Tensor) -> None:
+        """Open one row per entry of `prompt_of_row_R` (indices of prompts), without tokens."""
+        self.num_own, self.own_keys, self.own_values = 0, [], []
+        self._place(prompt_of_row_R)
+
+    def keep(self, rows: Tensor) -> None:
+        """Keep the rows with these indices, in this order, and free the others."""
+        num_kv, n = self.num_kv_heads, self.num_own
+        for caches in (self.own_keys, self.own_values):
+            for layer, cache in enumerate(caches):
+                by_row = cache.view(-1, num_kv, *cache.shape[1:])
+                caches[layer] = by_row[:, :, :n].index_select(0, rows).flatten(0, 1)
+        self._place(self.prompt_of_row_R[rows])
+
+    def _place(self, prompt_of_row_R: Tensor) -> None:
+        """Lay rows out as [prompt, kv head, slot]: the shape of the product with the prompt."""
+        self.prompt_of_row_R = prompt_of_row_R
+        self.base_positions_R = self.prompt_lengths_P[prompt_of_row_R]
+        num_prompts, num_kv = len(self.prompt_lengths_P), self.num_kv_heads
+        device = prompt_of_row_R.device
+        counts_P = torch.bincount(prompt_of_row_R, minlength=num_prompts)
+        num_slots = int(counts_P.max())
+        order_R = prompt_of_row_R.argsort(stable=True)
+        first_P = counts_P.cumsum(0) - counts_P
+        slot_R = torch.empty_like(order_R)
+        slot_R[order_R] = (
+            torch.arange(len(order_R), device=device) - first_P[prompt_of_row_R[order_R]]
+        )
+        kv_heads = torch.arange(num_kv, device=device)
+        cell_RK = (prompt_of_row_R[:, None] * num_kv + kv_heads) * num_slots + slot_R[:, None]
+        self.cell_of_row = cell_RK.flatten()  # [R*K] -> index into P*K*slots
+        # The way back; an empty slot shows row 0, and nobody reads the result.
+        self.row_of_cell = torch.zeros(num_prompts * num_kv * num_slots, dtype=torch.long).to(
+            device
+        )
+        self.row_of_cell[self.cell_of_row] = torch.arange(len(cell_RK) * num_kv, device=device)
+
+    def positions(self, num_rows: int, num_tokens: int) -> Tensor:
+        """Return the positions [B, T] of the tokens that the next forward pass adds."""
+        if self.prompt_of_row_R is None:
+            return torch.arange(num_tokens, device=self.prompt_lengths_P.device).expand(
+                num_rows, -1
+            )
+        return (self.base_positions_R + self.num_own)[:, None]
+
+    def advance(self) -> None:
+        """Count the token that every layer has just stored."""
+        self.num_own += self.prompt_of_row_R is not None
+
+    def attend(
+        self, layer: int, query_BTHE: Tensor, key_BTKE: Tensor, value_BTKE: Tensor
+    ) -> Tensor:
+        """Store keys and values of `layer` and return the attention [B, T, H, E]."""
+        if self.prompt_of_row_R is not None:
+            return self._decode(layer, query_BTHE, key_BTKE, value_BTKE)
+        num_prompts, num_tokens = key_BTKE.shape[:2]
+        if layer == 0:
+            padded = (
+                torch.arange(num_tokens, device=key_BTKE.device) >= self.prompt_lengths_P[:, None]
+            )
+            if bool(padded.any()):
+                bias_PT = torch.zeros_like(padded, dtype=key_BTKE.dtype)
+                bias_PT.masked_fill_(padded, float("-inf"))
+                self.bias_P1T = bias_PT.repeat_interleave(self.num_kv_heads, 0)[:, None]
+        # Contiguous [P*K, Tp, E] and its transpose: each is read once per step and layer.
+        self.prompt_keys.append(key_BTKE.permute(0, 2, 3, 1).flatten(0, 1).contiguous())
+        self.prompt_values.append(value_BTKE.transpose(1, 2).flatten(0, 1).contiguous())
+        # Right padding comes after every real token, so causal attention never sees it.
+        return attend(query_BTHE, key_BTKE, value_BTKE, None)
+
+    def _decode(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        num_rows, _, num_heads, width = query.shape
+        num_kv, n = self.num_kv_heads, self.num_own
+        per_kv = num_heads // num_kv
+        prompt_keys, prompt_values = self.prompt_keys[layer], self.prompt_values[layer]
+        num_prompt, cells = prompt_values.shape[1], prompt_values.shape[0]
+        own_keys = self._store(self.own_keys, layer, key)
+        own_values = self._store(self.own_values, layer, value)
+        query = (query * self.scale).view(num_rows * num_kv, per_kv * width)
+
+        # Scores against the shared prompt: one product for all queries of a group.
+        grouped = query.index_select(0, self.row_of_cell).view(cells, -1, width)
+        if self.bias_P1T is None:
+            shared = torch.bmm(grouped, prompt_keys)
+        else:
+            shared = torch.baddbmm(self.bias_P1T, grouped, prompt_keys)
+        shared = shared.view(-1, per_kv * num_prompt).index_select(0, self.cell_of_row)
+        # Scores against the row's own tokens; then one softmax over both.
+        own = torch.bmm(query.view(-1, per_kv, width), own_keys[:, : n + 1].transpose(1, 2))
+        scores = torch.cat((shared.view(-1, per_kv, num_prompt), own), -1)
+        shared, own = scores.softmax(-1).split((num_prompt, n + 1), -1)
+
+        out = torch.bmm(own, own_values[:, : n + 1])
+        shared = shared.flatten(1).index_select(0, self.row_of_cell).view(cells, -1, num_prompt)
+        shared_out = torch.bmm(shared, prompt_values).view(-1, per_kv * width)
+        out += shared_out.index_select(0, self.cell_of_row).view_as(out)
+        return out.view(num_rows, 1, num_heads, width)
+
+    def _store(self, caches: list[Tensor], layer: int, new_R1KE: Tensor) -> Tensor:
+        """Append one token per row; capacity doubles, so memory follows the longest sample."""
+        n, width = self.num_own, new_R1KE.shape[-1]
+        rows = new_R1KE.numel() // width
+        if layer == len(caches):
+            caches.append(new_R1KE.new_empty(rows, 16, width))
+        elif n == caches[layer].shape[1]:
+            grown = new_R1KE.new_empty(rows, 2 * n, width)
+            grown[:, :n] = caches[layer]
+            caches[layer] = grown
+        caches[layer][:, n] = new_R1KE.reshape(rows, width)
+        return caches[layer]
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_size = layer, cfg.head_size
+        query_width, kv_width = cfg.num_heads * cfg.head_size, cfg.num_kv_heads * cfg.head_size
+        # Three products, not one fused: equal within 10% at these sizes, and Llama's own names.
+        self.q_proj = nn.Linear(cfg.width, query_width, bias=False)
+        self.k_proj = nn.Linear(cfg.width, kv_width, bias=False)
+        self.v_proj = nn.Linear(cfg.width, kv_width, bias=False)
+        self.o_proj = nn.Linear(query_width, cfg.width, bias=False)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: GroupCache | None,
+    ) -> Tensor:
+        query_BTHE = rotate(self.q_proj(x_BTD).unflatten(-1, (-1, self.head_size)), rope)
+        key_BTKE = rotate(self.k_proj(x_BTD).unflatten(-1, (-1, self.head_size)), rope)
+        value_BTKE = self.v_proj(x_BTD).unflatten(-1, (-1, self.head_size))
+        if cache is None:
+            out_BTHE = attend(query_BTHE, key_BTKE, value_BTKE, mask)
+        else:
+            out_BTHE = cache.attend(self.layer, query_BTHE, key_BTKE, value_BTKE)
+        return self.o_proj(out_BTHE.flatten(2))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(cfg.width, cfg.ffn_width, bias=False)
+        self.up_proj = nn.Linear(cfg.width, cfg.ffn_width, bias=False)
+        self.down_proj = nn.Linear(cfg.ffn_width, cfg.width, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: ModelConfig, layer: int):
+        super().__init__()
+        self.attention_norm = RMSNorm(cfg.width, cfg.rms_eps)
+        self.attention = Attention(cfg, layer)
+        self.ffn_norm = RMSNorm(cfg.width, cfg.rms_eps)
+        self.ffn = SwiGLU(cfg)
+
+    def forward(self, x_BTD, rope, mask, cache) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, mask, cache)
+        return x_BTD + self.ffn(self.ffn_norm(x_BTD))
+
+
+class Transformer(nn.Module):
+    """The language model. Its weights are torch's defaults until `init_weights` or a checkpoint."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.embedding = nn.Embedding(cfg.vocab_size, cfg.width)
+        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_layers))
+        self.final_norm = RMSNorm(cfg.width, cfg.rms_eps)
+        self.head = nn.Linear(cfg.width, cfg.vocab_size, bias=False)
+        if cfg.tied_head:
+            self.head.weight = self.embedding.weight
+
+    @torch.no_grad()
+    def init_weights(self, seed: int, *, std: float = 0.02) -> None:
+        """Draw every matrix from normal(0, std), norms 1; the same for a seed on every device.
+
+        DeepSeek-LLM draws with std 0.006 (arXiv:2401.02954 section 2.3) at widths of 2048 and more;
+        the default 0.02 (GPT-2) suits the widths of 128 to 1024 that are trained from nothing here.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters():  # a tied head appears once
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        head_fn: Callable[[Tensor, Tensor], object] | None = None,
+        segments_BT: Tensor | None = None,
+        positions_BT: Tensor | None = None,
+        cache: GroupCache | None = None,
+    ):
+        """Return logits [B, T, V], or what `head_fn(hidden_BTD, head_VD)` returns.
+
+        The head is applied only in here: a fused loss gets it as `head_fn`, where FSDP2 has
+        gathered its weight. `segments_BT` (int): a token sees earlier tokens of its own segment
+        only (packing). `positions_BT`: default 0, 1, ..., or where the cache stands.
+        """
+        num_rows, num_tokens = tokens_BT.shape
+        if cache is not None and segments_BT is not None:
+            raise ValueError("Transformer.forward: give a cache or segments_BT, not both")
+        if positions_BT is None:
+            if num_tokens > self.cfg.max_context:
+                raise ValueError(
+                    f"Transformer.forward: {num_tokens} tokens in a row, but max_context is "
+                    f"{self.cfg.max_context}; shorten the rows or build the model with more"
+                )
+            if cache is not None:
+                positions_BT = cache.positions(num_rows, num_tokens)
+            else:
+                positions_BT = torch.arange(num_tokens, device=tokens_BT.device)[None]
+        mask = None
+        if segments_BT is not None:
+            same = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
+            mask = same.tril()
+        hidden_BTD = self.embedding(tokens_BT)
+        rope = rotary_table(self.cfg, positions_BT, hidden_BTD.dtype)
+        for block in self.blocks:
+            hidden_BTD = block(hidden_BTD, rope, mask, cache)
+        if cache is not None:
+            cache.advance()
+        hidden_BTD = self.final_norm(hidden_BTD)
+        if head_fn is None:
+            return self.head(hidden_BTD)
+        return head_fn(hidden_BTD, self.head.weight)
