@@ -1,0 +1,370 @@
+"""Accuracy, Pass@K and Maj@K over the same samples, with intervals over problems (Sec. 5, 6).
+
+Pass@K: at least one of K samples is right. Maj@K: the most frequent answer of K samples is right.
+Both are expectations over all K-subsets of a problem's n samples, exact, not estimated. Intervals
+are percentile bootstraps over problems: they say how much the figure hangs on which problems were
+asked, and nothing about other training seeds.
+
+`evaluate` samples and judges; `summarise` turns its records, kept as JSON, into figures; `compare`
+takes the paired difference of two evaluations of the same problems. The command is evaluate.py.
+"""
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from math import comb
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from nanomath.dist import Dist, all_reduce_sum
+from nanomath.log import progress as progress_bar
+from nanomath.rewards import format_reward
+from nanomath.sampler import Rollouts, sample_groups
+from nanomath.tasks import Problem, countdown, encode_prompt
+
+TASKS: dict[str, ModuleType] = {"countdown": countdown}  # each has is_correct and answer_class
+MAX_SAMPLES = 1000  # the subset counts below stay within float64
+
+
+# -------------------------------------------------------------------------------------- metrics
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Return the chance that k of n samples, c of them right, hold a right one: unbiased Pass@K."""
+    if not 0 <= c <= n:
+        raise ValueError(f"{c} right samples of {n}")
+    if not 1 <= k <= n:
+        raise ValueError(f"Pass@{k} needs at least {k} samples, there are {n}")
+    return 1.0 - comb(n - c, k) / comb(n, k)
+
+
+def group_answers(
+    answers: Sequence[Any], equal: Callable[[Any, Any], bool] = operator.eq
+) -> list[int | None]:
+    """Number the classes of equal answers in order of appearance; None (unreadable) has none.
+
+    An answer joins the first class whose representative, its first member, it equals.
+    """
+    representatives: list[Any] = []
+    classes: list[int | None] = []
+    for answer in answers:
+        if answer is None:
+            classes.append(None)
+            continue
+        found = [i for i, first in enumerate(representatives) if equal(first, answer)]
+        if not found:
+            representatives.append(answer)
+        classes.append(found[0] if found else len(representatives) - 1)
+    return classes
+
+
+def maj_at_k(classes: Sequence[int | None], correct: Sequence[bool], k: int) -> float:
+    """Return Maj@k: the mean over all k-subsets of the samples of the majority vote's credit.
+
+    classes as from group_answers; correct[i] says whether sample i is right, and a class is right
+    when its first member is. Samples of class None do not vote. Classes that tie for the most votes
+    share the credit: a subset counts (right classes among the tied) / (tied), and 0 without votes.
+    """
+    return majority_credits(classes, correct, [k])[0]
+
+
+def majority_credits(
+    classes: Sequence[int | None], correct: Sequence[bool], ks: Sequence[int]
+) -> list[float]:
+    """Return maj_at_k for each k, exactly, by counting subsets rather than listing them.
+
+    For a right class of m votes and each v <= m: the subsets in which it has v votes, no class has
+    more, and t others have v as well give it 1 / (t + 1) each.
+    """
+    n = len(classes)
+    if len(correct) != n:
+        raise ValueError(f"{n} classes, but {len(correct)} judgements")
+    if n > MAX_SAMPLES or any(not 1 <= k <= n for k in ks):
+        raise ValueError(f"Maj@K needs 1 <= K <= n <= {MAX_SAMPLES}; K is {list(ks)}, n is {n}")
+    sizes = Counter(label for label in classes if label is not None)
+    credits = np.zeros(n + 1)
+    for label, size in sizes.items():
+        if not correct[list(classes).index(label)]:
+            continue
+        others = [other for key, other in sizes.items() if key != label]
+        for votes in range(1, size + 1):
+            ways = _ways(n - size, others, votes)
+            shared = ways @ (1.0 / np.arange(1, ways.shape[1] + 1))
+            credits[votes : votes + len(shared)] += comb(size, votes) * shared
+    return [float(credits[k] / comb(n, k)) for k in ks]
+
+
+def _ways(num_samples: int, sizes: Sequence[int], votes: int) -> np.ndarray:
+    """Count the choices among num_samples, which are classes of `sizes` and unreadable ones, where
+    no class has more than `votes`: [number chosen, number of classes with exactly `votes`]."""
+    large = [size for size in sizes if size >= votes]
+    # Classes too small to tie are as free to choose from as unreadable samples.
+    free = num_samples - sum(large)
+    ways = np.zeros((num_samples + 1, len(large) + 1))
+    ways[: free + 1, 0] = [comb(free, chosen) for chosen in range(free + 1)]
+    for size in large:
+        before, ways = ways, np.zeros_like(ways)
+        for chosen in range(votes):
+            ways[chosen:] += comb(size, chosen) * before[: len(before) - chosen]
+        ways[votes:, 1:] += comb(size, votes) * before[: len(before) - votes, :-1]
+    return ways
+
+
+def bootstrap_interval(
+    values: Sequence[float], *, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Return the percentile bootstrap interval of the mean of values, one per problem."""
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or len(array) == 0:
+        raise ValueError("an interval needs at least one value")
+    rng = np.random.default_rng(seed)
+    means = [array[rng.integers(0, len(array), len(array))].mean() for _ in range(num_resamples)]
+    tail = (1.0 - confidence) / 2.0
+    low, high = np.quantile(means, [tail, 1.0 - tail])
+    return float(low), float(high)
+
+
+def paired_difference(
+    before: Sequence[float], after: Sequence[float], *, seed: int = 0
+) -> dict[str, float]:
+    """Return the mean of after - before over the same problems, its interval, wins and losses."""
+    if len(before) != len(after):
+        raise ValueError(f"{len(before)} problems against {len(after)}: not the same ones")
+    gains = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
+    low, high = bootstrap_interval(gains, seed=seed)
+    return {
+        "value": float(gains.mean()),
+        "low": low,
+        "high": high,
+        "wins": int((gains > 0).sum()),
+        "losses": int((gains < 0).sum()),
+    }
+
+
+# ------------------------------------------------------------------------------------- sampling
+
+
+def evaluate(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    *,
+    num_samples: int = 8,
+    temperature: float = 0.7,
+    max_new_tokens: int,
+    seed: int = 0,
+    chunk_problems: int = 64,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Sample every problem once greedily and num_samples times; return `summarise`'s figures.
+
+    A sample depends on (seed, problem id, sample index) alone, not on the chunks.
+    """
+    records = []
+    bar = progress_bar(total=len(problems), desc="evaluate", unit="problem", disable=not progress)
+    with bar:
+        for chunk in chunks(problems, chunk_problems):
+            records += evaluate_chunk(
+                model,
+                tokenizer,
+                chunk,
+                num_samples=num_samples,
+                temperature=temperature,
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+            )
+            bar.update(len(chunk))
+    return summarise(records)
+
+
+def evaluate_chunk(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    *,
+    num_samples: int,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Return one record per problem: its payload, and every output with its text and judgement."""
+    greedy = _sample(model, tokenizer, problems, 1, 0.0, max_new_tokens, seed)
+    sampled = [[] for _ in problems]
+    if num_samples:
+        sampled = _sample(
+            model, tokenizer, problems, num_samples, temperature, max_new_tokens, seed
+        )
+    return [
+        {
+            "id": problem.id,
+            "task": problem.task,
+            "prompt": problem.prompt,
+            "payload": problem.payload,
+            "greedy": judge_outputs(problem, once)[0],
+            "samples": judge_outputs(problem, many),
+        }
+        for problem, once, many in zip(problems, greedy, sampled, strict=True)
+    ]
+
+
+def greedy_accuracy(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    *,
+    max_new_tokens: int,
+    dist: Dist,
+    chunk_problems: int = 256,
+) -> float:
+    """Return the share of problems whose greedy answer is right, over all ranks (the same on each).
+
+    The ranks share the problems out; model is this rank's unsharded one.
+    """
+    if not problems:
+        raise ValueError("no problems to evaluate")
+    num_correct = 0
+    for chunk in chunks(problems[dist.rank :: dist.world_size], chunk_problems):
+        outputs = _sample(model, tokenizer, chunk, 1, 0.0, max_new_tokens, 0)
+        for problem, output in zip(chunk, outputs, strict=True):
+            num_correct += TASKS[problem.task].is_correct(problem, output[0]["text"])
+    total = all_reduce_sum({"correct": float(num_correct)}, dist)["correct"]
+    return total / len(problems)
+
+
+def chunks(problems: Sequence[Problem], size: int) -> Iterable[Sequence[Problem]]:
+    """Yield consecutive runs of at most `size` problems."""
+    for start in range(0, len(problems), size):
+        yield problems[start : start + size]
+
+
+def _sample(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    num_samples: int,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int,
+) -> list[list[dict[str, Any]]]:
+    """Return each problem's outputs as {"text", "length" in tokens, "finished"}."""
+    rollouts: Rollouts = sample_groups(
+        model,
+        [encode_prompt(tokenizer, problem) for problem in problems],
+        num_samples,
+        max_new_tokens=max_new_tokens,
+        eos_ids=(tokenizer.eos_id,),
+        temperature=temperature,
+        seed=seed,
+        prompt_ids=[problem.id for problem in problems],
+        vocab_limit=tokenizer.vocab_size,
+    )
+    columns = (rollouts.tokens_PGT, rollouts.lengths_PG, rollouts.finished_PG)
+    return [
+        [
+            {"text": tokenizer.decode(tokens[:length]), "length": length, "finished": finished}
+            for tokens, length, finished in zip(*group, strict=True)
+        ]
+        for group in zip(*(column.tolist() for column in columns), strict=True)
+    ]
+
+
+def judge_outputs(problem: Problem, outputs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add to each output of one problem "correct", "format" and its "class" for the vote."""
+    judge = TASKS[problem.task]
+    classes = group_answers([judge.answer_class(problem, output["text"]) for output in outputs])
+    return [
+        {
+            **output,
+            "correct": bool(judge.is_correct(problem, output["text"])),
+            "format": format_reward(problem, output["text"]) == 1.0,
+            "class": label,
+        }
+        for output, label in zip(outputs, classes, strict=True)
+    ]
+
+
+# -------------------------------------------------------------------------------------- figures
+
+
+def default_ks(num_samples: int) -> list[int]:
+    """Return 1, 2, 4, ... and num_samples itself."""
+    powers = [1 << i for i in range(num_samples.bit_length()) if 1 << i < num_samples]
+    return [*powers, num_samples] if num_samples else []
+
+
+def problem_metrics(row: dict[str, Any], ks: Sequence[int]) -> dict[str, float]:
+    """Return one problem's metrics from a row of `summarise`'s "problems"."""
+    correct, classes = row["correct"], row["classes"]
+    metrics = {"greedy": float(row["greedy_correct"])}
+    metrics |= {f"pass@{k}": pass_at_k(len(correct), sum(correct), k) for k in ks}
+    majorities = majority_credits(classes, correct, ks) if ks else []
+    return metrics | {f"maj@{k}": value for k, value in zip(ks, majorities, strict=True)}
+
+
+def summarise(records: Sequence[dict[str, Any]], *, seed: int = 0) -> dict[str, Any]:
+    """Return the figures of evaluate_chunk's records, as JSON.
+
+    "metrics": greedy, pass@K and maj@K with 95% intervals; "greedy_outputs" and "sampled_outputs":
+    tokens, and the shares truncated, without the format and without a readable answer; "problems":
+    per problem what the metrics were computed from.
+    """
+    if not records:
+        raise ValueError("no problems to evaluate")
+    num_samples = len(records[0]["samples"])
+    ks = default_ks(num_samples)
+    rows = [
+        {
+            "id": record["id"],
+            **record["payload"],
+            "greedy_correct": record["greedy"]["correct"],
+            "num_correct": sum(sample["correct"] for sample in record["samples"]),
+            "correct": [int(sample["correct"]) for sample in record["samples"]],
+            "classes": [sample["class"] for sample in record["samples"]],
+            "tokens": sum(sample["length"] for sample in record["samples"]),
+        }
+        for record in records
+    ]
+    values = [problem_metrics(row, ks) for row in rows]
+    metrics = {}
+    for name in values[0]:
+        column = [value[name] for value in values]
+        low, high = bootstrap_interval(column, seed=seed)
+        metrics[name] = {"value": float(np.mean(column)), "low": low, "high": high}
+    return {
+        "task": records[0]["task"],
+        "num_problems": len(records),
+        "num_samples": num_samples,
+        "metrics": metrics,
+        "greedy_outputs": _describe([record["greedy"] for record in records]),
+        "sampled_outputs": _describe([s for record in records for s in record["samples"]]),
+        "problems": rows,
+    }
+
+
+def _describe(outputs: Sequence[dict[str, Any]]) -> dict[str, float]:
+    count = max(len(outputs), 1)
+    return {
+        "outputs": len(outputs),
+        "tokens": sum(output["length"] for output in outputs),
+        "mean_tokens": sum(output["length"] for output in outputs) / count,
+        "truncated": sum(not output["finished"] for output in outputs) / count,
+        "format_failures": sum(not output["format"] for output in outputs) / count,
+        "unreadable": sum(output["class"] is None for output in outputs) / count,
+    }
+
+
+def compare(before: dict[str, Any], after: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Return the paired difference of each metric that two summaries of the same problems share."""
+    same = ("id", "nums", "target")
+    keys = [[[row.get(key) for key in same] for row in s["problems"]] for s in (before, after)]
+    if keys[0] != keys[1]:
+        raise ValueError("the two evaluations are not of the same problems: nothing to pair")
+    shared = [k for k in default_ks(before["num_samples"]) if k in default_ks(after["num_samples"])]
+    values = [[problem_metrics(row, shared) for row in s["problems"]] for s in (before, after)]
+    return {
+        name: paired_difference(*([value[name] for value in side] for side in values))
+        for name in values[0][0]
+    }
