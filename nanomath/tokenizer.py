@@ -1,0 +1,349 @@
+"""Byte-level BPE: train, save, load, encode, decode.
+
+    python -m nanomath.tokenizer --corpus corpus.jsonl --vocab_size 1024 --out runs/tokenizer
+
+A text becomes ids in three steps: added plain tokens such as <think> are cut out, the rest is split
+into pieces by a list of regexes, and `tiktoken` merges the bytes of each piece. Files have the
+Hugging Face layout (tokenizer.json), so the `tokenizers` package reads them and gives the same ids.
+
+Control tokens (bos, eos, pad) are ids that no text can produce: a page that contains "<|eos|>" is
+spelled out in bytes. Chat templates and packing are for others.
+"""
+
+import heapq
+import os
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import regex
+import tiktoken
+
+from nanomath.config import opt, parse, write_json
+from nanomath.jsonl import read_jsonl
+from nanomath.log import progress
+from nanomath.tokenizer_json import BOS, EOS, PAD, dump_layout, parse_layout, read_json
+
+ADDED_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
+CONTROL_TOKENS = (BOS, EOS, PAD)
+
+# Classes are written out as code points: \p{L} is another set in every Unicode version (17,144 code
+# points apart between two packages of one install), and ids must never depend on that.
+_CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\uf900-\ufaff\U00020000-\U0003fffd"
+_LETTER = (
+    "A-Za-z\u00aa\u00b5\u00ba\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u167f\u1681-\u1fff"
+    "\u2c00-\u2dff\ua640-\uabff\U0001d400-\U0001d7cb"
+)
+# The upper bounds cap every piece: a run of a million equal characters is a row of short pieces,
+# in training, in `encode` and in any other program that reads tokenizer.json.
+SPLITS = (
+    f"[0-9\uff10-\uff19]|[{_CJK}]{{1,16}}",  # digits one by one; CJK has no spaces to split at
+    # a word or a run of signs takes one space before it; line breaks; the spaces that are left
+    rf" ?[{_LETTER}]{{1,32}}| ?[^\s{_LETTER}]{{1,16}}|[\r\n]{{1,16}}|[^\S\r\n]{{1,32}}(?!\S)|\s",
+)
+_CACHE_SIZE = 1 << 18  # pieces whose ids are remembered, about 50 MB when full
+
+
+class Tokenizer:
+    """Encode text to ids and back.
+
+    ranks maps each token's bytes to its id, lower merged first; splits are regexes applied one
+    after the other, each isolating its matches; added are plain tokens found in text, control
+    tokens are never produced from text. Build one with `train` or `load`.
+    """
+
+    def __init__(
+        self,
+        ranks: Mapping[bytes, int],
+        splits: Sequence[str],
+        *,
+        added: Mapping[str, int],
+        control: Mapping[str, int],
+        bos: str = BOS,
+        eos: str = EOS,
+        pad: str = PAD,
+        nfc: bool = False,
+    ):
+        self.ranks, self.splits = dict(ranks), tuple(splits)
+        self.added, self.control, self.nfc = dict(added), dict(control), nfc
+        self.names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
+        self.bos_id, self.eos_id, self.pad_id = control[bos], control[eos], control[pad]
+        used = [*self.ranks.values(), *self.added.values(), *self.control.values()]
+        self.vocab_size = max(used) + 1
+        self._bytes: list[bytes | None] = [None] * self.vocab_size
+        for token, token_id in self.ranks.items():
+            self._bytes[token_id] = token
+        for text, token_id in self.added.items():
+            self._bytes[token_id] = text.encode()
+        for token_id in self.control.values():
+            self._bytes[token_id] = b""
+        self._patterns = [regex.compile(f"({split})") for split in self.splits]
+        longest_first = sorted(self.added, key=len, reverse=True)
+        self._added = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        # One piece at a time goes in, so the engine's own pattern takes all of it; a pattern with
+        # look-ahead there overflows its stack on a million spaces.
+        self._engine = tiktoken.Encoding(
+            "nanomath", pat_str="(?s).+", mergeable_ranks=self.ranks, special_tokens={}
+        )
+        self._cache: dict[str, list[int]] = {}
+
+    @property
+    def token_num_bytes(self) -> list[int]:
+        """Bytes of text each id stands for (0 for control tokens): losses become bits per byte."""
+        return [len(token or b"") for token in self._bytes]
+
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
+        """Return the ids of text, between bos and eos if asked.
+
+        Lone surrogates, which no file can hold, become U+FFFD.
+        """
+        ids = [self.bos_id] if bos else []
+        for part in self._parts(text):
+            if part in self.added:
+                ids.append(self.added[part])
+                continue
+            for piece in self._split(part):
+                piece_ids = self._cache.get(piece)
+                if piece_ids is None:
+                    piece_ids = self._engine.encode_ordinary(piece)
+                    if len(piece) <= 32:
+                        if len(self._cache) >= _CACHE_SIZE:
+                            self._cache.clear()
+                        self._cache[piece] = piece_ids
+                ids.extend(piece_ids)
+        if eos:
+            ids.append(self.eos_id)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ids: control tokens dropped, bytes that are not UTF-8 as U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Return the exact bytes of ids. Raises ValueError for an id outside the vocabulary."""
+        parts = []
+        for token_id in ids:
+            token = self._bytes[token_id] if 0 <= token_id < self.vocab_size else None
+            if token is None:
+                raise ValueError(f"token id {token_id} is not in this vocabulary")
+            parts.append(token)
+        return b"".join(parts)
+
+    def _parts(self, text: str) -> list[str]:
+        """Cut text at added tokens, which are kept whole; normalise what lies between."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        parts = self._added.split(text) if self.added else [text]
+        if self.nfc:
+            parts = [p if p in self.added else unicodedata.normalize("NFC", p) for p in parts]
+        return parts
+
+    def _split(self, text: str) -> list[str]:
+        pieces = [text]
+        for pattern in self._patterns:
+            pieces = [piece for part in pieces for piece in pattern.split(part) if piece]
+        return pieces
+
+    @classmethod
+    def train(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        *,
+        added_tokens: Sequence[str] = ADDED_TOKENS,
+        show_progress: bool = False,
+    ) -> "Tokenizer":
+        """Learn byte-level BPE from texts.
+
+        Ids: 256 bytes, merges in the order learned, added tokens, bos, eos, pad. vocab_size counts
+        all of them; it comes out smaller where no pair of tokens is left that occurs twice.
+        Raises ValueError when vocab_size has no room or the texts are empty.
+        """
+        _check_added(added_tokens)
+        num_merges = vocab_size - 256 - len(added_tokens) - len(CONTROL_TOKENS)
+        if num_merges < 0:
+            raise ValueError(
+                f"vocab_size {vocab_size} is too small: 256 bytes, {len(added_tokens)} added and "
+                f"{len(CONTROL_TOKENS)} control tokens need {vocab_size - num_merges}"
+            )
+        blank = cls._assemble([], added_tokens)
+        piece_counts: Counter[str] = Counter()
+        for text in texts:
+            for part in blank._parts(text):
+                if part not in blank.added:
+                    piece_counts.update(blank._split(part))
+        if not piece_counts:
+            raise ValueError("there is no text to train a tokenizer on")
+        counts = {piece.encode(): count for piece, count in piece_counts.items()}
+        merges = learn_merges(counts, num_merges, show_progress=show_progress)
+        return cls._assemble(merges, added_tokens)
+
+    @classmethod
+    def _assemble(cls, merges: Sequence[tuple[int, int]], added: Sequence[str]) -> "Tokenizer":
+        tokens = [bytes([byte]) for byte in range(256)]
+        for left, right in merges:
+            tokens.append(tokens[left] + tokens[right])
+        ranks = {token: token_id for token_id, token in enumerate(tokens)}
+        names = [*added, *CONTROL_TOKENS]
+        ids = {name: len(tokens) + index for index, name in enumerate(names)}
+        return cls(
+            ranks,
+            SPLITS,
+            added={name: ids[name] for name in added},
+            control={name: ids[name] for name in CONTROL_TOKENS},
+        )
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write tokenizer.json (Hugging Face byte-level BPE) and tokenizer_config.json."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        layout = dump_layout(self.ranks, self.splits, self.added, self.control, nfc=self.nfc)
+        kind = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        write_json(folder / "tokenizer_config.json", {**kind, **self.names})
+        write_json(folder / "tokenizer.json", layout)  # last: where it is, the folder is complete
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> "Tokenizer":
+        """Read folder/tokenizer.json, with control tokens named by tokenizer_config.json if there.
+
+        Raises FileNotFoundError, or ValueError naming what cannot be represented exactly.
+        """
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing; make one with: python -m nanomath.tokenizer --out {folder}"
+            )
+        layout = read_json(path)
+        config_path = path.with_name("tokenizer_config.json")
+        names = read_json(config_path) if config_path.is_file() else {}
+        try:
+            return cls(**parse_layout(layout, names))
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"{path}: not a complete tokenizer.json ({error!r})") from None
+        except (ValueError, regex.error) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def learn_merges(
+    piece_counts: Mapping[bytes, int], num_merges: int, *, show_progress: bool = False
+) -> list[tuple[int, int]]:
+    """Return up to num_merges pairs of ids, most frequent first, ties to the smallest ids.
+
+    Merge number m makes id 256 + m. Stops when no pair occurs twice. Only the distinct pieces that
+    hold the merged pair are touched, so a merge costs what it changes, not the corpus.
+    """
+    words = [list(piece) for piece in piece_counts]
+    counts = list(piece_counts.values())
+    pair_counts: dict[tuple[int, int], int] = defaultdict(int)
+    words_with: dict[tuple[int, int], set[int]] = defaultdict(set)
+    for index, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            pair_counts[pair] += counts[index]
+            words_with[pair].add(index)
+    queue = [(-count, pair) for pair, count in pair_counts.items()]
+    heapq.heapify(queue)
+    merges: list[tuple[int, int]] = []
+    bar = progress(total=num_merges, desc="tokenizer", unit="merge", disable=not show_progress)
+    while len(merges) < num_merges and queue:
+        queued, pair = heapq.heappop(queue)
+        count = pair_counts[pair]
+        if -queued != count:  # only pairs with the newest id gain; all others lose, and are put
+            heapq.heappush(queue, (-count, pair))  # back under their true count when they surface
+            continue
+        if count < 2:
+            break
+        new_id = 256 + len(merges)
+        merges.append(pair)
+        born = set()
+        for index in words_with.pop(pair):
+            old = words[index]
+            new = _merge(old, pair, new_id)
+            for old_pair in zip(old, old[1:]):
+                pair_counts[old_pair] -= counts[index]
+            for new_pair in zip(new, new[1:]):
+                pair_counts[new_pair] += counts[index]
+                if new_id in new_pair:
+                    words_with[new_pair].add(index)
+                    born.add(new_pair)
+            words[index] = new
+        for new_pair in born:
+            heapq.heappush(queue, (-pair_counts[new_pair], new_pair))
+        bar.update()
+    bar.close()
+    return merges
+
+
+def _merge(word: list[int], pair: tuple[int, int], new_id: int) -> list[int]:
+    merged, position = [], 0
+    while position < len(word):
+        if tuple(word[position : position + 2]) == pair:
+            merged.append(new_id)
+            position += 2
+        else:
+            merged.append(word[position])
+            position += 1
+    return merged
+
+
+def _check_added(added_tokens: Sequence[str]) -> None:
+    for text in added_tokens:
+        if not text or text in CONTROL_TOKENS or added_tokens.count(text) > 1:
+            raise ValueError(f"added token {text!r} is empty, repeated or a control token's name")
+        text.encode()
+
+
+@dataclass(frozen=True)
+class Config:
+    corpus: str = opt("runs/corpus/corpus.jsonl", "pages, one JSON object with `text` a line")
+    vocab_size: int = opt(1024, "bytes, merges, added and control tokens together", low=263)
+    out: str = opt("runs/tokenizer", "folder to write tokenizer.json to")
+    max_mb: float = opt(100.0, "megabytes of text to train on", low=0.001)
+
+
+HELD_OUT_EVERY = 20  # each 20th page is not trained on and measures bytes per token
+
+
+def main(cfg: Config) -> None:
+    """Train on cfg.corpus and print bytes per token on held-out pages; do nothing if done."""
+    out, corpus = Path(cfg.out), Path(cfg.corpus)
+    settings = {"vocab_size": cfg.vocab_size, "max_mb": cfg.max_mb}
+    record = out / "training.json"
+    if (out / "tokenizer.json").exists():
+        before = read_json(record) if record.exists() else {}
+        if {name: before.get(name) for name in settings} != settings:
+            raise SystemExit(f"{out} holds a tokenizer made otherwise ({before}); remove it first")
+        print(f"{out}: done before, {before['bytes_per_token']} bytes per token; skipped")
+        return
+    trained, held_out, num_bytes = [], [], 0
+    pages = read_jsonl(corpus, required=("text",))
+    for number, (_, page) in enumerate(progress(pages, desc="read", unit="page")):
+        (held_out if number % HELD_OUT_EVERY == 0 else trained).append(page["text"])
+        num_bytes += len(page["text"].encode("utf-8", "replace"))
+        if num_bytes >= cfg.max_mb * 1e6:
+            break
+    if not trained:
+        raise SystemExit(f"{corpus}: one page is too little to train on and to measure")
+    tokenizer = Tokenizer.train(trained, cfg.vocab_size, show_progress=True)
+    num_held_out = sum(len(text.encode("utf-8", "replace")) for text in held_out)
+    num_tokens = sum(len(tokenizer.encode(text)) for text in held_out)
+    ratio = round(num_held_out / max(num_tokens, 1), 3)
+    out.mkdir(parents=True, exist_ok=True)
+    measured = {"vocab_size_reached": tokenizer.vocab_size, "bytes_per_token": ratio}
+    write_json(record, {**settings, **measured})
+    tokenizer.save(out)
+    print(
+        f"{out}: {tokenizer.vocab_size} tokens from {num_bytes / 1e6:.1f} MB; {ratio} bytes per "
+        f"token on {len(held_out)} held-out pages ({num_held_out / 1e6:.2f} MB)"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main(parse(Config, description=__doc__))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
