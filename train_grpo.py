@@ -4,7 +4,8 @@
     torchrun --nproc_per_node 8 train_grpo.py --init runs/sft      # the paper's settings
 
 `train` reads as Algorithm 1. What its phases do is in sampler.py (sampling), rewards.py (rewards)
-and grpo.py (advantages, the objective of Eq. 3 and 4, the update). The same command continues a run.
+and grpo.py (advantages, the objective of Eq. 3 and 4, the update). The same command continues a
+run.
 """
 
 import time
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from nanomath.checkpoint import load_model
-from nanomath.config import RunConfig, opt, parse
+from nanomath.config import RunConfig, one_line_errors, opt, parse
 from nanomath.data import epoch_order
 from nanomath.dist import (
     Dist,
@@ -200,31 +201,31 @@ def update(
 
 def train(cfg: GRPOConfig, dist: Dist) -> None:
     """Run Algorithm 1 with outcome rewards (Sec. 4.1.2, 4.1.4)."""
-    policy, tokenizer, _ = load_model(cfg.init, device=dist.device)  # Alg. 1 l.1
-    reference, _, _ = load_model(cfg.init, device=dist.device)
-    model_cfg = policy.cfg
-    policy, reference = shard(policy, dist), shard(reference.requires_grad_(False), dist)
-    sampling_model = make_replica(policy, dist)
-    optimizer = make_adamw(policy, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0)
-    problems = problem_set(cfg, "train", cfg.num_problems)
-    heldout = problem_set(cfg, "heldout", cfg.num_eval_problems)
-    run = Run(
-        cfg,
-        dist,
-        modules={"model": policy, "reference": reference},
-        optimizer=optimizer,
-        model_cfg=model_cfg,
-        tokenizer=tokenizer,
-    )
-    total_steps = cfg.num_iterations * cfg.num_steps
-    rows_longest = -(-cfg.batch_size // dist.world_size) * cfg.group_size
-    scoring = {
-        "temperature": cfg.temperature,
-        "micro_batch_size": cfg.micro_batch_size,
-        "num_rows_longest": rows_longest,
-        "device": dist.device,
-    }
-
+    with one_line_errors():
+        policy, tokenizer, _ = load_model(cfg.init, device=dist.device)  # Alg. 1 l.1
+        reference, _, _ = load_model(cfg.init, device=dist.device)
+        model_cfg = policy.cfg
+        policy, reference = shard(policy, dist), shard(reference.requires_grad_(False), dist)
+        sampling_model = make_replica(policy, dist)
+        optimizer = make_adamw(policy, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0)
+        problems = problem_set(cfg, "train", cfg.num_problems)
+        heldout = problem_set(cfg, "heldout", cfg.num_eval_problems)
+        run = Run(
+            cfg,
+            dist,
+            modules={"model": policy, "reference": reference},
+            optimizer=optimizer,
+            model_cfg=model_cfg,
+            tokenizer=tokenizer,
+        )
+        total_steps = cfg.num_iterations * cfg.num_steps
+        rows_longest = -(-cfg.batch_size // dist.world_size) * cfg.group_size
+        scoring = {
+            "temperature": cfg.temperature,
+            "micro_batch_size": cfg.micro_batch_size,
+            "num_rows_longest": rows_longest,
+            "device": dist.device,
+        }
     for step in run.steps(total_steps, desc="grpo"):  # Alg. 1 l.2, l.4
         if step % cfg.num_steps == 0:
             copy_weights(reference, policy)  # Alg. 1 l.3

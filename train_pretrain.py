@@ -9,12 +9,13 @@ Writes a run folder: checkpoints/, metrics.jsonl, plots/. The same command conti
 
 import math
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
 
 from kernels import linear_token_logprobs
-from nanomath.config import RunConfig, opt, parse
+from nanomath.config import RunConfig, one_line_errors, opt, parse
 from nanomath.data import TokenShards, read_jsonl, write_shards
 from nanomath.dist import Dist, all_reduce_sum, barrier, shard
 from nanomath.log import plot_metrics, progress
@@ -110,69 +111,74 @@ PRESETS = {
 }
 
 
-def tokenized(name: str, path: str, cfg: PretrainConfig, tok: Tokenizer, dist: Dist) -> TokenShards:
-    """Tokenize a JSONL file into run_dir/tokens/NAME once, on the first rank, and map it."""
+def tokenized(name: str, path: str, cfg: PretrainConfig, tokenizer: Tokenizer, dist: Dist):
+    """Tokenize a JSONL file into run_dir/tokens/NAME once, on the first rank; return its shards."""
     folder = Path(cfg.run_dir) / "tokens" / name
     if dist.is_main and not (folder / "index.json").exists():
-        documents = progress(read_jsonl(path), desc=f"tokenize {name}", unit="page")
-        texts = (row["text"] for _, row in documents)
-        write_shards(folder, texts, tok)
+        rows = progress(read_jsonl(path, required=("text",)), desc=f"tokenize {name}", unit="page")
+        documents = (tokenizer.encode(row["text"], eos=True) for _, row in rows)
+        write_shards(
+            folder,
+            documents,
+            vocab_size=tokenizer.vocab_size,
+            token_num_bytes=tokenizer.token_num_bytes,
+        )
     barrier(dist)
     return TokenShards(folder)
 
 
 @torch.no_grad()
 def bits_per_byte(model: torch.nn.Module, valid: TokenShards, cfg: PretrainConfig, dist: Dist):
-    """Return the model's code length of the held-out text in bits per byte of text."""
-    sums = {"nats": 0.0, "bytes": 0.0}
-    windows = valid.sequential(cfg.context, cfg.max_valid_tokens)
-    mine = windows[dist.rank :: dist.world_size]
-    longest = -(-len(windows) // dist.world_size)
-    for start in range(0, longest, cfg.micro_batch_size):
-        rows_BT = mine[start : start + cfg.micro_batch_size]
-        tokens_BT = torch.as_tensor(rows_BT).to(dist.device)
-        if not len(tokens_BT):
-            tokens_BT = torch.zeros(1, 2, dtype=torch.int64, device=dist.device)
+    """Return the model's code length of held-out text in bits per byte of text."""
+    num_batches = -(-min(cfg.max_valid_tokens, valid.num_tokens) // (cfg.context * cfg.batch_size))
+    sums = {"nats": 0.0, "tokens": 0.0}
+    batches = islice(valid.sequential(cfg.context, cfg.batch_size), num_batches)
+    for tokens_BT in batches:
+        # Every rank runs every batch's share; the last batch may have fewer rows than ranks.
+        mine_BT = tokens_BT[dist.rank :: dist.world_size].to(dist.device)
+        has_rows = len(mine_BT) > 0
+        mine_BT = mine_BT if has_rows else tokens_BT[:1].to(dist.device)
 
-        def head_fn(hidden_BTD, head_VD, tokens_BT=tokens_BT):
-            hidden_ND = hidden_BTD.flatten(0, 1)
-            return linear_token_logprobs(hidden_ND, head_VD, tokens_BT[:, 1:].flatten())[0]
+        def head_fn(hidden_BTD, head_VD, targets_BT=mine_BT[:, 1:]):
+            return linear_token_logprobs(hidden_BTD.flatten(0, 1), head_VD, targets_BT.flatten())
 
-        logp_N = model(tokens_BT[:, :-1], head_fn=head_fn)
-        if len(rows_BT):
+        logp_N, _ = model(mine_BT[:, :-1], head_fn=head_fn)
+        if has_rows:
             sums["nats"] -= float(logp_N.double().sum())
-            sums["bytes"] += logp_N.numel() / valid.tokens_per_byte
+            sums["tokens"] += logp_N.numel()
     totals = all_reduce_sum(sums, dist)
-    return totals["nats"] / math.log(2) / totals["bytes"]
+    bytes_per_token = valid.num_bytes / valid.num_tokens
+    return totals["nats"] / math.log(2) / (totals["tokens"] * bytes_per_token)
 
 
 def train(cfg: PretrainConfig, dist: Dist) -> None:
-    tokenizer = Tokenizer.load(cfg.tokenizer)
-    train_tokens = tokenized("train", cfg.corpus, cfg, tokenizer, dist)
-    valid_tokens = tokenized("valid", cfg.valid, cfg, tokenizer, dist)
-    model_cfg = ModelConfig(
-        vocab_size=tokenizer.vocab_size,
-        num_layers=cfg.num_layers,
-        width=cfg.width,
-        num_heads=cfg.num_heads,
-        num_kv_heads=cfg.num_kv_heads,
-        ffn_width=cfg.ffn_width,
-        max_context=cfg.context,
-    )
-    model = Transformer(model_cfg)
-    model.init_weights(cfg.seed)
-    model = shard(model, dist)
-    optimizer = make_adamw(
-        model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
-    )
-    run = Run(
-        cfg,
-        dist,
-        modules={"model": model},
-        optimizer=optimizer,
-        model_cfg=model_cfg,
-        tokenizer=tokenizer,
-    )
+    with one_line_errors():
+        tokenizer = Tokenizer.load(cfg.tokenizer)
+        train_tokens = tokenized("train", cfg.corpus, cfg, tokenizer, dist)
+        valid_tokens = tokenized("valid", cfg.valid, cfg, tokenizer, dist)
+        model_cfg = ModelConfig(
+            vocab_size=tokenizer.vocab_size,
+            num_layers=cfg.num_layers,
+            width=cfg.width,
+            num_heads=cfg.num_heads,
+            num_kv_heads=cfg.num_kv_heads,
+            ffn_width=cfg.ffn_width,
+            max_context=cfg.context,
+        )
+        model = Transformer(model_cfg)
+        model.init_weights(cfg.seed)
+        model = shard(model, dist)
+        optimizer = make_adamw(
+            model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
+        )
+        run = Run(
+            cfg,
+            dist,
+            modules={"model": model},
+            optimizer=optimizer,
+            model_cfg=model_cfg,
+            tokenizer=tokenizer,
+        )
     for step in run.steps(cfg.num_steps, desc="pretrain"):
         lr = SCHEDULES[cfg.schedule](
             step, num_steps=cfg.num_steps, peak=cfg.lr, warmup_steps=cfg.warmup_steps
@@ -180,7 +186,7 @@ def train(cfg: PretrainConfig, dist: Dist) -> None:
         metrics = supervised_step(
             model,
             optimizer,
-            train_tokens.batch(step, cfg.batch_size, cfg.context, cfg.seed),
+            train_tokens.train_batch(step, cfg.batch_size, cfg.context, cfg.seed),
             lr=lr,
             max_grad_norm=cfg.max_grad_norm,
             micro_batch_size=cfg.micro_batch_size,

@@ -10,8 +10,8 @@ inside each. The loss is on solution tokens only, every one with the same weight
 from dataclasses import dataclass
 
 from nanomath.checkpoint import load_model
-from nanomath.config import RunConfig, opt, parse
-from nanomath.data import PackedExamples, read_examples
+from nanomath.config import RunConfig, one_line_errors, opt, parse
+from nanomath.data import PackedExamples, encode_examples, read_examples
 from nanomath.dist import Dist, shard
 from nanomath.log import plot_metrics
 from nanomath.optim import SCHEDULES, make_adamw, supervised_step
@@ -70,26 +70,26 @@ PRESETS = {
 
 
 def train(cfg: SFTConfig, dist: Dist) -> None:
-    model, tokenizer, _ = load_model(cfg.init, device=dist.device)
-    model_cfg = model.cfg
-    context = min(cfg.context, model_cfg.max_context)
-    examples = [
-        (tokenizer.encode(prompt, bos=True), tokenizer.encode(solution, eos=True))
-        for prompt, solution in read_examples(cfg.data)
-    ]
-    packed = PackedExamples(examples, context, seed=cfg.seed)
-    model = shard(model, dist)
-    optimizer = make_adamw(
-        model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
-    )
-    run = Run(
-        cfg,
-        dist,
-        modules={"model": model},
-        optimizer=optimizer,
-        model_cfg=model_cfg,
-        tokenizer=tokenizer,
-    )
+    with one_line_errors():
+        model, tokenizer, _ = load_model(cfg.init, device=dist.device)
+        model_cfg = model.cfg
+        context = min(cfg.context, model_cfg.max_context)
+        examples = encode_examples(tokenizer, read_examples(cfg.data))
+        packed = PackedExamples(examples, context, seed=cfg.seed, pad_id=tokenizer.pad_id)
+        if dist.is_main:
+            print(packed.summary(), flush=True)
+        model = shard(model, dist)
+        optimizer = make_adamw(
+            model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
+        )
+        run = Run(
+            cfg,
+            dist,
+            modules={"model": model},
+            optimizer=optimizer,
+            model_cfg=model_cfg,
+            tokenizer=tokenizer,
+        )
     for step in run.steps(cfg.num_steps, desc="sft"):
         lr = SCHEDULES[cfg.schedule](
             step, num_steps=cfg.num_steps, peak=cfg.lr, warmup_steps=cfg.warmup_steps
@@ -97,7 +97,7 @@ def train(cfg: SFTConfig, dist: Dist) -> None:
         metrics = supervised_step(
             model,
             optimizer,
-            packed.batch(step, cfg.batch_size),
+            packed.batch(step, cfg.batch_size, cfg.seed),
             lr=lr,
             max_grad_norm=cfg.max_grad_norm,
             micro_batch_size=cfg.micro_batch_size,

@@ -22,7 +22,8 @@ import math
 import os
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -187,6 +188,18 @@ def _out_of_bounds(field: dataclasses.Field, value: Any) -> str | None:
         if high is not None and number > high:
             return f"--{field.name} is {number}, but must be at most {high}"
     return None
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn errors of reading what the user gave (files, flags, folders) into one line, status 1.
+
+    Put it around set-up only: an error inside a step is a bug, and keeps its traceback.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def to_json(cfg: Any) -> dict[str, Any]:

@@ -140,18 +140,21 @@ def supervised_step(
     def loss_of_rows(rows: list[int]) -> torch.Tensor:
         part = batch.rows(rows or [0]).to(dist.device)
         weights_BT = part.weights_BT if rows else torch.zeros_like(part.weights_BT)
-        targets_BT = part.tokens_BT.roll(-1, dims=1)  # the last column has weight 0
 
         def head_fn(hidden_BTD: torch.Tensor, head_VD: torch.Tensor) -> torch.Tensor:
-            hidden_ND, targets_N = hidden_BTD.flatten(0, 1), targets_BT.flatten()
-            weights_N = weights_BT.flatten()
-            return linear_cross_entropy(hidden_ND, head_VD, targets_N, weights_N=weights_N).loss
+            return linear_cross_entropy(
+                hidden_BTD.flatten(0, 1),
+                head_VD,
+                part.tokens_BT[:, 1:].flatten(),
+                weights_N=weights_BT[:, :-1].flatten(),
+            ).loss
 
+        # The last token is a target only: nothing is predicted from it.
         loss = model(
-            part.tokens_BT,
+            part.tokens_BT[:, :-1],
             head_fn=head_fn,
-            segments_BT=part.segments_BT,
-            positions_BT=part.positions_BT,
+            segments_BT=None if part.segments_BT is None else part.segments_BT[:, :-1],
+            positions_BT=None if part.positions_BT is None else part.positions_BT[:, :-1],
         )
         losses.append(loss.detach())
         return loss

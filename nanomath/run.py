@@ -9,14 +9,14 @@ What a step does stays in the scripts; what every trainer owes its users is here
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from nanomath import checkpoint
-from nanomath.config import RunConfig, lock_config
+from nanomath.config import RunConfig, lock_config, one_line_errors
 from nanomath.dist import Dist, StopSignal, barrier, cleanup, raise_together, setup
 from nanomath.log import RunLog, progress
 from nanomath.model import ModelConfig
@@ -32,15 +32,20 @@ def open_run(cfg: RunConfig) -> Iterator[Dist]:
 
     Raises SystemExit with one line when the folder is in use or holds other settings.
     """
-    try:
+    with one_line_errors():
         dist = setup(cfg.device, cfg.threads)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
-    with raise_together(dist), checkpoint.run_lock(cfg.run_dir, dist):
+    with raise_together(dist), ExitStack() as stack:
+        with one_line_errors():
+            stack.enter_context(checkpoint.run_lock(cfg.run_dir, dist))
         if dist.is_main:
             lock_config(cfg, cfg.run_dir)
         barrier(dist)
-        yield dist
+        try:
+            yield dist
+        except KeyboardInterrupt:
+            raise SystemExit(
+                f"interrupted: the same command continues {cfg.run_dir} from its last checkpoint"
+            ) from None
     cleanup(dist)
 
 
