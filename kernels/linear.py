@@ -24,7 +24,10 @@ from kernels.rows import (
     check_rows,
 )
 
-CPU_CHUNK_ELEMENTS = 2**24  # logits per chunk: 64 MiB in fp32
+# On a CPU a chunk's logits should stay in the cache (1M are 4 MiB), but each chunk also reads the
+# head twice and its gradient once: below 256 rows that is what it would wait for.
+CPU_CHUNK_ELEMENTS = 2**20
+CPU_CHUNK_MIN_ROWS = 256
 GPU_CHUNK_ROWS = 8192  # each chunk re-reads and re-writes the fp32 head gradient: 4-9% at 4096-8192
 
 
@@ -187,7 +190,7 @@ def _numbered(rows: Rows, span: slice) -> Rows:
 
 def _default_chunk_rows(hidden_ND: Tensor, vocab_size: int) -> int:
     if hidden_ND.device.type == "cpu":
-        return max(1, CPU_CHUNK_ELEMENTS // vocab_size)
+        return max(CPU_CHUNK_MIN_ROWS, CPU_CHUNK_ELEMENTS // vocab_size)
     free_bytes, _ = torch.cuda.mem_get_info(hidden_ND.device)
     affordable = free_bytes // 4 // (vocab_size * hidden_ND.element_size())
     return max(256, min(GPU_CHUNK_ROWS, affordable // 256 * 256))
