@@ -1,0 +1,638 @@
+"""Checkpoints: what is saved comes back bit by bit, and what is damaged is never believed.
+
+Kills are real: a fork of the test saves and is ended at every fsync, rename and deletion in turn.
+Two-process checks run this file as a script (`worker_*`), see test_dist.py.
+"""
+
+import errno
+import importlib.util
+import json
+import os
+import pickletools
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from nanomath import checkpoint as ck
+from nanomath import dist as nd
+from nanomath.model import ModelConfig, Transformer
+from nanomath.tokenizer import Tokenizer
+
+spec = importlib.util.spec_from_file_location(
+    "dist_tests", Path(__file__).with_name("test_dist.py")
+)
+dist_tests = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(dist_tests)
+ALONE, CFG, full = dist_tests.ALONE, dist_tests.CFG, dist_tests.full
+
+
+class Run:
+    """A small trainer: policy, reference, AdamW, and a cursor as state."""
+
+    def __init__(self, run_dir, dist=ALONE, cfg=CFG, seed=0, dtype=torch.float32):
+        self.run_dir, self.dist, self.cfg, self.step = Path(run_dir), dist, cfg, 0
+        self.modules = {}
+        for name in ("policy", "reference"):
+            model = Transformer(cfg).to(dtype)
+            model.init_weights(seed, std=0.2)
+            self.modules[name] = nd.shard(model, dist)
+        parameters = list(self.modules["policy"].parameters())
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.1},
+                {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+            ],
+            lr=0.01,
+            fused=True,
+        )
+
+    def train(self, num_steps):
+        model = self.modules["policy"]
+        for _ in range(num_steps):
+            generator = torch.Generator().manual_seed(self.step)
+            tokens = torch.randint(0, self.cfg.vocab_size, (4, 6), generator=generator)
+            mine = tokens[self.dist.rank :: self.dist.world_size]
+            (model(mine).square().sum() / 50).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.step += 1
+
+    def save(self, **options):
+        state = {"cursor": self.step * 7, "note": "x"}
+        return ck.save(
+            self.run_dir,
+            self.step,
+            modules=self.modules,
+            optimizer=self.optimizer,
+            state=state,
+            model_cfg=self.cfg,
+            tokenizer=None,
+            dist=self.dist,
+            **options,
+        )
+
+    def load(self):
+        state = ck.load_latest(
+            self.run_dir, modules=self.modules, optimizer=self.optimizer, dist=self.dist
+        )
+        self.step = 0 if state is None else state["step"]
+        return state
+
+    def tensors(self):
+        """Return all weights and moments, whole, by name."""
+        found = ck._optim_tensors(self.modules, self.optimizer)
+        for name, module in self.modules.items():
+            found |= {f"{name}/{key}": value for key, value in ck._module_tensors(module).items()}
+        return {name: full(value) for name, value in found.items()}
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name].dtype == right[name].dtype
+        assert torch.equal(left[name], right[name]), name
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with checkpoints 2 and 4, and at step 5."""
+    run = Run(tmp_path)
+    for _ in range(2):
+        run.train(2)
+        run.save()
+    run.train(1)
+    return run
+
+
+def folder_of(run, step):
+    return run.run_dir / "checkpoints" / f"step-{step:06d}"
+
+
+def names(run):
+    return sorted(path.name for path in (run.run_dir / "checkpoints").iterdir())
+
+
+# ---------------------------------------------------------------------------- resume
+
+
+def test_resume_is_bit_exact(run):
+    """Training 2N steps equals training N, loading into a fresh run, training N: every bit."""
+    resumed = Run(run.run_dir, seed=3)
+    assert resumed.load() == {"step": 4, "cursor": 28, "note": "x"}
+    resumed.train(3)
+    run.train(2)
+    assert len(run.tensors()) == 21 * 5  # weights of two models, two moments and a step of one
+    assert_same(run.tensors(), resumed.tensors())
+    reference = resumed.modules["reference"].embedding.weight
+    assert not torch.equal(reference, resumed.modules["policy"].embedding.weight)
+
+
+def test_nothing_saved_is_none(tmp_path):
+    """A run without checkpoints starts from the beginning, and its weights stay."""
+    run = Run(tmp_path)
+    before = run.tensors()
+    assert run.load() is None
+    assert_same(before, run.tensors())
+
+
+def test_state_other_than_adamw_moments(tmp_path):
+    """Weights of mixed types, buffers and an optimizer that has not stepped come back."""
+
+    def build(value):
+        module = nn.Module()
+        module.narrow = nn.Parameter(torch.full((3, 2), value, dtype=torch.bfloat16))
+        module.scalar = nn.Parameter(torch.tensor(value, dtype=torch.float64))
+        module.register_buffer("count", torch.tensor([int(value)]))
+        module.register_buffer("scratch", torch.tensor([value]), persistent=False)
+        module.tied = module.narrow
+        return module, torch.optim.SGD(module.parameters(), momentum=0.5)
+
+    module, optimizer = build(1.25)
+    rest = {"state": {}, "model_cfg": {"a": 1}, "tokenizer": None, "dist": ALONE}
+    folder = ck.save(tmp_path, 1, modules={"m": module}, optimizer=optimizer, **rest)
+    assert set(load_file(folder / "m-00000.safetensors")) == {"narrow", "scalar", "count"}
+    again, other = build(7.5)
+    ck.load_latest(tmp_path, modules={"m": again}, optimizer=other, dist=ALONE)
+    assert torch.equal(again.narrow, module.narrow) and torch.equal(again.scalar, module.scalar)
+    assert again.count.item() == 1 and again.scratch.item() == 7.5
+    assert not other.state
+
+
+# ---------------------------------------------------------------------------- what is on the disk
+
+
+def test_layout(run):
+    """The folder holds what the docstring says, hashed, none of it a pickle."""
+    folder = folder_of(run, 4)
+    stems = ["optim-00000", "policy-00000", "reference-00000"]
+    files = {f"{stem}.{kind}" for stem in stems for kind in ("json", "safetensors")}
+    files |= {"state.json", "config.json", "COMMIT"}
+    assert {path.name for path in folder.iterdir()} == files
+    assert (folder.parent / "latest").read_text() == "step-000004\n"
+    assert set(ck._read_commit(folder)["files"]) == files - {"COMMIT"}
+    places = json.loads((folder / "policy-00000.json").read_text())
+    assert places["embedding.weight"] == {"shape": [33, 12], "offset": 0}
+    weights = load_file(folder / "policy-00000.safetensors")
+    assert weights["embedding.weight"].shape == (33, 12)
+    for path in folder.iterdir():
+        raw = path.read_bytes()
+        assert not raw.startswith((b"\x80", b"PK", b"\x1f\x8b"))
+        with pytest.raises(ValueError):
+            list(pickletools.genops(raw))
+
+
+def test_newest_are_kept(run):
+    """Only the newest `keep` stay; temporary folders of dead runs go."""
+    (run.run_dir / "checkpoints" / ".tmp-step-000009-1").mkdir()
+    for _ in range(3):
+        run.train(1)
+        run.save(keep=3)
+    assert names(run) == ["latest", "step-000006", "step-000007", "step-000008"]
+    run.train(1)
+    run.save(keep=1)
+    assert names(run) == ["latest", "step-000009"]
+
+
+def test_a_step_saved_again_replaces_the_old_one(run):
+    """The second save of a step is the one that counts; the first is gone afterwards."""
+    run.step = 4
+    run.save()
+    assert names(run) == ["latest", "step-000002", "step-000004"]
+    resumed = Run(run.run_dir, seed=1)
+    resumed.load()
+    assert_same(run.tensors(), resumed.tensors())
+
+
+def test_damaged_ones_do_not_count_as_kept(run):
+    """With a damaged checkpoint among the newest, an older sound one is kept to fall back on."""
+    (folder_of(run, 4) / "state.json").unlink()
+    run.save(keep=2)
+    assert names(run) == ["latest", "step-000002", "step-000004", "step-000005"]
+
+
+# ---------------------------------------------------------------------------- damage
+
+
+def flip(path, position):
+    raw = bytearray(path.read_bytes())
+    raw[position] ^= 1 << random.Random(position).randrange(8)
+    path.write_bytes(raw)
+
+
+DAMAGE = {
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "first bit": lambda path: flip(path, 0),
+    "middle bit": lambda path: flip(path, path.stat().st_size // 2),
+    "last bit": lambda path: flip(path, path.stat().st_size - 1),
+}
+FILES = ["policy-00000.safetensors", "policy-00000.json", "optim-00000.safetensors"]
+FILES += ["state.json", "config.json", "COMMIT"]
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path, capsys, kind):
+    """Any damage to any file is found, named with its file, and costs one interval, not the run."""
+    run = Run(tmp_path)
+    run.train(1)
+    run.save()
+    kept = run.tensors()
+    run.train(1)
+    sound = run.save()
+    shutil.copytree(sound, tmp_path / "sound")
+    for name in FILES:
+        DAMAGE[kind](sound / name)
+        resumed = Run(tmp_path, seed=1)
+        assert resumed.load()["step"] == 1
+        assert_same(kept, resumed.tensors())
+        warning = capsys.readouterr().err
+        assert warning.startswith(f"nanomath: warning: checkpoint {sound} is damaged")
+        assert name in warning and len(warning.splitlines()) == 1
+        shutil.rmtree(sound)
+        shutil.copytree(tmp_path / "sound", sound)
+    assert resumed.load()["step"] == 2
+
+
+def test_every_byte_of_commit_counts(tmp_path):
+    """COMMIT guards itself: a flipped bit in any of its bytes is seen."""
+    raw = ck._commit_text({"format": 1, "step": 4, "files": {"a": {"bytes": 7, "sha256": "0f"}}})
+    path = tmp_path / "COMMIT"
+    for position in range(len(raw)):
+        path.write_bytes(raw)
+        flip(path, position)
+        with pytest.raises(ck.Damaged, match="COMMIT"):
+            ck._read_commit(tmp_path)
+    path.write_bytes(raw)
+    assert ck._read_commit(tmp_path)["step"] == 4
+
+
+def test_only_damaged_ones_is_an_error(run):
+    """A run whose every checkpoint is damaged does not start again by itself."""
+    for step in (2, 4):
+        flip(folder_of(run, step) / "COMMIT", 5)
+    with pytest.raises(ValueError, match="every checkpoint under .* is damaged"):
+        run.load()
+
+
+def test_another_shape_is_refused(run):
+    """A checkpoint of another model names tensor, both shapes, and changes nothing."""
+    other = Run(run.run_dir, cfg=ModelConfig(34, 2, 12, 2, 1, 20))
+    before = other.tensors()
+    with pytest.raises(
+        ck.Mismatch, match=r"policy/embedding.weight has shape \[33, 12\].*\[34, 12\]"
+    ):
+        other.load()
+    assert_same(before, other.tensors())
+    with pytest.raises(ck.Mismatch, match="policy/blocks.2.* is missing"):
+        Run(run.run_dir, cfg=ModelConfig(33, 3, 12, 2, 1, 20)).load()
+    with pytest.raises(ck.Mismatch, match="policy/blocks.1.* is not part of this model"):
+        Run(run.run_dir, cfg=ModelConfig(33, 1, 12, 2, 1, 20)).load()
+    with pytest.raises(ck.Mismatch, match="num_heads 2, not 6"):
+        Run(run.run_dir, cfg=ModelConfig(33, 2, 12, 6, 3, 20)).load()
+
+
+def test_bad_calls_are_refused(run):
+    """What could not be loaded again is refused before anything is written."""
+    for options, message in [
+        ({"state": {"x": float("nan")}}, "JSON"),
+        ({"state": {"step": 3}}, "state says step 3"),
+        ({"keep": 0}, "keep is 0"),
+        ({"modules": {"optim": run.modules["policy"]}}, "module names"),
+        ({"modules": {"reference": run.modules["reference"]}}, "of no module"),
+    ]:
+        arguments = {
+            "modules": run.modules,
+            "optimizer": run.optimizer,
+            "state": {},
+            "model_cfg": CFG,
+            "tokenizer": None,
+            "dist": ALONE,
+        }
+        with pytest.raises(ValueError, match=message):
+            ck.save(run.run_dir, 5, **(arguments | options))
+    assert [name for name in names(run) if "5" in name and not name.startswith(".tmp")] == []
+
+
+# ---------------------------------------------------------------------------- bad disks and kills
+
+
+def in_fork(action):
+    """Run action in a forked process; return its exit status (negative: signal)."""
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_full_disk_fails_the_save_only(run):
+    """When the disk refuses, SaveFailed is raised, older checkpoints and the run stay usable."""
+
+    def full_disk():
+        size = (folder_of(run, 4) / "policy-00000.safetensors").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, resource.RLIM_INFINITY))
+        with pytest.raises(ck.SaveFailed, match=r"could not save .*step-000005: rank 0.*too large"):
+            run.save()
+        assert names(run) == ["latest", "step-000002", "step-000004"]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        run.save()  # the next try, with room again
+        assert names(run) == ["latest", "step-000004", "step-000005"]
+
+    assert in_fork(full_disk) == 0
+    assert Run(run.run_dir).load()["step"] == 5
+
+
+@pytest.mark.parametrize("target", ["fsync", "rename", "mkdir", "replace"])
+def test_io_errors_at_every_call(run, monkeypatch, target, capsys):
+    """Wherever the disk says ENOSPC, a sound checkpoint remains and no temporary folder does."""
+    real, saved = getattr(os, target), False
+    for failing_call in range(100):
+        calls = []
+
+        def faulty(*arguments, failing_call=failing_call, calls=calls, **options):
+            calls.append(arguments)
+            if len(calls) == failing_call + 1:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(os, target, faulty)
+        try:
+            run.save()
+            saved = True  # from here on, errors in tidying up are warnings
+        except ck.SaveFailed as error:
+            assert "No space left on device" in str(error)
+            assert not [name for name in names(run) if name.startswith(".tmp-step-000005-")]
+        monkeypatch.setattr(os, target, real)
+        assert Run(run.run_dir).load()["step"] in ((5,) if saved else (4, 5))
+        if len(calls) <= failing_call:
+            break
+    assert saved
+    assert failing_call >= {"fsync": 12, "rename": 2, "mkdir": 1, "replace": 1}[target]
+
+
+def test_kill_at_every_step_of_a_save(tmp_path):
+    """SIGKILL before or after any fsync, rename or deletion leaves a loadable checkpoint."""
+    module = nn.Linear(2, 2)
+    rest = {"optimizer": None, "state": {}, "model_cfg": {}, "tokenizer": None, "dist": ALONE}
+
+    def save(run_dir, step, value):
+        nn.init.constant_(module.weight, value)
+        ck.save(run_dir, step, modules={"m": module}, keep=1, **rest)
+
+    def load(run_dir):
+        nn.init.zeros_(module.weight)
+        state = ck.load_latest(run_dir, modules={"m": module}, optimizer=None, dist=ALONE)
+        return state["step"], module.weight[0, 0].item()
+
+    save(tmp_path / "start", 3, 1.0)
+    # A later step, and the same step again, which moves the old folder aside.
+    for new in (4, 3):
+        seen = set()
+        for fault in range(200):
+            run_dir = tmp_path / f"{new}-{fault}"
+            shutil.copytree(tmp_path / "start", run_dir)
+            status = in_fork(lambda: (kill_at(fault), save(run_dir, new, 2.0)))  # noqa: B023
+            assert status in (0, -signal.SIGKILL)
+            seen.add(load(run_dir))
+            assert not list(run_dir.rglob(".tmp*"))
+            if status == 0:
+                break
+        assert seen == {(3, 1.0), (new, 2.0)}
+        assert load(run_dir) == (new, 2.0)
+        assert fault > 40
+
+
+def kill_at(fault):
+    """End this process at the fault-th call that touches the disk, before or after it."""
+    count = 0
+    for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "open"):
+
+        def counted(*arguments, real=getattr(os, name), **options):
+            nonlocal count
+            for moment in ("before", "after"):
+                if count == fault:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                count += 1
+                if moment == "before":
+                    result = real(*arguments, **options)
+            return result
+
+        setattr(os, name, counted)
+
+
+def save_for_ever(run):
+    while True:
+        run.train(1)
+        run.save()
+
+
+@pytest.mark.slow
+def test_kill_at_random_times(tmp_path):
+    """SIGKILL at random times in a loop of saves: always loadable, equal to an undisturbed run."""
+    random.seed(0)
+    clean, step = Run(tmp_path / "clean"), 0
+    for _ in range(30):
+        child = os.fork()
+        if child == 0:
+            run = Run(tmp_path, seed=0)
+            run.load()
+            save_for_ever(run)
+        time.sleep(0.05 + random.random() / 4)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        resumed = Run(tmp_path, seed=0)
+        resumed.load()
+        assert resumed.step >= step
+        step = resumed.step
+        clean.train(step - clean.step)
+        if step:
+            assert_same(clean.tensors(), resumed.tensors())
+    assert step > 3
+
+
+# ---------------------------------------------------------------------------- models for others
+
+
+def test_load_model_from_every_kind_of_path(run, capsys):
+    """A run folder, its checkpoints and one step give the model that was saved."""
+    tokens = torch.arange(8).reshape(2, 4)
+    run.load()
+    expected = run.modules["policy"](tokens)
+    for path in (run.run_dir, str(run.run_dir / "checkpoints"), folder_of(run, 4)):
+        model, tokenizer, state = ck.load_model(path, device="cpu")
+        assert torch.equal(model(tokens), expected)
+        assert tokenizer is None and state["step"] == 4 and model.cfg == CFG
+    wide = ck.load_model(run.run_dir, device="cpu", dtype=torch.float64)[0]
+    torch.testing.assert_close(wide(tokens), expected.double(), rtol=1e-4, atol=1e-5)
+    reference = ck.load_model(run.run_dir, device="cpu", module="reference")[0]
+    assert torch.equal(reference(tokens), run.modules["reference"](tokens))
+    flip(folder_of(run, 4) / "policy-00000.safetensors", 5000)
+    assert ck.load_model(run.run_dir, device="cpu")[2]["step"] == 2
+    assert "step-000004 is damaged" in capsys.readouterr().err
+
+
+def test_load_model_says_what_is_wrong(run, tmp_path):
+    """No checkpoint names the command that makes one; damage and unknown modules are named."""
+    with pytest.raises(FileNotFoundError, match="no checkpoint under .*; make one with: bash"):
+        ck.load_model(tmp_path / "nowhere", device="cpu")
+    with pytest.raises(FileNotFoundError, match="make one with: python train_sft.py"):
+        ck.load_model(tmp_path / "nowhere", device="cpu", made_by="python train_sft.py")
+    with pytest.raises(ValueError, match="holds no module critic: .*'policy', 'reference'"):
+        ck.load_model(run.run_dir, device="cpu", module="critic")
+    flip(folder_of(run, 4) / "COMMIT", 9)
+    with pytest.raises(ck.Damaged, match="step-000004 is damaged: .*COMMIT"):
+        ck.load_model(folder_of(run, 4), device="cpu")
+
+
+def test_tied_model_and_tokenizer(tmp_path):
+    """A tied head is stored once and stays tied; the tokenizer travels with the model."""
+    cfg = ModelConfig(300, 1, 8, 2, 2, 12, tied_head=True)
+    tokenizer = Tokenizer.train(["12 + 30 = 42"] * 3, 300)
+    model = Transformer(cfg)
+    model.init_weights(0)
+    options = {"optimizer": None, "state": {}, "model_cfg": cfg, "tokenizer": tokenizer}
+    folder = ck.save(tmp_path, 1, modules={"model": model}, dist=ALONE, **options)
+    assert "head.weight" not in load_file(folder / "model-00000.safetensors")
+    loaded, again, _ = ck.load_model(tmp_path, device="cpu")
+    assert loaded.head.weight is loaded.embedding.weight
+    assert torch.equal(loaded.head.weight, model.embedding.weight)
+    assert again.encode("3 + 4 = 7") == tokenizer.encode("3 + 4 = 7")
+    flip(folder / "tokenizer.json", 30)
+    with pytest.raises(ck.Damaged, match="tokenizer.json"):
+        ck.load_model(folder, device="cpu")
+
+
+# ---------------------------------------------------------------------------- one trainer a folder
+
+
+def test_second_trainer_is_refused(tmp_path):
+    """A held folder is refused with folder and pid; free once the holder ends, even by kill."""
+    with ck.run_lock(tmp_path / "run") as lock:
+        lock.check(ALONE)
+        message = f"run is in use .*pid {os.getpid()} on"
+        with pytest.raises(ck.RunInUse, match=message), ck.run_lock(tmp_path / "run", ALONE):
+            pass
+
+        def second_process():
+            with pytest.raises(ck.RunInUse), ck.run_lock(tmp_path / "run"):
+                pass
+
+        assert in_fork(second_process) == 0
+    with ck.run_lock(tmp_path / "run"):
+        pass
+
+    def killed():
+        with ck.run_lock(tmp_path / "run"):
+            if os.fork() == 0:  # a worker that outlives its trainer must not keep the folder
+                time.sleep(5)
+                os._exit(0)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_fork(killed) == -signal.SIGKILL
+    with ck.run_lock(tmp_path / "run"):
+        pass
+
+
+def test_stolen_lock_stops_saving(run):
+    """A trainer whose lock file was removed or replaced saves nothing more."""
+    with ck.run_lock(run.run_dir) as lock:
+        run.save(lock=lock)
+        (run.run_dir / ".lock").unlink()
+        with ck.run_lock(run.run_dir):  # the thief
+            run.step = 6
+            with pytest.raises(ck.RunInUse, match="removed or replaced"):
+                run.save(lock=lock)
+    assert "step-000006" not in names(run)
+
+
+# ---------------------------------------------------------------------------- two processes
+
+
+def worker_reshard(out):
+    """Continue what one process saved, save from two, fail a save on rank 1, share the lock."""
+    dist = nd.setup("cpu", 1, timeout_s=60)
+    with nd.raise_together(dist):
+        facts = {}
+        run = Run(out / "one", dist, seed=5, dtype=torch.float64)
+        facts["state"] = run.load()
+        loaded = run.tensors()
+        run.run_dir = out / "two"
+        with ck.run_lock(run.run_dir, dist) as lock:
+            run.save(lock=lock)
+            run.train(2)
+            real = os.fsync
+            if dist.rank == 1:
+                os.fsync = lambda handle: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full"))
+            try:
+                run.save(lock=lock)
+            except ck.SaveFailed as error:
+                facts["failed"] = str(error)
+            os.fsync = real
+            nd.barrier(dist)
+            facts["after_failure"] = names(run)
+            run.save(lock=lock)
+            other = nd.Dist(0, 0, 1, dist.device)
+            try:
+                ck.run_lock(run.run_dir, other).__enter__()
+            except ck.RunInUse as error:
+                facts["in_use"] = str(error)
+        trained = run.tensors()
+        if dist.is_main:
+            save_file(loaded, out / "loaded.safetensors")
+            save_file(trained, out / "trained.safetensors")
+            path = out / "two" / "checkpoints" / f"step-{run.step:06d}" / "policy-00001.safetensors"
+            shutil.copytree(out / "two", out / "damaged")
+            flip(out / "damaged" / path.relative_to(out / "two"), 3000)
+        nd.barrier(dist)
+        run.run_dir = out / "damaged"
+        facts["fallback"] = run.load()["step"]
+        (out / f"facts-{dist.rank}.json").write_text(json.dumps(facts))
+        nd.cleanup(dist)
+
+
+def test_reshard_one_to_two_to_one(tmp_path):
+    """Two ranks load what one saved, one loads what two saved: bit by bit; failures are shared."""
+    one = Run(tmp_path / "one", dtype=torch.float64)
+    one.train(2)
+    one.save()
+    statuses = dist_tests.launch("reshard", tmp_path, 2, file=__file__)
+    assert [status for status, _ in statuses] == [0, 0], statuses
+    assert_same(one.tensors(), load_file(tmp_path / "loaded.safetensors"))
+
+    back = Run(tmp_path / "two", seed=7, dtype=torch.float64)
+    assert back.load()["step"] == 4
+    assert_same(back.tensors(), load_file(tmp_path / "trained.safetensors"))
+    one.train(2)
+    for name, tensor in back.tensors().items():
+        torch.testing.assert_close(tensor, one.tensors()[name], rtol=1e-10, atol=1e-10)
+
+    folder = folder_of(back, 4)
+    places = [json.loads((folder / f"policy-0000{rank}.json").read_text()) for rank in (0, 1)]
+    assert [place["embedding.weight"]["offset"] for place in places] == [0, 17]
+    for rank in (0, 1):
+        facts = json.loads((tmp_path / f"facts-{rank}.json").read_text())
+        assert facts["state"] == {"step": 2, "cursor": 14, "note": "x"}
+        assert "rank 1: OSError: [Errno 28] full" in facts["failed"]
+        assert facts["after_failure"] == ["latest", "step-000002"]
+        assert "in use by another trainer" in facts["in_use"]
+        assert facts["fallback"] == 2
+    assert "policy-00001.safetensors does not match its checksum" in statuses[0][1]
+
+
+if __name__ == "__main__":
+    globals()[f"worker_{sys.argv[1]}"](Path(sys.argv[2]))
