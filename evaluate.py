@@ -1,0 +1,315 @@
+"""Evaluate a checkpoint: accuracy, Pass@K and Maj@K on held-out problems (Sec. 5, 6).
+
+    python evaluate.py --preset cpu --checkpoint runs/grpo --out runs/eval-grpo.json
+    python evaluate.py --checkpoint runs/grpo --compare runs/eval-sft.json --out runs/eval-grpo.json
+    torchrun --nproc_per_node 8 evaluate.py --preset gpu --checkpoint runs/grpo
+
+Writes the figures to --out, and beside it whole outputs with their rewards (.samples.txt). Finished
+chunks are kept in a folder beside it (.parts): the same command continues an interrupted
+evaluation, on any number of processes, and a finished one is only printed. A checkpoint with other
+weights or a changed setting starts anew.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanomath.checkpoint import RunInUse, load_model, run_lock
+from nanomath.config import one_line_errors, opt, parse, to_json, write_json
+from nanomath.dist import Dist, barrier, cleanup, raise_together, setup
+from nanomath.evaluation import TASKS, chunks, compare, evaluate_chunk, summarise
+from nanomath.log import printable, progress
+from nanomath.tasks import Problem, countdown, encode_prompt
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    checkpoint: str = opt("runs/grpo", "run folder or checkpoint to evaluate")
+    task: str = opt("countdown", "which problems", choices=(*TASKS,))
+    out: str = opt("", "JSON file of the figures; empty: CHECKPOINT/evaluation-TASK.json")
+    compare: str | None = opt(
+        None, "figures of another checkpoint on the same problems, to subtract"
+    )
+    # Problems
+    num_problems: int = opt(1000, "held-out problems", low=1)
+    problem_seed: int = opt(0, "seed of the problems; train_grpo.py evaluates on seed 0", low=0)
+    num_numbers: tuple[int, ...] = opt((3, 4), "numbers per Countdown problem", low=2, high=5)
+    max_number: int = opt(99, "largest given number", low=1)
+    max_target: int = opt(100, "largest target", low=1)
+    prompt_style: str = opt("short", "prompt wording", choices=countdown.STYLES)
+    data: str | None = opt(None, 'JSONL of rows {"nums": [..], "target": n} instead; all its rows')
+    # Sampling
+    num_samples: int = opt(
+        8, "samples per problem n, for Pass@K and Maj@K up to n", low=0, high=1000
+    )
+    temperature: float = opt(0.7, "sampling temperature, Sec. 5", low=1e-3)
+    max_new_tokens: int = opt(1024, "tokens per output at most, Sec. 4.2", low=1)
+    seed: int = opt(0, "seed of the samples", low=0)
+    # The run
+    chunk_problems: int = opt(64, "problems sampled at once and then saved", low=1)
+    shown_problems: int = opt(50, "problems whose outputs are written to the samples file", low=0)
+    device: str = opt("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
+    threads: int = opt(0, "torch threads per process; 0: the cores there are", low=0)
+
+
+# The problems of train_grpo.py's presets.
+PRESETS = {
+    "smoke": {
+        "num_problems": 50,
+        "num_numbers": (3,),
+        "max_number": 10,
+        "max_target": 20,
+        "max_new_tokens": 32,
+    },
+    "cpu": {
+        "num_problems": 1000,
+        "num_numbers": (3,),
+        "max_number": 20,
+        "max_target": 50,
+        "max_new_tokens": 40,
+    },
+    "gpu": {"num_problems": 1000, "max_new_tokens": 128, "chunk_problems": 256},
+    "countdown_qwen_3b": {"prompt_style": "full", "chunk_problems": 128},
+}
+
+# What does not change the figures: it may differ when an evaluation is continued.
+NOT_IN_HASH = ("checkpoint", "out", "compare", "shown_problems", "device", "threads")
+
+
+def load_problems(cfg: EvalConfig) -> list[Problem]:
+    """Return the problems to evaluate on: generated held-out ones, or those of --data."""
+    if cfg.data is None:
+        return countdown.generate(
+            cfg.num_problems,
+            split="heldout",
+            seed=cfg.problem_seed,
+            num_numbers=cfg.num_numbers,
+            max_number=cfg.max_number,
+            max_target=cfg.max_target,
+            style=cfg.prompt_style,
+        )
+    problems, bad = countdown.read_jsonl(cfg.data, limit=cfg.num_problems, style=cfg.prompt_style)
+    for line in bad[:5]:
+        print(f"warning: {printable(line)}")
+    if bad:
+        print(f"warning: {cfg.data}: {len(bad)} bad rows left out")
+    return problems
+
+
+def evaluation_hash(cfg: EvalConfig, model: torch.nn.Module, problems: list[Problem]) -> str:
+    """Return a hash of all the figures depend on: settings, problems, and the weights themselves.
+
+    The first numbers of every tensor stand for the weights: an optimizer step changes them all.
+    """
+    settings = {key: value for key, value in to_json(cfg).items() if key not in NOT_IN_HASH}
+    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8)
+    for problem in problems:
+        digest.update(f"{problem.id} {problem.prompt} {problem.payload}".encode())
+    for name, tensor in model.state_dict().items():
+        start = tensor.flatten()[:64].double().cpu()
+        digest.update(f"{name} {tuple(tensor.shape)} {start.tolist()}".encode())
+    return digest.hexdigest()
+
+
+def all_records(
+    cfg: EvalConfig,
+    model: torch.nn.Module,
+    tokenizer: Any,
+    problems: list[Problem],
+    folder: Path,
+    config_hash: str,
+    dist: Dist,
+) -> list[dict[str, Any]]:
+    """Evaluate the chunks that have no file yet, this rank its share; return all records.
+
+    A chunk's file appears whole or not at all. The ranks need one file system.
+    """
+    parts = [
+        (folder / f"{config_hash}-{i:05d}.jsonl", chunk)
+        for i, chunk in enumerate(chunks(problems, cfg.chunk_problems))
+    ]
+    missing = [(path, chunk) for path, chunk in parts if not path.exists()]
+    barrier(dist)  # nobody writes before everybody has looked
+    left = sum(len(chunk) for _, chunk in missing)
+    bar = progress(
+        total=len(problems),
+        initial=len(problems) - left,
+        desc="evaluate",
+        unit="problem",
+        disable=not dist.is_main,
+    )
+    with bar:
+        for path, chunk in missing[dist.rank :: dist.world_size]:
+            records = evaluate_chunk(
+                model,
+                tokenizer,
+                chunk,
+                num_samples=cfg.num_samples,
+                temperature=cfg.temperature,
+                max_new_tokens=cfg.max_new_tokens,
+                seed=cfg.seed,
+            )
+            write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+            # The other ranks are about as far.
+            bar.update(min(len(chunk) * dist.world_size, len(problems) - bar.n))
+    barrier(dist)
+    texts = [path.read_text(encoding="utf-8") for path, _ in parts]
+    barrier(dist)  # the first rank removes them
+    return [json.loads(line) for text in texts for line in text.splitlines()]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write by temporary file and rename: a file that exists is whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    os.replace(temporary, path)
+
+
+def sample_pages(records: list[dict[str, Any]]) -> str:
+    """Return whole outputs as text, control characters escaped, each line of a model set off."""
+    lines = []
+    for record in records:
+        lines += [f"problem {record['id']} {record['payload']}", quoted(record["prompt"])]
+        outputs = [("greedy", record["greedy"])]
+        outputs += [(f"sample {i}", sample) for i, sample in enumerate(record["samples"])]
+        for title, output in outputs:
+            ending = "finished" if output["finished"] else "truncated"
+            lines += [
+                f"{title}: equation {int(output['correct'])}, format {int(output['format'])}, "
+                f"{output['length']} tokens, {ending}",
+                quoted(output["text"]),
+            ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def quoted(text: str) -> str:
+    return "\n".join(f"    | {line}" for line in printable(text).split("\n"))
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the figures as text."""
+    lines = [
+        f"{result['checkpoint']}: {result['num_problems']} {result['task']} problems, "
+        f"{result['num_samples']} samples each at temperature {result['settings']['temperature']}",
+        f"{'':12}{'value':>8}   95% interval",
+    ]
+    for name, metric in result["metrics"].items():
+        low, high = 100 * metric["low"], 100 * metric["high"]
+        lines.append(f"{name:12}{100 * metric['value']:7.1f}%   {low:.1f} to {high:.1f}")
+    for kind in ("greedy_outputs", "sampled_outputs"):
+        about = result[kind]
+        if about["outputs"]:
+            lines.append(
+                f"{kind.split('_')[0]} outputs: {about['mean_tokens']:.1f} tokens, "
+                f"{100 * about['truncated']:.1f}% truncated, "
+                f"{100 * about['format_failures']:.1f}% without the format, "
+                f"{100 * about['unreadable']:.1f}% without a readable answer"
+            )
+    for name, gain in result.get("difference", {}).items():
+        lines.append(
+            f"{name} against {result['compared_with']}: {100 * gain['value']:+.1f} points "
+            f"({100 * gain['low']:+.1f} to {100 * gain['high']:+.1f}), "
+            f"better on {gain['wins']} problems, worse on {gain['losses']}"
+        )
+    return "\n".join(lines)
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """Return the figures in path, or None where there is no file; ValueError for another file."""
+    if not path.exists():
+        return None
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); remove it or give another --out") from None
+    if not isinstance(result, dict) or "metrics" not in result or "problems" not in result:
+        raise ValueError(f"{path}: not written by evaluate.py; give another file")
+    return result
+
+
+def prepare(cfg: EvalConfig, dist: Dist) -> tuple[torch.nn.Module, Any, dict, list[Problem]]:
+    """Load the model, its tokenizer and state, and the problems; raise what the user can mend."""
+    model, tokenizer, state = load_model(cfg.checkpoint, device=dist.device)
+    if tokenizer is None:
+        raise ValueError(f"{cfg.checkpoint} holds no tokenizer.json: its outputs cannot be read")
+    problems = load_problems(cfg)
+    longest = max(len(encode_prompt(tokenizer, problem)) for problem in problems)
+    if longest >= model.cfg.max_context:
+        raise ValueError(
+            f"a prompt has {longest} tokens and the model's context {model.cfg.max_context}: "
+            "give --prompt_style short"
+        )
+    return model, tokenizer, state, problems
+
+
+@contextmanager
+def folder_lock(folder: Path, dist: Dist) -> Iterator[None]:
+    """Hold the folder of finished chunks for this evaluation alone."""
+    with ExitStack() as stack:
+        with one_line_errors():
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(run_lock(folder, dist))
+            except RunInUse:
+                raise ValueError(
+                    f"{folder} is in use by another evaluation: wait for it, or give another --out"
+                ) from None
+        yield
+
+
+def run(cfg: EvalConfig, dist: Dist) -> None:
+    """Evaluate, or continue, or show what is finished."""
+    out = Path(cfg.out or f"{cfg.checkpoint}/evaluation-{cfg.task}.json")
+    with one_line_errors():
+        other = read_result(Path(cfg.compare)) if cfg.compare else None
+        if cfg.compare and other is None:
+            raise FileNotFoundError(f"--compare {cfg.compare}: no such file")
+        result = read_result(out)
+        model, tokenizer, state, problems = prepare(cfg, dist)
+        config_hash = evaluation_hash(cfg, model, problems)
+    if result is None or result.get("config_hash") != config_hash:
+        folder = out.with_name(out.name + ".parts")
+        with folder_lock(folder, dist):
+            records = all_records(cfg, model, tokenizer, problems, folder, config_hash, dist)
+            if dist.is_main:
+                samples = sample_pages(records[: cfg.shown_problems])
+                write_text(out.with_suffix(".samples.txt"), samples)
+                about = {"checkpoint": cfg.checkpoint, "step": state.get("step")}
+                result = {**about, "config_hash": config_hash, "settings": to_json(cfg)}
+                result |= summarise(records)
+                write_json(out, result)
+                shutil.rmtree(folder, ignore_errors=True)  # last: until here a kill loses nothing
+    if not dist.is_main:
+        return
+    if other is not None:
+        with one_line_errors():
+            result |= {"difference": compare(other, result), "compared_with": cfg.compare}
+        write_json(out, result)
+    print(table(result))
+    print(f"figures: {out}")
+
+
+def main() -> None:
+    cfg = parse(EvalConfig, PRESETS, description=__doc__)
+    with one_line_errors():
+        dist = setup(cfg.device, cfg.threads)
+    try:
+        with raise_together(dist):
+            run(cfg, dist)
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted: the same command continues this evaluation") from None
+    finally:
+        cleanup(dist)
+
+
+if __name__ == "__main__":
+    main()
