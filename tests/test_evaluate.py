@@ -1,0 +1,227 @@
+"""evaluate.py: resuming by chunks, what starts anew, files it writes, bad input, two processes."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+from nanomath import checkpoint
+from nanomath.config import parse
+from nanomath.dist import setup
+from nanomath.model import ModelConfig, Transformer
+from nanomath.tasks.countdown import generate, worked_solution
+from nanomath.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def dist():
+    return setup("cpu", 1)
+
+
+@pytest.fixture
+def run_folder(tmp_path, dist):
+    """A run folder whose checkpoint holds a small random model."""
+    problems = generate(50, max_number=10, max_target=20)
+    tokenizer = Tokenizer.train([p.prompt + worked_solution(p) for p in problems], 290)
+    save_checkpoint(tmp_path / "run", 1, tokenizer, dist, seed=0)
+    return tmp_path / "run"
+
+
+def save_checkpoint(folder, step, tokenizer, dist, *, seed):
+    cfg = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        num_layers=1,
+        width=16,
+        num_heads=2,
+        num_kv_heads=2,
+        ffn_width=32,
+    )
+    model = Transformer(cfg)
+    model.init_weights(seed)
+    checkpoint.save(
+        folder,
+        step,
+        modules={"model": model},
+        optimizer=torch.optim.AdamW(model.parameters()),
+        state={"step": step},
+        model_cfg=cfg,
+        tokenizer=tokenizer,
+        dist=dist,
+    )
+
+
+def config(run_folder, **changes):
+    cfg = parse(evaluate.EvalConfig, evaluate.PRESETS, ["--preset", "smoke", "--threads", "1"])
+    fields = {"num_problems": 10, "num_samples": 2, "max_new_tokens": 6, "chunk_problems": 3}
+    paths = {"checkpoint": str(run_folder), "out": str(run_folder.parent / "figures.json")}
+    return dataclasses.replace(cfg, **{**fields, **paths, **changes})
+
+
+def counted_chunks(monkeypatch, *, stop_after=None):
+    """Count the chunks that are sampled; raise KeyboardInterrupt after stop_after of them."""
+    counts = []
+    real = evaluate.evaluate_chunk
+
+    def chunk(*args, **settings):
+        if len(counts) == stop_after:
+            raise KeyboardInterrupt
+        counts.append(len(args[2]))
+        return real(*args, **settings)
+
+    monkeypatch.setattr(evaluate, "evaluate_chunk", chunk)
+    return counts
+
+
+def test_interrupted_evaluation_continues_to_the_same_file(run_folder, dist, monkeypatch, capsys):
+    """Chunks finished before an interruption are not sampled again; the result is the same."""
+    whole = config(run_folder, out=str(run_folder.parent / "whole.json"))
+    evaluate.run(whole, dist)
+    cfg = config(run_folder)
+    with monkeypatch.context() as patch:
+        counted_chunks(patch, stop_after=2)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.run(cfg, dist)
+    assert not Path(cfg.out).exists()
+    with monkeypatch.context() as patch:
+        counts = counted_chunks(patch)
+        evaluate.run(cfg, dist)
+        assert counts == [3, 1]  # ten problems in chunks of 3: 3, 3 were done
+    first, second = (json.loads(Path(c.out).read_text()) for c in (whole, cfg))
+    first["settings"].pop("out")
+    second["settings"].pop("out")
+    assert first == second
+    shown = [Path(c.out).with_suffix(".samples.txt").read_text() for c in (whole, cfg)]
+    assert shown[0] == shown[1]
+    assert not Path(cfg.out + ".parts").exists()
+    assert "pass@2" in capsys.readouterr().out
+
+
+def test_finished_is_only_shown_and_changes_start_anew(run_folder, dist, monkeypatch, capsys):
+    """Same settings and weights: nothing is sampled. Another setting or other weights: all is."""
+    cfg = config(run_folder)
+    evaluate.run(cfg, dist)
+    before = Path(cfg.out).read_bytes()
+    shown = capsys.readouterr().out
+    counts = counted_chunks(monkeypatch)
+    evaluate.run(dataclasses.replace(cfg, shown_problems=1, threads=2), dist)
+    assert counts == []
+    assert Path(cfg.out).read_bytes() == before
+    assert capsys.readouterr().out == shown
+    evaluate.run(dataclasses.replace(cfg, seed=1), dist)
+    assert sum(counts) == 10
+    tokenizer = Tokenizer.load(next((run_folder / "checkpoints").glob("step-*")))
+    save_checkpoint(run_folder, 2, tokenizer, dist, seed=1)
+    evaluate.run(dataclasses.replace(cfg, seed=1), dist)
+    assert sum(counts) == 20
+    assert json.loads(Path(cfg.out).read_text())["step"] == 2
+
+
+def test_compare_with_another_file(run_folder, dist, capsys):
+    """Against itself the paired difference is 0 in every metric; other problems are refused."""
+    cfg = config(run_folder)
+    evaluate.run(cfg, dist)
+    other = config(run_folder, out=str(run_folder.parent / "b.json"), compare=cfg.out)
+    evaluate.run(other, dist)
+    difference = json.loads(Path(other.out).read_text())["difference"]
+    assert set(difference) == {"greedy", "pass@1", "pass@2", "maj@1", "maj@2"}
+    assert all(gain["value"] == 0.0 for gain in difference.values())
+    with pytest.raises(SystemExit, match="not of the same problems"):
+        evaluate.run(dataclasses.replace(other, problem_seed=1), dist)
+
+
+def test_samples_cannot_forge_lines_or_drive_a_terminal():
+    """Model text is set off line by line, with control characters escaped."""
+    output = {"text": "a\x1b[2J\rb\nproblem 7 {}", "length": 3, "finished": False}
+    output |= {"correct": False, "format": False, "class": None}
+    record = {"id": 4, "payload": {}, "prompt": "P\n", "greedy": output, "samples": []}
+    page = evaluate.sample_pages([record])
+    assert "    | a\\x1b[2J\\x0db\n    | problem 7 {}" in page
+    assert "greedy: equation 0, format 0, 3 tokens, truncated" in page
+    assert [line for line in page.split("\n") if line.startswith("problem")] == ["problem 4 {}"]
+
+
+def test_data_file(run_folder, dist, capsys):
+    """--data evaluates on a file's rows and names the bad ones."""
+    data = run_folder.parent / "rows.jsonl"
+    data.write_text('{"nums": [1, 2], "target": 3}\n{"nums": [1, 2], "target": 50}\n')
+    cfg = config(run_folder, data=str(data))
+    evaluate.run(cfg, dist)
+    printed = capsys.readouterr().out
+    assert "rows.jsonl:2: 50 cannot be reached from [1, 2]" in printed
+    assert json.loads(Path(cfg.out).read_text())["num_problems"] == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"checkpoint": "none"}, "no checkpoint under .*none; make one with"),
+        ({"compare": "none.json"}, "--compare none.json: no such file"),
+        ({"data": "none.jsonl"}, "none.jsonl: no such file"),
+        ({"max_number": 1, "max_target": 2}, "widen the ranges"),
+    ],
+)
+def test_bad_input_is_one_line(run_folder, dist, monkeypatch, changes, message):
+    """Each bad input ends with one line that names it and the fix."""
+    monkeypatch.chdir(run_folder.parent)
+    with pytest.raises(SystemExit, match=message) as caught:
+        evaluate.run(config(run_folder, **changes), dist)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_files_are_not_overwritten(run_folder, dist):
+    """A file at --out that evaluate.py did not write is refused, and stays."""
+    for text in ("notes", '{"a": 1}', "[]"):
+        cfg = config(run_folder)
+        Path(cfg.out).write_text(text)
+        with pytest.raises(SystemExit, match="figures.json"):
+            evaluate.run(cfg, dist)
+        assert Path(cfg.out).read_text() == text
+
+
+def test_folder_in_use(run_folder, dist):
+    """Two evaluations into one file: the second ends with one line."""
+    cfg = config(run_folder)
+    with (
+        evaluate.folder_lock(Path(cfg.out + ".parts"), dist),
+        pytest.raises(SystemExit, match="in use by another evaluation"),
+    ):
+        evaluate.run(cfg, dist)
+
+
+@pytest.mark.parametrize("name", sorted(evaluate.PRESETS))
+def test_presets_hold_enough_heldout_problems(name):
+    """Every preset's ranges hold its number of held-out problems (a part of them is drawn)."""
+    cfg = parse(evaluate.EvalConfig, evaluate.PRESETS, ["--preset", name])
+    few = dataclasses.replace(
+        cfg, num_problems=min(cfg.num_problems, 1000 if name == "cpu" else 50)
+    )
+    assert len(evaluate.load_problems(few)) == few.num_problems
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(run_folder, dist):
+    """torchrun with two processes writes the same figures and samples as one process."""
+    one = config(run_folder)
+    evaluate.run(one, dist)
+    two = run_folder.parent / "two.json"
+    flags = "--preset smoke --threads 1 --device cpu --num_problems 10 --num_samples 2"
+    flags += " --max_new_tokens 6 --chunk_problems 3"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", "evaluate.py", *flags.split()]
+    command += ["--checkpoint", str(run_folder), "--out", str(two)]
+    subprocess.run(command, cwd=ROOT, env=dict(os.environ), check=True, timeout=120)
+    results = [json.loads(path.read_text()) for path in (Path(one.out), two)]
+    assert results[0].pop("config_hash") == results[1].pop("config_hash")
+    for result in results:
+        result.pop("settings")
+    assert results[0] == results[1]
+    samples = [Path(p).with_suffix(".samples.txt").read_text() for p in (one.out, two)]
+    assert samples[0] == samples[1]
