@@ -51,11 +51,11 @@ class CorpusConfig:
     seed: int = opt(0, "seed of every draw", low=0)
     num_workers: int = opt(2, "processes that parse files", low=1, may_change=True)
     packages: tuple[str, ...] = opt(PACKAGES, "packages whose documentation is the web")
-    num_generated: int = opt(800, "pages of generated hosts", low=0)
+    num_generated: int = opt(400, "pages of generated hosts", low=0)
     math_share: float = opt(0.1, "math pages are at most this share of real pages", low=0, high=1)
     min_similarity: float = opt(0.8, "MinHash similarity of a near-duplicate", low=0.0, high=1.0)
-    never_hosts: float = opt(0.25, "share of math hosts never in the seed", low=0.0, high=1.0)
-    seed_hosts: float = opt(0.35, "share of math hosts the first seed comes from", low=0, high=1)
+    never_hosts: float = opt(0.2, "share of math hosts never in the seed", low=0.0, high=1.0)
+    seed_hosts: float = opt(0.5, "share of math hosts the first seed comes from", low=0, high=1)
     seed_share: float = opt(0.5, "share of their math pages in the first seed", low=0, high=1)
     num_positives: int = opt(500_000, "math pages trained on per round, Sec. 2.1", low=1)
     num_negatives: int = opt(500_000, "other pages trained on per round, Sec. 2.1", low=1)
@@ -84,19 +84,19 @@ _SMALL = {
     "lr": 1.0,
     "buckets": 200_000,
     "num_positives": 2000,
-    "num_negatives": 4000,
+    "num_negatives": 1500,
 }
 PRESETS = {
     "smoke": _SMALL
     | {
         "packages": ("mpmath", "networkx", "numpy", "setuptools", "fsspec", "werkzeug", "markdown"),
-        "num_generated": 80,
+        "num_generated": 60,
         "num_heldout": 50,
-        "budgets": (150_000, 220_000),
+        "budgets": (250_000, 380_000),
         "valid_pages": 20,
     },
-    "cpu": _SMALL | {"budgets": (1_800_000, 2_700_000)},
-    "gpu": _SMALL | {"num_generated": 8000, "budgets": (18_000_000, 27_000_000)},
+    "cpu": _SMALL | {"budgets": (1_600_000, 2_400_000)},
+    "gpu": _SMALL | {"num_generated": 4000, "budgets": (16_000_000, 24_000_000)},
     "paper": {},
 }
 
@@ -109,8 +109,10 @@ def main(cfg: CorpusConfig) -> None:
         report.print_rounds(json.loads((run_dir / "funnel.json").read_text(encoding="utf-8")))
         return
     check_inputs(cfg)
-    lock_config(cfg, run_dir)
     rules = UrlRules.load(cfg.url_rules)
+    if not (run_dir / "raw.json").exists():  # nothing was built: a failed start binds nobody
+        (run_dir / "config.json").unlink(missing_ok=True)
+    lock_config(cfg, run_dir)
 
     # Pages: parsed or read, math capped, URL and near deduplication (Sec. 2.1, step 3).
     counts = collect_pages(cfg, rules, run_dir)
@@ -123,7 +125,9 @@ def main(cfg: CorpusConfig) -> None:
     )
     extra_seed = []
     if cfg.seed_pages:
-        extra_seed = [page.text for page in read_jsonl(cfg.seed_pages, PageCounts())]
+        seed_counts = PageCounts()
+        extra_seed = [page.text for page in read_jsonl(cfg.seed_pages, seed_counts)]
+        print(f"{len(extra_seed)} seed pages; {seed_counts.bad_lines} bad lines skipped")
     if not seed_N.any() and not extra_seed:
         raise ValueError(
             f"no page of {web.path} is in the seed: give --seed_pages, or --url_rules with "
@@ -183,10 +187,11 @@ def check_inputs(cfg: CorpusConfig) -> None:
 def collect_pages(cfg: CorpusConfig, rules: UrlRules, run_dir: Path) -> dict:
     """Write pages.jsonl, the deduplicated web, and return what was counted on the way."""
     done = run_dir / "pages.json"
+    raw = run_dir / "raw.jsonl"
     if done.exists():
+        raw.unlink(missing_ok=True)  # a kill may have come before the line that removes it
         return json.loads(done.read_text(encoding="utf-8"))
     counts = PageCounts()
-    raw = run_dir / "raw.jsonl"
     if not raw.exists() or not (run_dir / "raw.json").exists():
         source = read_jsonl(cfg.pages, counts) if cfg.pages else embedded_web(cfg, counts)
         with write_atomically(raw) as file:
@@ -358,16 +363,20 @@ def _locked(run_dir: str) -> Iterator[None]:
         yield
 
 
-if __name__ == "__main__":
-    argv = sys.argv[1:]
+def run(argv: list[str]) -> None:
+    """Read the command line, hold the run folder, and turn errors into one line each."""
     if not any(word.split("=")[0] in ("--preset", "--pages", "--help", "-h") for word in argv):
         argv = ["--preset", "cpu", *argv]  # the paper's budgets would keep the whole embedded web
-    config = parse(CorpusConfig, PRESETS, argv, description=__doc__)
+    cfg = parse(CorpusConfig, PRESETS, argv, description=__doc__)
     try:
-        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-        with _locked(config.run_dir):
-            main(config)
+        Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
+        with _locked(cfg.run_dir):
+            main(cfg)
     except (ValueError, OSError) as error:
         raise SystemExit(f"build_corpus.py: error: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the same command continues") from None
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

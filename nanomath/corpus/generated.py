@@ -282,5 +282,5 @@ def generated_pages(num_pages: int, seed: int) -> Iterator[Page]:
     for host, (write, weight) in HOSTS.items():
         for number in range(num_pages * weight // total):
             rng = random.Random(f"{seed}/{host}/{number}")  # a string seeds alike everywhere
-            sections = [write(rng) for _ in range(rng.randint(3, 9))]
+            sections = [write(rng) for _ in range(rng.randint(8, 16))]
             yield Page(f"https://{host}/page/{number}", "\n\n".join(sections), "generated")

@@ -94,7 +94,7 @@ def choose_seed(
     never joins the seed, so that recall there is a measure of generalisation. A host's own part
     depends on its name alone.
     """
-    places = {host: unit_hash(host, seed, "host") for host in set(web.hosts)}
+    places = {host: unit_hash(host, seed, "known") for host in set(web.hosts)}
     seed_N, never_N = np.zeros(len(web), bool), np.zeros(len(web), bool)
     for i, (url, host) in enumerate(zip(web.urls, web.hosts)):
         if web.math_N[i]:
@@ -198,7 +198,7 @@ def run_round(
         model = classifier.load(folder / "model.bin")
         found = classifier.math_probabilities(model, web.texts(range(len(web))))
         bar = progress(found, total=len(web), desc=f"scoring, round {round_number}", unit="page")
-        save_array(folder / "scores.npy", np.fromiter(bar, np.float32, len(web)))
+        save_array(folder / "scores.npy", np.array(list(bar), np.float32))
     scores_N = np.load(folder / "scores.npy")
 
     budget = settings.budgets[min(round_number, len(settings.budgets)) - 1]

@@ -1,0 +1,128 @@
+"""The script: one line per bad input, a crawl of one's own, finished runs, kill -9 and resume."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import build_corpus
+from nanomath.corpus import generated
+
+ROOT = Path(build_corpus.__file__).parent
+TINY = ["--preset", "smoke", "--packages", "mpmath", "--num_generated", "48", "--num_heldout", "5"]
+TINY += ["--budgets", "40000", "60000", "--buckets", "2000", "--dim", "8", "--num_workers", "1"]
+
+
+def _fails(*argv: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        build_corpus.run(list(argv))
+    assert caught.value.code not in (0, None)
+    return str(caught.value.code)
+
+
+def _outputs(run_dir: Path) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(run_dir)): p.read_bytes()
+        for p in sorted(run_dir.rglob("*"))
+        if p.is_file() and not p.name.startswith(".") and p.name != "config.json"
+    }
+
+
+def test_bad_input_is_one_clear_line(tmp_path):
+    """A missing file, an empty one, one without pages, and a bad rules file are named."""
+    run, empty, junk = str(tmp_path / "run"), tmp_path / "empty.jsonl", tmp_path / "junk.jsonl"
+    empty.write_text("")
+    junk.write_text("hello\n")
+    assert "--pages nowhere.jsonl: no such file" in _fails(
+        "--pages", "nowhere.jsonl", "--run_dir", run
+    )
+    assert "the file is empty" in _fails("--pages", str(empty), "--run_dir", run + "2")
+    assert "junk.jsonl: no page in it" in _fails("--pages", str(junk), "--run_dir", run + "3")
+    message = _fails(*TINY, "--benchmarks", str(empty), "--run_dir", run + "4")
+    assert "--benchmarks" in message and "\n" not in message
+    message = _fails(*TINY, "--url_rules", str(junk), "--run_dir", run + "5")
+    assert "junk.jsonl:1" in message
+
+
+def test_a_wrong_flag_names_the_nearest(tmp_path, capsys):
+    """argparse's exit code 2 and the flag that was meant."""
+    assert _fails("--budgetz", "5") == "2"
+    assert "--budgets" in capsys.readouterr().err
+
+
+def test_a_crawl_becomes_a_corpus_once(tmp_path, capsys):
+    """Own pages, seed and rules: math pages are found, a planted benchmark page is dropped, other
+    settings are refused, and a second call says that the run is finished."""
+    crawl, seed, bench = (tmp_path / name for name in ("crawl.jsonl", "seed.jsonl", "bench.jsonl"))
+    rows = [json.loads(page.to_json()) for page in generated.generated_pages(72, seed=1)]
+    planted = " ".join(f"word{i}" for i in range(12))
+    target = next(row for row in rows if "stories.worked" in row["url"])
+    target["text"] += "\n" + planted
+    crawl.write_text("\n".join(map(json.dumps, [*rows, rows[0]])) + "\nbad line\n")
+    extra = [page for page in generated.generated_pages(24, seed=2) if "worked" in page.url]
+    seed.write_text("\n".join(page.to_json() for page in extra) + "\n")
+    bench.write_text(json.dumps({"question": planted, "answer": "12"}) + "\n")
+    argv = ["--pages", str(crawl), "--seed_pages", str(seed), "--benchmarks", str(bench)]
+    argv += ["--budgets", "90000", "120000", "--num_heldout", "0", "--run_dir", str(tmp_path / "r")]
+    argv += ["--dim", "8", "--lr", "1", "--epochs", "10", "--buckets", "2000", "--never_hosts", "0"]
+    build_corpus.run(argv)
+    funnel = json.loads((tmp_path / "r" / "funnel.json").read_text())
+    assert funnel["pages"]["bad_lines"] == 1 and funnel["pages"]["same_url"] == 1
+    assert funnel["contaminated"] == {"real": 0, "generated": 1}
+    assert funnel["benchmark_hits"] == {"bench:1:question": 1}
+    corpus = [json.loads(x) for x in (tmp_path / "r" / "corpus.jsonl").read_text().splitlines()]
+    assert set(corpus[0]) == {"url", "text", "kind", "score"}
+    assert not any(planted in page["text"] for page in corpus)
+    assert len(corpus) == funnel["collected"] - 1
+    assert funnel["rounds"][-1]["precision"] > 0.6
+    assert (tmp_path / "r" / "plots" / "funnel.png").stat().st_size > 5000
+    before = _outputs(tmp_path / "r")
+    capsys.readouterr()
+    build_corpus.run(argv)
+    assert "the corpus is finished" in capsys.readouterr().out
+    assert _outputs(tmp_path / "r") == before
+    assert "--lr was 1.0, is 2.0" in _fails(*argv, "--lr", "2")
+
+
+@pytest.mark.slow
+def test_kill_and_resume_give_the_same_bytes(tmp_path):
+    """Killed with SIGKILL again and again, each time a bit later, a run ends like an undisturbed
+    one: every file of the run folder is equal."""
+    command = [sys.executable, str(ROOT / "build_corpus.py"), *TINY, "--run_dir"]
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": env, "cwd": ROOT}
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, **quiet)
+    num_kills, delay = 0, 1.0
+    for _ in range(40):
+        process = subprocess.Popen([*command, str(tmp_path / "cut")], **quiet)
+        try:
+            assert process.wait(timeout=delay) == 0
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            num_kills, delay = num_kills + 1, delay + 0.4
+    assert num_kills >= 3
+    whole, cut = _outputs(tmp_path / "whole"), _outputs(tmp_path / "cut")
+    assert "corpus.jsonl" in whole and cut.keys() == whole.keys()
+    assert [name for name in whole if whole[name] != cut[name]] == []
+
+
+@pytest.mark.slow
+def test_a_folder_in_use_is_refused(tmp_path):
+    """A second process on the same run folder ends with one line, and the first goes on."""
+    command = [sys.executable, str(ROOT / "build_corpus.py"), *TINY, "--run_dir", str(tmp_path)]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT)
+    while not (tmp_path / "config.json").exists():
+        assert first.poll() is None
+        time.sleep(0.05)
+    second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert second.returncode != 0 and "Traceback" not in second.stderr
+    assert re.search(r"build_corpus.py: error: .*use", second.stderr)
+    assert first.wait() == 0

@@ -1,0 +1,58 @@
+"""URL keys and near-duplicates."""
+
+import random
+
+from nanomath.corpus.dedup import NearDuplicates, minhash, similarity, url_key
+from nanomath.corpus.text import canonical
+
+
+def test_url_key_joins_what_is_one_page_and_nothing_else():
+    """Scheme, www, fragment, trailing slash and tracking drop out; path and query decide."""
+    same = [
+        "http://www.Example.org/a/",
+        "https://example.org/a#part",
+        "https://example.org/a?utm_source=x",
+    ]
+    assert {url_key(url) for url in same} == {"example.org/a"}
+    assert url_key("https://e.org/t?b=2&a=1") == url_key("https://e.org/t?a=1&b=2")
+    assert url_key("https://e.org/t?a=1") != url_key("https://e.org/t?a=2")
+    assert url_key("https://e.org/A") != url_key("https://e.org/a")
+
+
+def _words(seed: int, num: int = 600) -> list[str]:
+    return random.Random(seed).choices([f"w{i}" for i in range(5000)], k=num)
+
+
+def _signature(words: list[str]):
+    return minhash(canonical(" ".join(words)))
+
+
+def test_minhash_estimates_the_jaccard_similarity():
+    """The estimate is within four standard errors of the true similarity of 5-gram sets."""
+    for overlap in (0.0, 0.3, 0.6, 0.9, 1.0):
+        first = _words(1)
+        num_shared = int(overlap * 600)
+        second = first[:num_shared] + _words(2)[num_shared:]
+        sets = [{tuple(w[i : i + 5]) for i in range(len(w) - 4)} for w in (first, second)]
+        true = len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+        error = (true * (1 - true) / 112) ** 0.5
+        assert abs(similarity(_signature(first), _signature(second)) - true) <= 4 * error + 1e-9
+
+
+def test_near_duplicates_keep_the_first_page():
+    """A copy with a few words changed repeats the first page; a different page is kept."""
+    near, first = NearDuplicates(0.8), _words(1)
+    changed = [*first[:300], "other", *first[301:]]
+    assert near.add(0, _signature(first)) is None
+    assert near.add(1, _signature(_words(2))) is None
+    assert near.add(2, _signature(changed)) == 0
+    assert near.add(3, _signature(first[:300] + _words(3, 300))) is None  # a third in common
+
+
+def test_pages_shorter_than_a_shingle_repeat_only_themselves():
+    """Short pages are compared whole; an empty page does not fail."""
+    near = NearDuplicates()
+    assert near.add(0, _signature(["one", "two"])) is None
+    assert near.add(1, _signature(["one", "three"])) is None
+    assert near.add(2, _signature(["one", "two"])) == 0
+    assert near.add(3, _signature([])) is None

@@ -1,0 +1,135 @@
+"""Pages from installed documentation, crawls in JSONL and generated hosts."""
+
+import json
+import sys
+
+import pytest
+
+from nanomath.corpus import generated
+from nanomath.corpus.domains import RULES_FILE, UrlRules, host_of
+from nanomath.corpus.pages import (
+    PageCounts,
+    find_package,
+    parse_file,
+    read_jsonl,
+    source_files,
+    write_atomically,
+)
+
+LONG = "Solve the equation. " * 20  # more than the 300 characters of a page
+
+
+@pytest.fixture
+def package(tmp_path):
+    root = tmp_path / "site" / "sidefx"
+    (root / "linalg").mkdir(parents=True)
+    (root / "tests").mkdir()
+    (root / "__init__.py").write_text(f'"""{LONG}"""\nopen({str(tmp_path / "ran")!r}, "w")\n')
+    (root / "linalg" / "norms.py").write_text(
+        f'''"""Short."""
+def norm(x, ord=None):
+    """{LONG}"""
+class Solver(Base):
+    """Head."""
+    def solve(self, b):
+        """{LONG}"""
+if True:
+    def inside(): "{LONG}"
+add_docstr(torch.abs, r"""{LONG}""".format())
+add_newdoc("numpy._core.multiarray", "dot", """{LONG}""")
+'''
+    )
+    (root / "tests" / "test_norms.py").write_text(f'"""{LONG}"""\n')
+    (root / "broken.py").write_text("def (:\n")
+    return root
+
+
+def test_documentation_is_read_and_never_imported(package, tmp_path):
+    """A module that writes a file when it runs leaves none, and is not among the loaded ones."""
+    assert find_package("sidefx", [str(tmp_path / "site")]) == package
+    files = source_files(package)
+    assert [str(f.relative_to(package)) for f in files] == [
+        "__init__.py",
+        "broken.py",
+        "linalg/norms.py",
+    ]
+    for path in files:
+        parse_file(("sidefx", package, path))
+    assert not (tmp_path / "ran").exists() and "sidefx" not in sys.modules
+
+
+def test_one_page_per_object_with_a_host_per_subpackage(package):
+    """Module, function, class with its methods, and add_docstr calls: URLs, titles, counts."""
+    pages, too_short, readable = parse_file(("sidefx", package, package / "linalg" / "norms.py"))
+    assert readable and too_short == 1  # the module's own docstring
+    assert [page.url.removeprefix("https://linalg.sidefx/linalg/norms/") for page in pages] == [
+        "norm",
+        "Solver",
+        "inside",
+        "abs",
+        "dot",
+    ]
+    assert pages[0].text.startswith("sidefx.linalg.norms.norm(x, ord=None)\n\nSolve")
+    assert "solve(self, b)\nSolve" in pages[1].text
+    top, _, _ = parse_file(("sidefx", package, package / "__init__.py"))
+    assert [page.url for page in top] == ["https://www.sidefx/"]
+    assert parse_file(("sidefx", package, package / "broken.py")) == ([], 0, False)
+
+
+def test_a_crawl_names_its_bad_lines(tmp_path):
+    """Good lines are read around bad ones, counted and named; no good line is an error."""
+    path = tmp_path / "crawl.jsonl"
+    good = json.dumps({"url": "https://a.org/1", "text": "text \ud800"})
+    path.write_bytes(
+        b"\n".join(
+            [b"{broken", good.encode(), b"[1]", b'{"url": "https://a.org/2"}', b"\xff\xfe", b""]
+        )
+    )
+    counts = PageCounts()
+    pages = list(read_jsonl(path, counts))
+    assert [page.url for page in pages] == ["https://a.org/1"]
+    assert pages[0].to_json().encode()  # a lone surrogate does not stop writing
+    assert (counts.pages, counts.bad_lines) == (1, 4)
+    assert counts.bad_line_examples[0] == f"{path}:1: not JSON in UTF-8"
+    assert counts.bad_line_examples[2] == f'{path}:4: no "text" in it'
+    path.write_text("[]\n")
+    with pytest.raises(ValueError, match="crawl.jsonl: no page in it"):
+        list(read_jsonl(path, PageCounts()))
+
+
+def test_generated_pages_depend_on_the_seed_alone():
+    """The same seed gives the same pages, another seed others; every host is known to the rules."""
+    first = list(generated.generated_pages(72, seed=0))
+    assert first == list(generated.generated_pages(72, seed=0))
+    assert first != list(generated.generated_pages(72, seed=1))
+    assert {host_of(page.url) for page in first} == set(generated.HOSTS)
+    assert all(page.kind == "generated" for page in first)
+    rules = UrlRules.load(RULES_FILE)
+    other = {host_of(page.url) for page in first if not rules.is_math(page.url)}
+    assert other == {"timetable.notices", "weather.notices", "tongzhi.notices"}
+
+
+def test_generated_arithmetic_is_right():
+    """Every `a op b = c` line of the worksheets and chains holds."""
+    checked = 0
+    for page in generated.generated_pages(72, seed=3):
+        if host_of(page.url) not in ("sums.worksheets", "products.worksheets", "chains.worked"):
+            continue
+        for line in page.text.splitlines():
+            parts = line.rpartition(") ")[2].split()
+            if len(parts) != 5 or parts[3] != "=":
+                continue
+            a, b, c = int(parts[0]), int(parts[2]), int(parts[4])
+            assert c == {"+": a + b, "-": a - b, "*": a * b, "/": a / b if b else None}[parts[1]]
+            checked += 1
+    assert checked > 1000
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    """A reader sees the file before or the file after, never a part."""
+    path = tmp_path / "x.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), write_atomically(path) as file:
+        file.write("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
