@@ -272,7 +272,7 @@ def extract_answer(completion: str) -> str | None:
         return None
     if before.rfind("<think>") > before.rfind("</think>"):  # still inside the reasoning
         return None
-    if any(tag in answer + after for tag in ("<think>", "</think>")):
+    if any(tag in after for tag in ("<think>", "</think>")):
         return None
     return answer
 

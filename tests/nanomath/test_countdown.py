@@ -327,6 +327,7 @@ GOOD = "<think>21/3=7</think><answer>95-21/3</answer>"
         ("</answer>95-21/3<answer>", False),
         ("<answer>95-21/3</answer><answer>95-21/3</answer>", False),  # two answers
         ("<answer>1+1</answer><answer>95-21/3</answer>", False),
+        ("<answer>95-21/3</answer><answer>95", False),  # a second one cut off
         ("<answer><answer>95-21/3</answer></answer>", False),
         ("<answer>1</answer>95-21/3</answer>", False),
         ("<think><answer>95-21/3</answer></think>", False),  # inside the reasoning

@@ -187,10 +187,11 @@ def scripted(monkeypatch, script):
             for p in prompts
         ]
         lengths = torch.tensor([[len(t) + done for t, done in group] for group in outputs])
-        tokens = torch.zeros(*lengths.shape, int(lengths.max()), dtype=torch.long)
+        tokens = torch.full((*lengths.shape, int(lengths.max())), ord("Z"))  # past length: not text
         for p, group in enumerate(outputs):
             for g, (text, _) in enumerate(group):
-                tokens[p, g, : len(text)] = torch.tensor([ord(c) for c in text])
+                ids = [ord(c) for c in text] + [0]
+                tokens[p, g, : lengths[p, g]] = torch.tensor(ids[: lengths[p, g]])
         finished = torch.tensor([[bool(done) for _, done in group] for group in outputs])
         return Rollouts(tokens, lengths, torch.zeros(tokens.shape), finished)
 
