@@ -92,7 +92,7 @@ def setup(device: str = "auto", threads: int = 0, timeout_s: float = START_TIMEO
 
 def cleanup(dist: Dist) -> None:
     """Leave the process group after every rank has finished. Not for use after an error."""
-    if dist.mesh is None:
+    if dist.mesh is None or not td.is_initialized():
         return
     barrier(dist)
     if dist.watch is not None:
@@ -410,12 +410,15 @@ def raise_together(dist: Dist) -> Iterator[None]:
     The first rank to fail raises its exception; ranks that fail after it end silently with status
     1, for theirs is mostly a lost connection; ranks that wait in a collective are ended by their
     watch. Put it around everything between setup and cleanup: the processes do not survive it.
+    SystemExit with status 0 must be raised by all ranks alike, a stop they agreed on: it cleans up.
     """
     try:
         yield
     except BaseException as error:
-        ended_well = isinstance(error, SystemExit) and error.code in (None, 0)
-        if dist.watch is None or ended_well:
+        if dist.watch is None:
+            raise
+        if isinstance(error, SystemExit) and error.code in (None, 0):
+            cleanup(dist)  # all ranks agreed to stop here
             raise
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
