@@ -44,7 +44,9 @@ class CorpusConfig:
     run_dir: str = opt("runs/corpus", "folder of this run", may_change=True)
     pages: str | None = opt(None, "JSONL crawl (url, text) instead of the embedded web")
     seed_pages: str | None = opt(None, "JSONL math pages (url, text) that join the first seed")
-    url_rules: str = opt(str(RULES_FILE), "which URLs are math: host, path prefix, + or -")
+    url_rules: str | None = opt(
+        None, "which URLs are math: host, path prefix, + or -; none: nanomath/corpus/url_rules.tsv"
+    )
     benchmarks: tuple[str, ...] = opt((), "JSONL files whose text must not be in the corpus")
     num_heldout: int = opt(1000, "held-out Countdown problems kept out of the corpus", low=0)
     heldout_seed: int = opt(0, "seed of those problems", low=0)
@@ -109,7 +111,7 @@ def main(cfg: CorpusConfig) -> None:
         report.print_rounds(json.loads((run_dir / "funnel.json").read_text(encoding="utf-8")))
         return
     check_inputs(cfg)
-    rules = UrlRules.load(cfg.url_rules)
+    rules = UrlRules.load(cfg.url_rules or RULES_FILE)
     if not (run_dir / "raw.json").exists():  # nothing was built: a failed start binds nobody
         (run_dir / "config.json").unlink(missing_ok=True)
     lock_config(cfg, run_dir)

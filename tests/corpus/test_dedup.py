@@ -2,7 +2,9 @@
 
 import random
 
-from nanomath.corpus.dedup import NearDuplicates, minhash, similarity, url_key
+import numpy as np
+
+from nanomath.corpus.dedup import NUM_HASHES, NearDuplicates, minhash, similarity, url_key
 from nanomath.corpus.text import canonical
 
 
@@ -56,3 +58,13 @@ def test_pages_shorter_than_a_shingle_repeat_only_themselves():
     assert near.add(1, _signature(["one", "three"])) is None
     assert near.add(2, _signature(["one", "two"])) == 0
     assert near.add(3, _signature([])) is None
+
+
+def test_a_shared_band_is_not_yet_a_duplicate():
+    """Pages meet in a band of 8 hashes, but repeat each other only from the similarity asked."""
+    first = np.arange(NUM_HASHES, dtype=np.uint32)
+    for num_equal, owner in ((8, None), (89, None), (90, 0), (112, 0)):  # 0.8 * 112 = 89.6
+        near = NearDuplicates(0.8)
+        near.add(0, first)
+        second = np.where(np.arange(NUM_HASHES) < num_equal, first, first + 1000)
+        assert near.add(1, second.astype(np.uint32)) == owner

@@ -1,5 +1,6 @@
 """The loop: ranking to a budget, the seed, training pages, metrics, and resuming after kills."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -145,3 +146,22 @@ def test_the_stop_rule_is_on_tokens_collected_before(web, tmp_path):
         tmp_path / "r", web, seed_N, never_N, everything_N, [], RULES, 1, SETTINGS, _no_bar
     )
     assert row["overlap"] == 1.0 and row["stop"]
+
+
+def test_exactly_the_annotated_pages_join(web, tmp_path):
+    """With every second page scored high, each math host is a domain, and what joins is its
+    uncollected pages outside the seed, but none of a never-seeded host."""
+    seed_N, never_N = recall.choose_seed(web, 0, 0.5, 0.5, 0.3)
+    scores_N = np.where(np.arange(len(web)) % 2, 0.9, 0.1).astype(np.float32)
+    (tmp_path / "model.bin").touch()  # these two steps are done
+    recall.save_array(tmp_path / "scores.npy", scores_N)
+    budget = int(web.tokens_N[1::2].sum())
+    settings = dataclasses.replace(SETTINGS, budgets=(budget,))
+    collected_N, next_seed_N, row = recall.run_round(
+        tmp_path, web, seed_N, never_N, np.zeros(len(web), bool), [], RULES, 1, settings, _no_bar
+    )
+    assert collected_N.tolist() == [i % 2 == 1 for i in range(len(web))]
+    joins_N = web.math_N & ~collected_N & ~seed_N & ~never_N
+    assert (web.math_N & ~collected_N & never_N).any() and joins_N.any()
+    assert next_seed_N.tolist() == (seed_N | joins_N).tolist()
+    assert row["joining"] == joins_N.sum()
