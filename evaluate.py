@@ -286,6 +286,10 @@ def run(cfg: EvalConfig, dist: Dist) -> None:
                 about = {"checkpoint": cfg.checkpoint, "step": state.get("step")}
                 result = {**about, "config_hash": config_hash, "settings": to_json(cfg)}
                 result |= summarise(records)
+                result["examples"] = [
+                    {"prompt": record["prompt"], **record["greedy"]}
+                    for record in records[: cfg.shown_problems]
+                ]
                 write_json(out, result)
                 shutil.rmtree(folder, ignore_errors=True)  # last: until here a kill loses nothing
     if not dist.is_main:
@@ -302,13 +306,12 @@ def main() -> None:
     cfg = parse(EvalConfig, PRESETS, description=__doc__)
     with one_line_errors():
         dist = setup(cfg.device, cfg.threads)
-    try:
-        with raise_together(dist):
+    with raise_together(dist):
+        try:
             run(cfg, dist)
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted: the same command continues this evaluation") from None
-    finally:
-        cleanup(dist)
+        except KeyboardInterrupt:
+            raise SystemExit("interrupted: the same command continues this evaluation") from None
+    cleanup(dist)
 
 
 if __name__ == "__main__":

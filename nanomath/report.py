@@ -1,0 +1,199 @@
+"""What a speedrun achieved: one table, three pictures and a page of samples, from its run folders.
+
+    python -m nanomath.report --run_dir runs/speedrun-cpu
+
+Reads what the stages left (funnel.json, metrics.jsonl, eval-*.json) and
+writes report.md, samples.md and plots/. Every figure comes from those files; none is kept here.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanomath.config import one_line_errors, opt, parse
+from nanomath.evaluation import compare
+from nanomath.log import new_figure, printable, read_metrics, save_figure
+
+MODELS = ("base", "sft", "grpo")
+NUM_SAMPLE_PROBLEMS = 6
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    run_dir: str = opt("runs/speedrun-cpu", "folder of a speedrun")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a stage's result. Raises FileNotFoundError or ValueError with the fix."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: run the stages first (speedrun.sh)") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): remove it, run its stage again") from None
+
+
+def stage_minutes(run: Path) -> dict[str, float]:
+    """Return minutes of wall time by stage, all calls of speedrun.sh added up."""
+    minutes: dict[str, float] = {}
+    path = run / "seconds.tsv"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        name, _, seconds = line.partition("\t")
+        minutes[name] = minutes.get(name, 0.0) + float(seconds) / 60
+    return minutes
+
+
+def interval(metric: dict[str, float]) -> str:
+    """Write a share and its 95% interval in percent."""
+    return f"{metric['value']:.1%} [{metric['low']:.1%}, {metric['high']:.1%}]"
+
+
+def stage_rows(run: Path, evals: dict[str, dict]) -> list[tuple[str, str, str]]:
+    """Return (stage, minutes, what it achieved) in the order of the run."""
+    funnel = read_json(run / "corpus" / "funnel.json")
+    last = funnel["rounds"][-1]
+    minutes = stage_minutes(run)
+    training = read_json(run / "tokenizer" / "training.json")
+    base, sft, grpo = (read_metrics(run / name) for name in MODELS)
+    achieved = {
+        "corpus": (
+            f"{last['pages']} of {funnel['pages']['kept']} pages recalled, precision "
+            f"{last['precision']:.0%}, recall {last['recall']:.0%} "
+            f"({last['recall_never_seeded']:.0%} on hosts never in the seed)"
+        ),
+        "tokenizer": f"{training['bytes_per_token']:.2f} bytes per token on held-out pages",
+        "pretrain": (
+            f"{base[-1]['valid_bits_per_byte']:.3f} bits per byte on held-out math pages, from "
+            f"{first_value(base, 'valid_bits_per_byte'):.3f}"
+        ),
+        "sft": f"loss {sft[-1]['loss']:.3f} nats per solution token, from {sft[0]['loss']:.3f}",
+        "grpo": f"reward {mean_reward(grpo[-10:]):.2f}, from {mean_reward(grpo[:10]):.2f}",
+    }
+    for name in MODELS:
+        achieved[f"evaluate {name}"] = (
+            f"greedy accuracy {interval(evals[name]['metrics']['greedy'])}"
+        )
+    return [
+        (stage, f"{minutes[stage]:.1f}" if stage in minutes else "-", text)
+        for stage, text in achieved.items()
+    ]
+
+
+def first_value(rows: list[dict], name: str) -> float:
+    return next(row[name] for row in rows if name in row)
+
+
+def mean_reward(rows: list[dict]) -> float:
+    return sum(row["reward"] for row in rows) / len(rows)
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """Lay rows out as a Markdown table, columns aligned so that a terminal shows it too."""
+    columns = list(zip(header, *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |"
+        for line in lines
+    )
+
+
+def accuracy_table(evals: dict[str, dict]) -> str:
+    """Compare the three models on the same held-out problems, with 95% intervals."""
+    names = list(evals["sft"]["metrics"])
+    wanted = ["greedy", "pass@1", *(n for n in names if n.split("@")[-1] not in ("greedy", "1"))]
+    wanted = [n for n in wanted if n in names and n.split("@")[-1] in ("greedy", "1", max_k(names))]
+    rows = []
+    for name in wanted:
+        label = {"greedy": "pass@1 greedy", "pass@1": "pass@1 sampled"}.get(name, name)
+        rows.append([label, *(interval(evals[model]["metrics"][name]) for model in MODELS)])
+    for label, key in (("format right", "format_failures"), ("truncated", "truncated")):
+        shares = [evals[model]["greedy_outputs"][key] for model in MODELS]
+        rows.append([label, *(f"{1 - s if 'format' in key else s:.1%}" for s in shares)])
+    return markdown_table([f"{evals['sft']['num_problems']} held-out problems", *MODELS], rows)
+
+
+def max_k(names: list[str]) -> str:
+    return str(max(int(name.split("@")[1]) for name in names if "@" in name))
+
+
+def draw(run: Path, evals: dict[str, dict]) -> None:
+    """Draw losses, the run of GRPO, and Pass@K and Maj@K before and after (Figure 7)."""
+    base, sft, grpo = (read_metrics(run / name) for name in MODELS)
+    figure, axes = new_figure(3)
+    line(axes[0], base, "loss", "pretraining loss (nats per token)")
+    line(axes[1], base, "valid_bits_per_byte", "held-out math pages (bits per byte)")
+    line(axes[2], sft, "loss", "SFT loss (nats per solution token)")
+    save_figure(figure, run / "plots" / "losses.png")
+
+    figure, axes = new_figure(3)
+    line(axes[0], grpo, "reward", "GRPO: mean reward of a batch (format + equation)")
+    line(axes[1], grpo, "heldout_pass@1", "GRPO: held-out accuracy, greedy")
+    line(axes[2], grpo, "kl", "GRPO: KL to the reference (nats per token)")
+    save_figure(figure, run / "plots" / "grpo.png")
+
+    figure, axes = new_figure(2)
+    for axis, kind in zip(axes, ("pass", "maj"), strict=True):
+        for model in MODELS:
+            metrics = evals[model]["metrics"]
+            names = [name for name in metrics if name.startswith(f"{kind}@")]
+            ks = [int(name.split("@")[1]) for name in names]
+            axis.plot(ks, [metrics[n]["value"] for n in names], marker="o", label=model)
+            low, high = ([metrics[n][end] for n in names] for end in ("low", "high"))
+            axis.fill_between(ks, low, high, alpha=0.15)
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("K")
+        axis.set_title(f"{kind.capitalize()}@K on held-out problems, 95% intervals")
+        axis.legend()
+        axis.grid(alpha=0.3)
+    save_figure(figure, run / "plots" / "pass_and_maj_at_k.png")
+
+
+def line(axis, rows: list[dict], name: str, title: str) -> None:
+    points = [(row["step"] + 1, row[name]) for row in rows if name in row]
+    axis.plot(*zip(*points, strict=True), linewidth=1.2)
+    axis.set_title(title)
+    axis.set_xlabel("step")
+    axis.grid(alpha=0.3)
+
+
+def sample_page(evals: dict[str, dict]) -> str:
+    """Return the same held-out problems answered by each model, whole outputs with rewards."""
+    parts = [
+        "# Sample rollouts\n\nHeld-out problems: each model's greedy output and its rewards.\n"
+    ]
+    examples = [evals[model]["examples"][:NUM_SAMPLE_PROBLEMS] for model in MODELS]
+    for answers in zip(*examples, strict=True):
+        parts.append(f"## {printable(answers[0]['prompt']).strip()}\n".replace("\n", ", ", 1))
+        for model, answer in zip(MODELS, answers, strict=True):
+            rewards = f"format {answer['format']:d}, equation {answer['correct']:d}"
+            text = printable(answer["text"]).replace("\n", "\n    ")
+            parts.append(f"{model} (rewards: {rewards})\n\n    {text}\n")
+    return "\n".join(parts)
+
+
+def main() -> None:
+    cfg = parse(ReportConfig, description=__doc__)
+    run = Path(cfg.run_dir)
+    with one_line_errors():
+        evals = {model: read_json(run / f"eval-{model}.json") for model in MODELS}
+        stages = [list(row) for row in stage_rows(run, evals)]
+    gain = compare(evals["sft"], evals["grpo"])["greedy"]
+    report = "\n\n".join(
+        [
+            markdown_table(["stage", "minutes", "achieved"], stages),
+            accuracy_table(evals),
+            f"GRPO over SFT, greedy, paired: {gain['value']:+.1%} "
+            f"[{gain['low']:+.1%}, {gain['high']:+.1%}]",
+        ]
+    )
+    (run / "report.md").write_text(report + "\n", encoding="utf-8")
+    (run / "samples.md").write_text(sample_page(evals), encoding="utf-8")
+    draw(run, evals)
+    print(report)
+    print(f"\nPlots: {run / 'plots'}, {run / 'corpus' / 'plots'}; rollouts: {run / 'samples.md'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""The scripts as a user meets them: bad input is one clear line, resuming is exact."""
+
+import json
+import signal
+import sys
+
+import pytest
+import torch
+
+import train_grpo
+import train_pretrain
+import train_sft
+from nanomath import checkpoint
+from nanomath.dist import Dist
+from nanomath.log import read_metrics
+from nanomath.model import ModelConfig, Transformer
+from nanomath.tokenizer import Tokenizer
+
+ALONE = Dist(0, 0, 1, torch.device("cpu"))
+SMALL_GRPO = ["--preset", "smoke", "--threads", "1", "--num_problems", "40", "--batch_size", "2",
+              "--group_size", "4", "--max_new_tokens", "6", "--num_eval_problems", "4"]  # fmt: skip
+
+
+def run_script(module, argv, monkeypatch):
+    """Call a script's main() with this command line."""
+    monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, argv)])
+    module.main()
+
+
+def message(module, argv, monkeypatch, capsys) -> str:
+    """Return the one line a script ends with."""
+    with pytest.raises(SystemExit) as error:
+        run_script(module, argv, monkeypatch)
+    assert error.value.code not in (None, 0)
+    text = capsys.readouterr().err if error.value.code == 2 else str(error.value)
+    assert text.strip().count("\n") == 0, text
+    return text
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(["Numbers: 1 2 3\nTarget: 6\n<think>1+2=3</think>"] * 3, 280)
+
+
+@pytest.fixture
+def start(tmp_path, tokenizer):
+    """A run folder with an untrained model."""
+    cfg = ModelConfig(tokenizer.vocab_size, 1, 16, 2, 2, 16, max_context=64)
+    model = Transformer(cfg)
+    model.init_weights(0)
+    checkpoint.save(
+        tmp_path / "start", 1, modules={"model": model}, optimizer=None, state={"step": 1},
+        model_cfg=cfg, tokenizer=tokenizer, dist=ALONE,
+    )  # fmt: skip
+    return tmp_path / "start"
+
+
+# ------------------------------------------------------------------------------- bad input
+
+
+def test_missing_checkpoint_names_the_command_that_makes_one(tmp_path, monkeypatch, capsys):
+    """Without a checkpoint to start from, the trainers say how to make one."""
+    for module in (train_grpo, train_sft):
+        argv = ["--init", tmp_path / "none", "--run_dir", tmp_path / module.__name__]
+        text = message(module, argv, monkeypatch, capsys)
+        assert "no checkpoint under" in text and "bash speedrun.sh" in text
+
+
+def test_wrong_flag_names_the_nearest(monkeypatch, capsys):
+    """A misspelt flag is named with the one that was meant."""
+    for module, wrong, meant in (
+        (train_grpo, "--groupsize", "--group_size"),
+        (train_sft, "--contxt", "--context"),
+        (train_pretrain, "--num_layer", "--num_layers"),
+    ):
+        text = message(module, [wrong, "4"], monkeypatch, capsys)
+        assert wrong in text and meant in text
+
+
+def test_bad_data_files_are_named(tmp_path, start, tokenizer, monkeypatch, capsys):
+    """A missing, empty or broken data file is one line that names it."""
+    argv = ["--preset", "smoke", "--init", start, "--run_dir", tmp_path / "sft", "--data"]
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "broken.jsonl").write_text("{\n" * 20)
+    for name, words in (("no.jsonl", "missing"), ("empty.jsonl", "empty"), ("broken.jsonl", "bad")):
+        text = message(train_sft, [*argv, tmp_path / name], monkeypatch, capsys)
+        assert name in text and words in text
+    text = message(
+        train_pretrain,
+        ["--preset", "smoke", "--tokenizer", tmp_path, "--run_dir", tmp_path / "base"],
+        monkeypatch,
+        capsys,
+    )
+    assert "tokenizer.json" in text
+
+
+def test_checkpoint_of_another_shape_is_refused(tmp_path, start, tokenizer, monkeypatch, capsys):
+    """A run folder whose checkpoint has another shape than the model is one line with both."""
+    cfg = ModelConfig(tokenizer.vocab_size, 1, 32, 2, 2, 16, max_context=64)
+    wide = Transformer(cfg)
+    checkpoint.save(
+        tmp_path / "grpo", 1, modules={"model": wide, "reference": wide}, optimizer=None,
+        state={"step": 1}, model_cfg=cfg, tokenizer=tokenizer, dist=ALONE,
+    )  # fmt: skip
+    argv = [*SMALL_GRPO, "--init", start, "--run_dir", tmp_path / "grpo"]
+    text = message(train_grpo, argv, monkeypatch, capsys)
+    assert "[32, 32]" in text and "[16, 16]" in text and "attention" in text
+
+
+def test_run_folder_in_use_and_with_other_settings_is_refused(tmp_path, start, monkeypatch, capsys):
+    """Two trainers on one folder, or one with other settings, are refused by name."""
+    argv = [*SMALL_GRPO, "--init", start, "--run_dir", tmp_path / "grpo"]
+    with checkpoint.run_lock(tmp_path / "grpo"):
+        assert "in use" in message(train_grpo, argv, monkeypatch, capsys)
+    (tmp_path / "grpo" / "config.json").write_text(json.dumps({"lr": 1.0}))
+    text = message(train_grpo, argv, monkeypatch, capsys)
+    assert "other settings" in text and "--lr was 1.0" in text
+
+
+# ------------------------------------------------------------------------------- resuming
+
+
+class Killed(BaseException):
+    """Ends a run in the middle of a step, as a kill would."""
+
+
+def rows_without_times(run_dir) -> list[dict]:
+    return [
+        {k: v for k, v in row.items() if not k.startswith("seconds")}
+        for row in read_metrics(run_dir)
+    ]
+
+
+def test_killed_and_resumed_grpo_equals_the_uninterrupted_run(tmp_path, start, monkeypatch):
+    """GRPO cut in the middle of a step and continued is bit-exact: metrics, samples, weights."""
+    argv = [*SMALL_GRPO, "--init", start, "--kl_coef", "0.04", "--num_updates", "2"]
+    run_script(train_grpo, [*argv, "--run_dir", tmp_path / "whole"], monkeypatch)
+
+    real_update, calls = train_grpo.update, []
+
+    def dying_update(*args):
+        calls.append(1)
+        if len(calls) == 5:  # step 4; the newest checkpoint is of step 3
+            raise Killed
+        return real_update(*args)
+
+    monkeypatch.setattr(train_grpo, "update", dying_update)
+    with pytest.raises(Killed):
+        run_script(train_grpo, [*argv, "--run_dir", tmp_path / "cut"], monkeypatch)
+    monkeypatch.setattr(train_grpo, "update", real_update)
+    run_script(train_grpo, [*argv, "--run_dir", tmp_path / "cut"], monkeypatch)
+
+    whole, cut = rows_without_times(tmp_path / "whole"), rows_without_times(tmp_path / "cut")
+    assert whole == cut and len(whole) == 6
+    assert (tmp_path / "whole/samples.txt").read_text() == (
+        tmp_path / "cut/samples.txt"
+    ).read_text()
+    for file in (
+        "model-00000.safetensors",
+        "reference-00000.safetensors",
+        "optim-00000.safetensors",
+    ):
+        left, right = (
+            next((tmp_path / name / "checkpoints").glob(f"step-000006/{file}")).read_bytes()
+            for name in ("whole", "cut")
+        )
+        assert left == right, file
+    assert any(row["kl"] > 0 for row in whole) and any(row["grad_norm"] > 0 for row in whole)
+
+
+def test_sigterm_saves_after_the_step_and_the_same_command_continues(tmp_path, start, monkeypatch):
+    """A SIGTERM ends the run with status 0 and a checkpoint of the step it came in."""
+    argv = [*SMALL_GRPO, "--init", start, "--run_dir", tmp_path / "grpo"]
+    real_update = train_grpo.update
+
+    def signalled_update(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return real_update(*args)
+
+    monkeypatch.setattr(train_grpo, "update", signalled_update)
+    with pytest.raises(SystemExit) as end:
+        run_script(train_grpo, argv, monkeypatch)
+    assert end.value.code == 0
+    assert (tmp_path / "grpo/checkpoints/step-000001/COMMIT").exists()
+    monkeypatch.setattr(train_grpo, "update", real_update)
+    run_script(train_grpo, argv, monkeypatch)
+    assert [row["step"] for row in read_metrics(tmp_path / "grpo")] == list(range(6))
+
+
+def test_sft_and_pretraining_lower_the_loss_and_resume_exactly(tmp_path, tokenizer, monkeypatch):
+    """Both trainers learn a repeated text, and a second call after the end changes nothing."""
+    pages = [{"text": "1+1=2, 1+2=3, 2+2=4, 3+3=6. " * 8} for _ in range(40)]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(page) + "\n" for page in pages))
+    tokenizer.save(tmp_path / "tokenizer")
+    base = ["--preset", "smoke", "--threads", "1", "--corpus", tmp_path / "corpus.jsonl",
+            "--valid", tmp_path / "corpus.jsonl", "--tokenizer", tmp_path / "tokenizer",
+            "--run_dir", tmp_path / "base", "--context", "64", "--batch_size", "4"]  # fmt: skip
+    run_script(train_pretrain, base, monkeypatch)
+    rows = read_metrics(tmp_path / "base")
+    assert rows[-1]["loss"] < rows[0]["loss"] - 1.0
+    assert rows[-1]["valid_bits_per_byte"] < rows[9]["valid_bits_per_byte"]
+
+    examples = [{"prompt": "1+1=", "solution": "2"}, {"prompt": "3+3=", "solution": "6"}] * 20
+    (tmp_path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in examples))
+    sft = ["--preset", "smoke", "--threads", "1", "--init", tmp_path / "base",
+           "--data", tmp_path / "sft.jsonl", "--context", "32", "--batch_size", "4"]  # fmt: skip
+    run_script(train_sft, [*sft, "--run_dir", tmp_path / "sft"], monkeypatch)
+    rows = read_metrics(tmp_path / "sft")
+    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+    run_script(train_sft, [*sft, "--run_dir", tmp_path / "sft"], monkeypatch)
+    assert read_metrics(tmp_path / "sft") == rows
