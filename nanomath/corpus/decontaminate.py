@@ -9,7 +9,7 @@ that matches half the web must be seen, not silently obeyed.
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -89,20 +89,13 @@ class _Lookup:
         return {int(o) for i in found for o in self.owners[self.first[i] : self.first[i + 1]]}
 
 
-@dataclass
 class Decontaminator:
     """The index of all benchmark texts, and the hits counted while pages pass through it."""
 
-    texts: list[BenchmarkText]
-    num_long: int = 0
-    num_short: int = 0
-    num_unused: int = 0
-    hits: Counter = field(default_factory=Counter)
-    _lookups: dict[int, _Lookup] = field(default_factory=dict)
-
     def __init__(self, texts: Iterable[BenchmarkText]):
         self.texts = list(texts)
-        self.hits, self._lookups = Counter(), {}
+        self.hits: Counter[str] = Counter()
+        self._lookups: dict[int, _Lookup] = {}
         pairs: dict[int, list[tuple[np.ndarray, int]]] = {}
         self.num_long = self.num_short = self.num_unused = 0
         for owner, item in enumerate(self.texts):
