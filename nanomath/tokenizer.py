@@ -311,12 +311,18 @@ HELD_OUT_EVERY = 20  # each 20th page is not trained on and measures bytes per t
 def main(cfg: Config) -> None:
     """Train on cfg.corpus and print bytes per token on held-out pages; do nothing if done."""
     out, corpus = Path(cfg.out), Path(cfg.corpus)
-    settings = {"vocab_size": cfg.vocab_size, "max_mb": cfg.max_mb}
+    if not corpus.is_file():
+        raise SystemExit(f"--corpus {corpus} is missing; make one with: python build_corpus.py")
+    corpus_bytes = corpus.stat().st_size
+    settings = {"vocab_size": cfg.vocab_size, "max_mb": cfg.max_mb, "corpus_bytes": corpus_bytes}
     record = out / "training.json"
     if (out / "tokenizer.json").exists():
         before = read_json(record) if record.exists() else {}
         if {name: before.get(name) for name in settings} != settings:
-            raise SystemExit(f"{out} holds a tokenizer made otherwise ({before}); remove it first")
+            raise SystemExit(
+                f"{out} holds a tokenizer made otherwise: {before or 'elsewhere'}, now {settings}; "
+                "remove it or give another --out"
+            )
         print(f"{out}: done before, {before['bytes_per_token']} bytes per token; skipped")
         return
     trained, held_out, num_bytes = [], [], 0

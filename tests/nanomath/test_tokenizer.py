@@ -353,11 +353,45 @@ def test_merges_tiktoken_would_apply_otherwise_are_refused(tokenizer, tmp_path):
     file = tmp_path / "tokenizer.json"
     layout = json.loads(file.read_text())
     merges = layout["model"]["merges"]
-    for changed in ([merges[1], merges[0], *merges[2:]], merges[:-1]):
+    for changed in ([merges[1], merges[0], *merges[2:]], merges[:-1], []):
         layout["model"]["merges"] = changed
         file.write_text(json.dumps(layout))
         with pytest.raises(ValueError, match="order of the ids"):
             Tokenizer.load(tmp_path)
+
+
+def test_a_merge_list_is_exact_or_refused(tokenizer, tmp_path):
+    """Whatever merges a file lists, either it is refused or the ids equal the tokenizers package's:
+    random vocabularies, most of which no training would make."""
+    peer = pytest.importorskip("tokenizers", reason="the tokenizers package is not installed")
+    tokenizer.save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    layout = json.loads(file.read_text())
+    layout["added_tokens"] = [t for t in layout["added_tokens"] if t["special"]]
+    bytes_only = {text: i for text, i in layout["model"]["vocab"].items() if i < 256}
+    rng = random.Random(3)
+    outcomes = Counter()
+    for _ in range(300):
+        tokens, merges = ["a", "b", "c"], []
+        for _ in range(rng.randrange(2, 9)):
+            left, right = rng.choice(tokens), rng.choice(tokens)
+            if left + right not in tokens:
+                tokens.append(left + right)
+                merges.append([left, right])
+        ids = {text: 256 + i for i, text in enumerate(tokens[3:])}
+        layout["model"].update(vocab={**bytes_only, **ids}, merges=merges)
+        file.write_text(json.dumps(layout))
+        try:
+            ours = Tokenizer.load(tmp_path)
+        except ValueError as error:
+            assert "order of the ids" in str(error)
+            outcomes["refused"] += 1
+            continue
+        outcomes["accepted"] += 1
+        other = peer.Tokenizer.from_file(str(file))
+        texts = ["".join(rng.choices("abc", k=rng.randrange(1, 25))) for _ in range(40)]
+        assert [ours.encode(t) for t in texts] == [e.ids for e in other.encode_batch(texts)], merges
+    assert min(outcomes["refused"], outcomes["accepted"]) > 50, outcomes
 
 
 def test_damaged_files_are_named(tokenizer, tmp_path):
@@ -411,11 +445,18 @@ def test_command_trains_skips_and_refuses(tmp_path):
     assert (tmp_path / "out" / "tokenizer.json").stat().st_mtime_ns == stamp
     other = _command(*flags, "600")
     assert other.returncode != 0
-    assert "remove it first" in other.stderr
+    assert "remove it or give another --out" in other.stderr
     missing = _command("--corpus", str(tmp_path / "no.jsonl"), "--out", str(tmp_path / "x"))
     assert missing.returncode != 0
-    assert missing.stderr.strip().splitlines()[-1].startswith("error: ")
-    assert "Traceback" not in missing.stderr
+    assert (
+        missing.stderr.strip()
+        == f"--corpus {tmp_path / 'no.jsonl'} is missing; make one with: python build_corpus.py"
+    )
+    corpus.write_text("nothing\n" * 30)
+    damaged = _command("--corpus", str(corpus), "--out", str(tmp_path / "x"))
+    assert damaged.returncode != 0
+    assert damaged.stderr.strip().splitlines()[-1].startswith("error: 30 of 30 lines are bad")
+    assert "Traceback" not in damaged.stderr
 
 
 def test_report_speed(record_property):
