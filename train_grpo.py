@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanomath.checkpoint import load_model
+from nanomath.checkpoint import RunLock, load_model
 from nanomath.config import RunConfig, one_line_errors, opt, parse
 from nanomath.data import epoch_order
 from nanomath.dist import (
@@ -49,7 +49,7 @@ class GRPOConfig(RunConfig):
     run_dir: str = opt("runs/grpo", "folder of this run", may_change=True)
     init: str = opt("runs/sft", "run folder or checkpoint to start from", may_change=True)
     # Problems
-    num_numbers: tuple[int, ...] = opt((3, 4), "numbers per Countdown problem", low=2, high=6)
+    num_numbers: tuple[int, ...] = opt((3, 4), "numbers per Countdown problem", low=2, high=5)
     max_number: int = opt(99, "largest given number", low=2)
     max_target: int = opt(100, "largest target", low=1)
     num_problems: int = opt(20_000, "training problems", low=1)
@@ -199,7 +199,7 @@ def update(
     return metrics
 
 
-def train(cfg: GRPOConfig, dist: Dist) -> None:
+def train(cfg: GRPOConfig, dist: Dist, lock: RunLock) -> None:
     """Run Algorithm 1 with outcome rewards (Sec. 4.1.2, 4.1.4)."""
     with one_line_errors():
         policy, tokenizer, _ = load_model(cfg.init, device=dist.device)  # Alg. 1 l.1
@@ -213,6 +213,7 @@ def train(cfg: GRPOConfig, dist: Dist) -> None:
         run = Run(
             cfg,
             dist,
+            lock,
             modules={"model": policy, "reference": reference},
             optimizer=optimizer,
             model_cfg=model_cfg,
@@ -350,8 +351,8 @@ def main() -> None:
     cfg = parse(GRPOConfig, PRESETS, description=__doc__)
     if len(cfg.rewards) != len(cfg.reward_weights):
         raise SystemExit("--reward_weights needs one weight for each of --rewards")
-    with open_run(cfg) as dist:
-        train(cfg, dist)
+    with open_run(cfg) as (dist, lock):
+        train(cfg, dist, lock)
 
 
 if __name__ == "__main__":

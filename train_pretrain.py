@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from kernels import linear_token_logprobs
+from nanomath.checkpoint import RunLock
 from nanomath.config import RunConfig, one_line_errors, opt, parse
 from nanomath.data import TokenShards, read_jsonl, write_shards
 from nanomath.dist import Dist, all_reduce_sum, barrier, shard
@@ -151,7 +152,7 @@ def bits_per_byte(model: torch.nn.Module, valid: TokenShards, cfg: PretrainConfi
     return totals["nats"] / math.log(2) / (totals["tokens"] * bytes_per_token)
 
 
-def train(cfg: PretrainConfig, dist: Dist) -> None:
+def train(cfg: PretrainConfig, dist: Dist, lock: RunLock) -> None:
     with one_line_errors():
         tokenizer = Tokenizer.load(cfg.tokenizer)
         train_tokens = tokenized("train", cfg.corpus, cfg, tokenizer, dist)
@@ -174,6 +175,7 @@ def train(cfg: PretrainConfig, dist: Dist) -> None:
         run = Run(
             cfg,
             dist,
+            lock,
             modules={"model": model},
             optimizer=optimizer,
             model_cfg=model_cfg,
@@ -211,8 +213,8 @@ def train(cfg: PretrainConfig, dist: Dist) -> None:
 
 def main() -> None:
     cfg = parse(PretrainConfig, PRESETS, description=__doc__)
-    with open_run(cfg) as dist:
-        train(cfg, dist)
+    with open_run(cfg) as (dist, lock):
+        train(cfg, dist, lock)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ inside each. The loss is on solution tokens only, every one with the same weight
 
 from dataclasses import dataclass
 
-from nanomath.checkpoint import load_model
+from nanomath.checkpoint import RunLock, load_model
 from nanomath.config import RunConfig, one_line_errors, opt, parse
 from nanomath.data import PackedExamples, encode_examples, read_examples
 from nanomath.dist import Dist, shard
@@ -69,7 +69,7 @@ PRESETS = {
 }
 
 
-def train(cfg: SFTConfig, dist: Dist) -> None:
+def train(cfg: SFTConfig, dist: Dist, lock: RunLock) -> None:
     with one_line_errors():
         model, tokenizer, _ = load_model(cfg.init, device=dist.device)
         model_cfg = model.cfg
@@ -85,6 +85,7 @@ def train(cfg: SFTConfig, dist: Dist) -> None:
         run = Run(
             cfg,
             dist,
+            lock,
             modules={"model": model},
             optimizer=optimizer,
             model_cfg=model_cfg,
@@ -114,8 +115,8 @@ def train(cfg: SFTConfig, dist: Dist) -> None:
 
 def main() -> None:
     cfg = parse(SFTConfig, PRESETS, description=__doc__)
-    with open_run(cfg) as dist:
-        train(cfg, dist)
+    with open_run(cfg) as (dist, lock):
+        train(cfg, dist, lock)
 
 
 if __name__ == "__main__":

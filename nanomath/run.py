@@ -1,6 +1,6 @@
 """One training run: the loop over steps that resumes, logs, checkpoints, and stops when asked.
 
-    run = Run(cfg, dist, modules={"model": model}, optimizer=optimizer, ...)
+    run = Run(cfg, dist, lock, modules={"model": model}, optimizer=optimizer, ...)
     for step in run.steps(num_steps, desc="pretrain"):
         run.log(step, supervised_step(...))
 
@@ -16,18 +16,20 @@ import torch
 from torch import nn
 
 from nanomath import checkpoint
+from nanomath.checkpoint import RunLock
 from nanomath.config import RunConfig, lock_config, one_line_errors
-from nanomath.dist import Dist, StopSignal, barrier, cleanup, raise_together, setup
+from nanomath.dist import Dist, StopSignal, barrier, cleanup, raise_together, set_timeout, setup
 from nanomath.log import RunLog, progress
 from nanomath.model import ModelConfig
 from nanomath.tokenizer import Tokenizer
 
 MAX_SKIPPED_STEPS = 10  # in a row, with a gradient that is not finite
+STEP_TIMEOUT_S = 900  # how long ranks wait for one another once the first step is done
 MAX_FAILED_SAVES = 3  # in a row; the run goes on in between, on the older checkpoints
 
 
 @contextmanager
-def open_run(cfg: RunConfig) -> Iterator[Dist]:
+def open_run(cfg: RunConfig) -> Iterator[tuple[Dist, RunLock]]:
     """Set up the processes, lock the run folder and its settings; clean up at the end.
 
     Raises SystemExit with one line when the folder is in use or holds other settings.
@@ -36,12 +38,12 @@ def open_run(cfg: RunConfig) -> Iterator[Dist]:
         dist = setup(cfg.device, cfg.threads)
     with raise_together(dist), ExitStack() as stack:
         with one_line_errors():
-            stack.enter_context(checkpoint.run_lock(cfg.run_dir, dist))
+            lock = stack.enter_context(checkpoint.run_lock(cfg.run_dir, dist))
         if dist.is_main:
             lock_config(cfg, cfg.run_dir)
         barrier(dist)
         try:
-            yield dist
+            yield dist, lock
         except KeyboardInterrupt:
             raise SystemExit(
                 f"interrupted: the same command continues {cfg.run_dir} from its last checkpoint"
@@ -56,13 +58,14 @@ class Run:
         self,
         cfg: RunConfig,
         dist: Dist,
+        lock: RunLock,
         *,
         modules: Mapping[str, nn.Module],
         optimizer: torch.optim.Optimizer,
         model_cfg: ModelConfig,
         tokenizer: Tokenizer,
     ):
-        self.cfg, self.dist = cfg, dist
+        self.cfg, self.dist, self.lock = cfg, dist, lock
         self.modules, self.optimizer = dict(modules), optimizer
         self.model_cfg, self.tokenizer = model_cfg, tokenizer
         state = checkpoint.load_latest(
@@ -92,6 +95,8 @@ class Run:
             for step in range(first, num_steps):
                 yield step
                 self.bar.update()
+                if step == first:
+                    set_timeout(self.dist, STEP_TIMEOUT_S)
                 self.state.update(step=step + 1, seconds=time.monotonic() - started)
                 stop = signal.requested(self.dist)
                 if stop or step + 1 == num_steps or (step + 1) % self.cfg.checkpoint_interval == 0:
@@ -122,6 +127,7 @@ class Run:
                 tokenizer=self.tokenizer,
                 dist=self.dist,
                 keep=self.cfg.keep_checkpoints,
+                lock=self.lock,
             )
             self.failed_saves = 0
         except checkpoint.SaveFailed as error:
