@@ -34,18 +34,10 @@ class ModelConfig:
     tied_head: bool = False  # the head is the embedding
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "width",
-            "num_heads",
-            "num_kv_heads",
-            "ffn_width",
-            "max_context",
-        ):
+        sizes = ("vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "ffn_width")
+        for name in (*sizes, "max_context"):
             if getattr(self, name) < 1:
                 raise ValueError(f"ModelConfig.{name} is {getattr(self, name)}; it must be >= 1")
-        if self.num_layers < 0:
-            raise ValueError(f"ModelConfig.num_layers is {self.num_layers}; it must be >= 0")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"ModelConfig: num_heads {self.num_heads} is no multiple of num_kv_heads "
@@ -164,27 +156,20 @@ class GroupCache:
         self._place(self.prompt_of_row_R[rows])
 
     def _place(self, prompt_of_row_R: Tensor) -> None:
-        """Lay rows out as [prompt, kv head, slot]: the shape of the product with the prompt."""
+        """Give each row a slot of its prompt: cells [P, K, slot] lay out the shared product."""
+        device, num_kv = prompt_of_row_R.device, self.num_kv_heads
         self.prompt_of_row_R = prompt_of_row_R
         self.base_positions_R = self.prompt_lengths_P[prompt_of_row_R]
-        num_prompts, num_kv = len(self.prompt_lengths_P), self.num_kv_heads
-        device = prompt_of_row_R.device
-        counts_P = torch.bincount(prompt_of_row_R, minlength=num_prompts)
-        num_slots = int(counts_P.max())
-        order_R = prompt_of_row_R.argsort(stable=True)
-        first_P = counts_P.cumsum(0) - counts_P
-        slot_R = torch.empty_like(order_R)
-        slot_R[order_R] = (
-            torch.arange(len(order_R), device=device) - first_P[prompt_of_row_R[order_R]]
-        )
+        own_RP = prompt_of_row_R[:, None] == torch.arange(len(self.prompt_lengths_P), device=device)
+        slot_R1 = own_RP.cumsum(0).gather(1, prompt_of_row_R[:, None]) - 1
+        num_slots = int(slot_R1.max()) + 1
         kv_heads = torch.arange(num_kv, device=device)
-        cell_RK = (prompt_of_row_R[:, None] * num_kv + kv_heads) * num_slots + slot_R[:, None]
-        self.cell_of_row = cell_RK.flatten()  # [R*K] -> index into P*K*slots
-        # The way back; an empty slot shows row 0, and nobody reads the result.
-        self.row_of_cell = torch.zeros(num_prompts * num_kv * num_slots, dtype=torch.long).to(
-            device
-        )
-        self.row_of_cell[self.cell_of_row] = torch.arange(len(cell_RK) * num_kv, device=device)
+        self.cell_of_row = (prompt_of_row_R[:, None] * num_kv + kv_heads) * num_slots + slot_R1
+        self.cell_of_row = self.cell_of_row.flatten()  # [R*K] -> index into P*K*slots
+        # The way back; an empty slot repeats row 0, and nobody reads the result.
+        num_cells = own_RP.shape[1] * num_kv * num_slots
+        self.row_of_cell = torch.zeros(num_cells, dtype=torch.long, device=device)
+        self.row_of_cell[self.cell_of_row] = torch.arange(len(self.cell_of_row), device=device)
 
     def positions(self, num_rows: int, num_tokens: int) -> Tensor:
         """Return the positions [B, T] of the tokens that the next forward pass adds."""

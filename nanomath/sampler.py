@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nanomath.checkpoint import load_model
 from nanomath.config import opt, parse
+from nanomath.dist import setup
 from nanomath.log import printable
 from nanomath.log import progress as progress_bar
 from nanomath.model import GroupCache, ModelConfig, Transformer
@@ -79,26 +81,21 @@ def sample_groups(
     samples_per_wave = min(group_size, max_rows)
     bar = progress_bar(total=num_rows, desc="sampling", unit=" samples", disable=not progress)
     with bar:
-        for p in range(0, len(prompts) if max_new_tokens else 0, prompts_per_wave):
-            members = range(p, min(p + prompts_per_wave, len(prompts)))
+        for first in range(0, len(prompts) if max_new_tokens else 0, prompts_per_wave):
+            members = range(first, min(first + prompts_per_wave, len(prompts)))
             cache, logits_PV = _prefill(model, [prompts[p] for p in members])
-            for g in range(0, group_size, samples_per_wave):
-                samples = range(g, min(g + samples_per_wave, group_size))
+            for start in range(0, group_size, samples_per_wave):
+                samples = range(start, min(start + samples_per_wave, group_size))
                 pairs = [(p, g) for p in members for g in samples]
-                wave = _Wave(
-                    rows_R=torch.tensor([p * group_size + g for p, g in pairs]).to(weight.device),
-                    prompt_R=torch.tensor([p - members[0] for p, _ in pairs]).to(weight.device),
-                    uniform_TR=uniform_noise(
-                        seed,
-                        step,
-                        [prompt_ids[p] for p, _ in pairs],
-                        [g for _, g in pairs],
-                        max_new_tokens,
-                    ).to(weight.device),
+                keys = [prompt_ids[p] for p, _ in pairs], [g for _, g in pairs]
+                uniform_TR = uniform_noise(seed, step, *keys, max_new_tokens).to(weight.device)
+                prompt_R = torch.tensor([p - first for p, _ in pairs], device=weight.device)
+                rows_R = [p * group_size + g for p, g in pairs]
+                tokens_NT[rows_R], logp_NT[rows_R] = _decode(
+                    model, cache, logits_PV, prompt_R, uniform_TR, choose, is_eos_V, bar
                 )
-                _decode(model, cache, logits_PV, wave, choose, is_eos_V, tokens_NT, logp_NT, bar)
     if not bool(logp_NT.isfinite().all()):
-        raise ValueError("sample_groups: the model's logits are NaN or infinite; its weights are")
+        raise ValueError("sample_groups: the model's logits are not finite: its weights diverged")
     return _rollouts(tokens_NT, logp_NT, is_eos_V, group_size)
 
 
@@ -119,15 +116,6 @@ def _rollouts(tokens_NT: Tensor, logp_NT: Tensor, is_eos_V: Tensor, group_size: 
         logp_PGT=logp_NT.reshape(*groups, longest),
         finished_PG=finished_N.view(groups),
     )
-
-
-@dataclass
-class _Wave:
-    """The rows of one batch; `keep` drops the ended ones."""
-
-    rows_R: Tensor  # index into the N = P*G results
-    prompt_R: Tensor  # index into the cache's prompts
-    uniform_TR: Tensor  # float64 in [0, 1)
 
 
 def _prefill(model: Transformer, prompts: Sequence[Sequence[int]]) -> tuple[GroupCache, Tensor]:
@@ -152,26 +140,30 @@ def _decode(
     model: Transformer,
     cache: GroupCache,
     logits_PV: Tensor,
-    wave: _Wave,
+    prompt_R: Tensor,
+    uniform_TR: Tensor,
     choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     is_eos_V: Tensor,
-    tokens_NT: Tensor,
-    logp_NT: Tensor,
     bar,
-) -> None:
-    """Draw the wave's rows to their ends, writing into tokens_NT and logp_NT."""
+) -> tuple[Tensor, Tensor]:
+    """Draw a row per entry of `prompt_R` to its end; return tokens (-1: none), logp [R, T]."""
     # Asking how many rows are left stalls a GPU; a CPU has the answer at once.
     check_interval = 1 if is_eos_V.device.type == "cpu" else 8
-    rows_R, uniform_TR = wave.rows_R, wave.uniform_TR
-    cache.start(wave.prompt_R)
+    tokens_TR = torch.full(uniform_TR.shape, -1, device=uniform_TR.device)
+    logp_TR = torch.zeros(
+        uniform_TR.shape,
+        device=uniform_TR.device,
+        dtype=torch.float64 if logits_PV.dtype == torch.float64 else torch.float32,
+    )
+    cache.start(prompt_R)
+    rows_R = torch.arange(len(prompt_R), device=prompt_R.device)  # those still in the batch
     limit_R = model.cfg.max_context - cache.base_positions_R  # room for a response
     done_R = limit_R <= 0
-    logits_RV = logits_PV[wave.prompt_R]
-    num_open = len(rows_R)
+    logits_RV, num_open = logits_PV[prompt_R], len(prompt_R)
     for t in range(len(uniform_TR)):
-        token_R, logp_R = choose(logits_RV, uniform_TR[t])
-        tokens_NT[rows_R, t] = token_R.masked_fill(done_R, -1)
-        logp_NT[rows_R, t] = logp_R.masked_fill(done_R, 0.0)
+        token_R, logp_R = choose(logits_RV, uniform_TR[t, rows_R])
+        tokens_TR[t, rows_R] = token_R.masked_fill(done_R, -1)
+        logp_TR[t, rows_R] = logp_R.masked_fill(done_R, 0.0)
         done_R = done_R | is_eos_V[token_R] | (limit_R <= t + 1)
         if t + 1 == len(uniform_TR):
             break
@@ -180,14 +172,15 @@ def _decode(
             bar.update(num_open - len(left_R))
             num_open = len(left_R)
             if num_open == 0:
-                return
+                break
             # Dropping rows copies what the others have cached: worth it from a tenth on.
             if num_open <= 0.9 * len(rows_R):
                 cache.keep(left_R)
-                rows_R, limit_R, token_R = rows_R[left_R], limit_R[left_R], token_R[left_R]
-                done_R, uniform_TR = done_R[left_R], uniform_TR[:, left_R]
+                rows_R, limit_R = rows_R[left_R], limit_R[left_R]
+                token_R, done_R = token_R[left_R], done_R[left_R]
         logits_RV = model(token_R[:, None], cache=cache)[:, 0]
     bar.update(num_open)
+    return tokens_TR.T, logp_TR.T
 
 
 def choose_tokens(
@@ -314,30 +307,30 @@ class Config:
     max_new_tokens: int = opt(256, "tokens at most in a sample", low=1)
     temperature: float = opt(1.0, "0: greedy", low=0.0)
     seed: int = opt(0, "seed of the samples")
-    device: str = opt("cpu", "cpu or cuda", choices=("cpu", "cuda"))
+    device: str = opt("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
 
 
 def main(cfg: Config) -> None:
     """Print samples of one prompt with their lengths and mean log-probabilities."""
-    from nanomath.checkpoint import load_model  # checkpoint.py must not be needed to import this
-
     if not cfg.checkpoint:
         raise SystemExit("nanomath.sampler: --checkpoint DIR is missing: name a run folder")
     try:
-        model, tokenizer, _ = load_model(cfg.checkpoint, device=cfg.device)
+        model, tokenizer, _ = load_model(cfg.checkpoint, device=setup(cfg.device).device)
+        if tokenizer is None:
+            raise ValueError(f"{cfg.checkpoint} holds no tokenizer.json")
+        rollouts = sample_groups(
+            model,
+            [tokenizer.encode(cfg.prompt, bos=True)],
+            cfg.num_samples,
+            max_new_tokens=cfg.max_new_tokens,
+            eos_ids=[tokenizer.eos_id],
+            temperature=cfg.temperature,
+            seed=cfg.seed,
+            vocab_limit=tokenizer.vocab_size,
+            progress=True,
+        )
     except (FileNotFoundError, ValueError) as error:
         raise SystemExit(f"nanomath.sampler: {error}") from None
-    rollouts = sample_groups(
-        model,
-        [tokenizer.encode(cfg.prompt, bos=True)],
-        cfg.num_samples,
-        max_new_tokens=cfg.max_new_tokens,
-        eos_ids=[tokenizer.eos_id],
-        temperature=cfg.temperature,
-        seed=cfg.seed,
-        vocab_limit=tokenizer.vocab_size,
-        progress=True,
-    )
     for g in range(cfg.num_samples):
         length = int(rollouts.lengths_PG[0, g])
         mean_logp = float(rollouts.logp_PGT[0, g, :length].mean())

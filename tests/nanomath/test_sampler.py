@@ -7,8 +7,12 @@ import random
 import pytest
 import torch
 
+from nanomath import sampler
+from nanomath.checkpoint import save
+from nanomath.dist import setup
 from nanomath.model import ModelConfig, Transformer
 from nanomath.sampler import choose_tokens, sample_groups, uniform_noise
+from nanomath.tokenizer import Tokenizer
 
 CFG = ModelConfig(
     vocab_size=53, num_layers=2, width=24, num_heads=4, num_kv_heads=2, ffn_width=40, max_context=96
@@ -208,6 +212,22 @@ def test_choose_tokens_at_the_edges():
         assert (tokens[:199].diff() >= 0).all()  # the inverse CDF is monotone
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_choose_tokens_at_block_boundaries(dtype):
+    """Where rounding puts u on the wrong side of a block's end, no id of weight 0 is drawn."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(400, 64, generator=generator, dtype=dtype)
+    logits.view(400, 8, 8)[..., [0, 7]] = -math.inf  # each block of 8 begins and ends with none
+    blocks = logits.softmax(-1).view(400, 8, 8).sum(-1).double()
+    ends = blocks.cumsum(-1) / blocks.sum(-1, keepdim=True)
+    for k in range(7):
+        below, above = (torch.nextafter(ends[:, k], torch.tensor(x).double()) for x in (0, 1))
+        for uniform in (below, ends[:, k], above):
+            tokens, logp = choose_tokens(logits, uniform, temperature=1.0, vocab_limit=64)
+            assert logp.isfinite().all()
+            assert ((tokens // 8 == k) | (tokens // 8 == k + 1)).all()
+
+
 def test_vocab_limit_is_never_exceeded():
     """Ids from vocab_limit on are never sampled, whatever their logits; logp is the full one."""
     model = make_model()
@@ -260,7 +280,9 @@ def test_context_limit():
     rollouts = sample(model, make_prompts(lengths), eos_ids=(), max_new_tokens=12)
     assert rollouts.lengths_PG.tolist() == [[0] * 4, [1] * 4, [6] * 4, [12] * 4]
     assert not rollouts.finished_PG.any()
-    only_full = sample(model, make_prompts([96]))
+    only_full = sample(model, make_prompts([96]), eos_ids=(0,))
+    beside = sample(model, make_prompts([96, 3]), eos_ids=(0,))
+    assert beside.lengths_PG[0].tolist() == [0] * 4 and not beside.finished_PG[0].any()
     assert only_full.tokens_PGT.shape == (1, 4, 0) and not only_full.finished_PG.any()
 
 
@@ -311,5 +333,43 @@ def test_nan_weights_are_an_error():
     """A diverged model is reported, not sampled from."""
     model = make_model()
     model.final_norm.weight.data[3] = math.nan
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(ValueError, match="not finite"):
         sample(model, [[1, 2]])
+
+
+def test_command_prints_samples_of_a_checkpoint(tmp_path, capsys):
+    """The command shows each sample's length and mean logp; the text is the decoded tokens."""
+    with pytest.raises(SystemExit, match="--checkpoint DIR is missing"):
+        sampler.main(sampler.Config())
+    with pytest.raises(SystemExit, match="nowhere"):
+        sampler.main(sampler.Config(checkpoint=str(tmp_path / "nowhere")))
+    tokenizer = Tokenizer.train(["1 + 2 = 3, 4 - 3 = 1"] * 5, 280)
+    cfg = dataclasses.replace(CFG, vocab_size=tokenizer.vocab_size + 8)
+    model = make_model(cfg, dtype=torch.float32)
+    save(
+        tmp_path,
+        1,
+        modules={"model": model},
+        optimizer=None,
+        state={},
+        model_cfg=cfg,
+        tokenizer=tokenizer,
+        dist=setup("cpu", threads=1),
+    )
+    arguments = sampler.Config(
+        checkpoint=str(tmp_path), prompt="1 +", num_samples=3, max_new_tokens=5
+    )
+    sampler.main(arguments)
+    printed = capsys.readouterr().out
+    expected = sample_groups(
+        model,
+        [tokenizer.encode("1 +", bos=True)],
+        3,
+        max_new_tokens=5,
+        eos_ids=[tokenizer.eos_id],
+        vocab_limit=tokenizer.vocab_size,
+    )
+    for g in range(3):
+        length = int(expected.lengths_PG[0, g])
+        mean = float(expected.logp_PGT[0, g, :length].mean())
+        assert f"sample {g}: {length} tokens, " in printed and f"mean logp {mean:.3f}" in printed
