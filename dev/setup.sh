@@ -2,6 +2,10 @@
 # versions. Needs python3 (3.11 or 3.12), pip and bash; nothing is compiled. A second call returns
 # at once. PYTHON chooses the interpreter, VENV the folder.
 
+# OpenMP threads wait for one another by spinning. Where another process holds one of two cores that
+# makes a training step 30 times slower (dev/LOG.md); a short spin costs nothing on an idle machine.
+export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-20000}"
+
 say() { printf '\033[1m== %s\033[0m\n' "$*" >&2; }
 
 find_python() {
