@@ -35,6 +35,7 @@ from nanomath.corpus.pages import (
 )
 from nanomath.corpus.text import canonical, num_tokens
 from nanomath.log import progress
+from nanomath.tasks import countdown
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,9 @@ class CorpusConfig:
     benchmarks: tuple[str, ...] = opt((), "JSONL files whose text must not be in the corpus")
     num_heldout: int = opt(1000, "held-out Countdown problems kept out of the corpus", low=0)
     heldout_seed: int = opt(0, "seed of those problems", low=0)
+    num_numbers: tuple[int, ...] = opt((3, 4), "numbers of those problems", low=2, high=5)
+    max_number: int = opt(99, "their largest given number", low=1)
+    max_target: int = opt(100, "their largest target", low=1)
     seed: int = opt(0, "seed of every draw", low=0)
     num_workers: int = opt(2, "processes that parse files", low=1, may_change=True)
     packages: tuple[str, ...] = opt(PACKAGES, "packages whose documentation is the web")
@@ -96,9 +100,12 @@ PRESETS = {
         "num_heldout": 50,
         "budgets": (250_000, 380_000),
         "valid_pages": 20,
-    },
-    "cpu": _SMALL | {"budgets": (1_600_000, 2_400_000)},
-    "gpu": _SMALL | {"num_generated": 4000, "budgets": (16_000_000, 24_000_000)},
+    }
+    | countdown.RANGES["smoke"],
+    "cpu": _SMALL | {"budgets": (1_600_000, 2_400_000)} | countdown.RANGES["cpu"],
+    "gpu": _SMALL
+    | {"num_generated": 4000, "budgets": (16_000_000, 24_000_000)}
+    | countdown.RANGES["gpu"],
     "paper": {},
 }
 
@@ -292,9 +299,14 @@ def benchmark_texts(cfg: CorpusConfig) -> list[decontaminate.BenchmarkText]:
     texts = [text for name in cfg.benchmarks for text in decontaminate.read_benchmark(name)]
     if not cfg.num_heldout:
         return texts
-    from nanomath.tasks import countdown  # here, so that parsing processes do not load it
-
-    problems = countdown.generate(cfg.num_heldout, split="heldout", seed=cfg.heldout_seed)
+    problems = countdown.generate(
+        cfg.num_heldout,
+        split="heldout",
+        seed=cfg.heldout_seed,
+        num_numbers=cfg.num_numbers,
+        max_number=cfg.max_number,
+        max_target=cfg.max_target,
+    )
     for problem in problems:
         name, target = f"countdown:{problem.id}", problem.payload["target"]
         texts.append(decontaminate.BenchmarkText(f"{name}:prompt", problem.prompt))

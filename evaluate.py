@@ -64,19 +64,20 @@ class EvalConfig:
 PRESETS = {
     "smoke": {
         "num_problems": 50,
-        "num_numbers": (3,),
-        "max_number": 10,
-        "max_target": 20,
+        **countdown.RANGES["smoke"],
         "max_new_tokens": 32,
     },
     "cpu": {
         "num_problems": 1000,
-        "num_numbers": (3,),
-        "max_number": 20,
-        "max_target": 50,
+        **countdown.RANGES["cpu"],
         "max_new_tokens": 40,
     },
-    "gpu": {"num_problems": 1000, "max_new_tokens": 128, "chunk_problems": 256},
+    "gpu": {
+        "num_problems": 1000,
+        **countdown.RANGES["gpu"],
+        "max_new_tokens": 128,
+        "chunk_problems": 256,
+    },
     "countdown_qwen_3b": {"prompt_style": "full", "chunk_problems": 128},
 }
 

@@ -10,6 +10,7 @@ setup(
     license="MIT",
     python_requires=">=3.11,<3.13",
     packages=["nanomath", "nanomath.corpus", "nanomath.judge", "nanomath.tasks", "kernels"],
+    package_data={"nanomath.corpus": ["url_rules.tsv"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "triton>=3.6; platform_system == 'Linux'",  # the CPU build of torch does not bring it

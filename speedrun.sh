@@ -52,8 +52,16 @@ stage() {
     printf '%s\t%s\n' "$name" "$((SECONDS - start))" >>"$RUN/seconds.tsv"
 }
 
+BENCHMARKS=()
+if [ -n "${NANOMATH_DATA:-}" ]; then
+    for name in gsm8k_test math_test cmath_test gaokao_mathqa gaokao_mathcloze; do
+        if [ -f "$NANOMATH_DATA/$name.jsonl" ]; then BENCHMARKS+=("$NANOMATH_DATA/$name.jsonl"); fi
+    done
+fi
+if [ ${#BENCHMARKS[@]} -gt 0 ]; then BENCHMARKS=(--benchmarks "${BENCHMARKS[@]}"); fi
+
 # ---- stages -----------------------------------------------------------------------------------
-stage corpus    "$PY" build_corpus.py --preset "$PRESET" --run_dir "$RUN/corpus"
+stage corpus    "$PY" build_corpus.py --preset "$PRESET" --run_dir "$RUN/corpus" ${BENCHMARKS[@]+"${BENCHMARKS[@]}"}
 stage tokenizer "$PY" -m nanomath.tokenizer --preset "$PRESET" --corpus "$RUN/corpus/corpus.jsonl" --out "$RUN/tokenizer"
 stage pretrain  "$PY" train_pretrain.py --preset "$PRESET" --corpus "$RUN/corpus/corpus.jsonl" \
                     --valid "$RUN/corpus/valid.jsonl" --tokenizer "$RUN/tokenizer" --run_dir "$RUN/base"

@@ -96,6 +96,7 @@ PRESETS = {
     },
     # DEVIATION: a small model takes a higher rate; Countdown a smaller KL coefficient.
     "gpu": {
+        **countdown.RANGES["gpu"],
         "max_new_tokens": 128,
         "num_steps": 400,
         "lr": 1e-4,
@@ -105,9 +106,8 @@ PRESETS = {
         "micro_batch_size": 256,
     },
     "cpu": {
-        "num_numbers": (3,),
-        "max_number": 20,
-        "max_target": 50,
+        **countdown.RANGES["cpu"],
+        "num_problems": 10_000,
         "max_new_tokens": 40,
         "num_steps": 150,
         "lr": 3e-4,
@@ -119,9 +119,7 @@ PRESETS = {
         "checkpoint_interval": 25,
     },
     "smoke": {
-        "num_numbers": (3,),
-        "max_number": 10,
-        "max_target": 20,
+        **countdown.RANGES["smoke"],
         "num_problems": 500,
         "max_new_tokens": 32,
         "num_steps": 6,

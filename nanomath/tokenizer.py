@@ -305,6 +305,8 @@ class Config:
     max_mb: float = opt(100.0, "megabytes of text to train on", low=0.001)
 
 
+PRESETS = {"smoke": {"vocab_size": 512}, "cpu": {"vocab_size": 1024}, "gpu": {"vocab_size": 4096}}
+
 HELD_OUT_EVERY = 20  # each 20th page is not trained on and measures bytes per token
 
 
@@ -350,6 +352,6 @@ def main(cfg: Config) -> None:
 
 if __name__ == "__main__":
     try:
-        main(parse(Config, description=__doc__))
+        main(parse(Config, PRESETS, description=__doc__))
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None

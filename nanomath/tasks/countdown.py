@@ -44,6 +44,13 @@ FULL_PROMPT = (
 )
 STYLES = ("short", "full")
 
+# The problems of each preset, for all scripts: what SFT shows is what GRPO and evaluation ask.
+RANGES = {
+    "smoke": {"num_numbers": (3,), "max_number": 10, "max_target": 20},
+    "cpu": {"num_numbers": (3,), "max_number": 20, "max_target": 50},
+    "gpu": {"num_numbers": (3, 4), "max_number": 99, "max_target": 100},
+}
+
 
 # ------------------------------------------------------------------------------------- problems
 
@@ -319,11 +326,10 @@ class CountdownConfig:
     max_wrong_attempts: int = opt(0, "wrong attempts shown before the solution, at most", low=0)
 
 
-# The ranges of train_grpo.py's presets: what is shown in SFT is what is asked afterwards.
 PRESETS = {
-    "smoke": {"num": 500, "max_number": 10, "max_target": 20},
-    "cpu": {"num": 10_000, "max_number": 20, "max_target": 50},
-    "gpu": {"num": 100_000, "num_numbers": (3, 4)},
+    "smoke": {"num": 500, **RANGES["smoke"]},
+    "cpu": {"num": 10_000, **RANGES["cpu"]},
+    "gpu": {"num": 100_000, **RANGES["gpu"]},
 }
 
 
