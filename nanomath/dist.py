@@ -29,6 +29,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as td
@@ -122,36 +123,28 @@ def default_threads(local_world_size: int) -> int:
 
 def _physical_cores() -> int:
     """Count cores in the affinity mask, hyper-threads as one, within the cgroup's quota."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-    if allowed is None:
-        return os.cpu_count() or 1
-    cores = set()
-    for cpu in allowed:
-        try:
-            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as file:
-                cores.add(file.read().strip())
-        except OSError:
-            cores.add(str(cpu))
+    siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    is_linux = hasattr(os, "sched_getaffinity")
+    cpus = os.sched_getaffinity(0) if is_linux else range(os.cpu_count() or 1)
+    num_cores = len({_read(siblings.format(cpu), default=str(cpu)) for cpu in cpus})
+    quota, period = _read("/sys/fs/cgroup/cpu.max", default="max 100000").split()
+    return num_cores if quota == "max" else min(num_cores, max(1, int(quota) // int(period)))
+
+
+def _read(path: str, default: str) -> str:
     try:
-        with open("/sys/fs/cgroup/cpu.max") as file:
-            quota, period = file.read().split()
-        limit = max(1, int(quota) // int(period)) if quota != "max" else len(cores)
-    except (OSError, ValueError):
-        limit = len(cores)
-    return min(len(cores), limit)
+        return Path(path).read_text().strip()
+    except OSError:
+        return default
 
 
 def _choose_device(device: str, local_rank: int) -> torch.device:
-    if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"--device {device}: expected auto, cpu or cuda")
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU here; use --device cpu or auto")
     if local_rank >= torch.cuda.device_count():
         raise ValueError(
-            f"process {local_rank} of this machine needs a GPU of its own but there are "
-            f"{torch.cuda.device_count()}: lower torchrun's --nproc_per_node, or use --device cpu"
+            f"--device {device}: process {local_rank} of this machine needs a GPU of its own, and "
+            f"torch sees {torch.cuda.device_count()}; start fewer processes, or use --device cpu"
         )
     return torch.device("cuda", local_rank)
 
@@ -215,12 +208,10 @@ def make_replica(model: nn.Module, dist: Dist) -> nn.Module:
         return model
     # FSDP2 puts a class of its own in front of the model's.
     plain = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
-    devices = [dist.device] if dist.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), dist.device:
+    is_gpu = dist.device.type == "cuda"
+    with torch.random.fork_rng([dist.device] if is_gpu else []), dist.device:
         replica = plain(model.cfg)
-    for mine, theirs in _pairs(replica, model):
-        dtype = torch.bfloat16 if dist.device.type == "cuda" else theirs.dtype
-        mine.data = mine.data.to(dtype)
+    replica.to(torch.bfloat16 if is_gpu else next(model.parameters()).dtype)
     replica.requires_grad_(False).train(model.training)
     refresh_replica(replica, model, dist)
     return replica
@@ -245,9 +236,6 @@ def refresh_replica(replica: nn.Module, model: nn.Module, dist: Dist) -> None:
             if not isinstance(weight, DTensor):
                 targets[name].copy_(weight)
         module.reshard()
-    sources = dict(model.named_buffers())
-    for name, buffer in replica.named_buffers():
-        buffer.copy_(sources[name])
 
 
 @torch.no_grad()
@@ -258,24 +246,13 @@ def copy_weights(dst: nn.Module, src: nn.Module) -> None:
     """
     reshard(dst)
     reshard(src)
-    for mine, theirs in _pairs(dst, src):
-        if isinstance(mine, DTensor) != isinstance(theirs, DTensor):
-            raise ValueError("copy_weights needs both models sharded or both not")
+    for mine, theirs in zip(dst.parameters(), src.parameters(), strict=True):
         local(mine).copy_(local(theirs))
 
 
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's rows of a sharded tensor, or the tensor itself; the memory is shared."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _pairs(left: nn.Module, right: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    ours, theirs = dict(left.named_parameters()), dict(right.named_parameters())
-    for name in sorted(ours.keys() | theirs.keys()):
-        shapes = [list(side[name].shape) if name in side else None for side in (ours, theirs)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"models differ at {name}: shape {shapes[0]} against {shapes[1]}")
-    return [(ours[name], theirs[name]) for name in ours]
 
 
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, dist: Dist) -> float:
@@ -285,16 +262,12 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, dist: Dist) ->
     not finite is returned and nothing is scaled: the caller skips the step.
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    square = {True: 0.0, False: 0.0}  # sharded gradients, whole gradients
-    for is_sharded in square:
-        norms = [
-            torch.linalg.vector_norm(local(grad), dtype=torch.float64)
-            for grad in grads
-            if isinstance(grad, DTensor) == is_sharded
-        ]
-        square[is_sharded] = float(torch.stack(norms).square().sum()) if norms else 0.0
-    total = all_reduce_sum({"sharded": square[True]}, dist)["sharded"] + square[False]
-    norm = math.sqrt(total) if total >= 0 else math.nan
+    squares = torch.zeros(2, dtype=torch.float64, device=dist.device)  # of whole, sharded gradients
+    for grad in grads:
+        norm = torch.linalg.vector_norm(local(grad), dtype=torch.float64)
+        squares[int(isinstance(grad, DTensor))] += norm.square()
+    whole, sharded = squares.tolist()
+    norm = math.sqrt(whole + all_reduce_sum({"sharded": sharded}, dist)["sharded"])
     if math.isfinite(norm) and norm > max_norm:
         for grad in grads:
             local(grad).mul_(max_norm / norm)
@@ -304,12 +277,8 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, dist: Dist) ->
 # ---------------------------------------------------------------------------- messages
 
 
-def all_reduce_sum(values: dict[str, float] | Tensor, dist: Dist) -> dict[str, float] | Tensor:
-    """Sum over ranks: a dict of floats (float64, same keys on all ranks) or a tensor, in place."""
-    if isinstance(values, Tensor):
-        if dist.mesh is not None:
-            td.all_reduce(values)
-        return values
+def all_reduce_sum(values: dict[str, float], dist: Dist) -> dict[str, float]:
+    """Sum each value over ranks, in float64; the keys must be the same on all ranks."""
     sums = torch.tensor([float(value) for value in values.values()], dtype=torch.float64)
     if dist.mesh is not None and len(values):
         td.all_reduce(sums)
@@ -363,7 +332,7 @@ class ErrorWatch:
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps its store
         self._store = td.PrefixStore(f"nanomath-errors-{restart}", store)
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._poll, daemon=True)
+        self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -373,13 +342,12 @@ class ErrorWatch:
     def tell(self, message: str) -> bool:
         """Publish this rank's error and wait until the others have it; False if not the first."""
         self.stop()
-        is_first = True
-        with suppress(RuntimeError):  # the process that held the store has gone already
-            is_first = self._store.add("failures", 1) == 1
-            if is_first:
-                self._store.set("message", f"rank {self.rank}: {message}")
+        text = f"rank {self.rank}: {message}"
+        with suppress(RuntimeError):  # the process that held the store may have gone already
+            first = self._store.compare_set("message", "", text).decode()
             self._wait_until_seen()
-        return is_first
+            return first == text
+        return True
 
     def _wait_until_seen(self) -> None:
         """Wait, not for long, until all know: the store ends with the process that holds it."""
@@ -388,19 +356,20 @@ class ErrorWatch:
         while self._store.add("seen", 0) < self.world_size and time.monotonic() < give_up:
             time.sleep(0.05)
 
-    def _poll(self) -> None:
+    def _watch(self) -> None:
         message = None
-        while message is None and not self._stopped.wait(POLL_S):
+        while message is None:
+            if self._stopped.wait(POLL_S):
+                return
             try:
                 if self._store.check(["message"]):
                     message = self._store.get("message").decode()
             except RuntimeError as error:
                 message = f"lost contact with the other ranks ({str(error).splitlines()[0]})"
-        if message is not None:
-            print(f"nanomath: rank {self.rank} ends: {message}", file=sys.stderr, flush=True)
-            with suppress(RuntimeError):
-                self._wait_until_seen()
-            os._exit(1)
+        print(f"nanomath: rank {self.rank} ends: {message}", file=sys.stderr, flush=True)
+        with suppress(RuntimeError):
+            self._wait_until_seen()
+        os._exit(1)
 
 
 @contextmanager
@@ -420,9 +389,8 @@ def raise_together(dist: Dist) -> Iterator[None]:
         if isinstance(error, SystemExit) and error.code in (None, 0):
             cleanup(dist)  # all ranks agreed to stop here
             raise
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(LAST_WORDS_S)  # leaving a broken NCCL group may hang
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(LAST_WORDS_S)  # leaving a broken NCCL group may hang
         text = str(error) if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
         if not dist.watch.tell(text):
             raise SystemExit(1) from None
@@ -441,30 +409,25 @@ class StopSignal:
     Schedulers and torchrun both forward a SIGTERM, so copies within a second count as one.
     """
 
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
     SAME_SIGNAL_S = 1.0
 
-    def __init__(self, signals: tuple[int, ...] = (signal.SIGTERM, signal.SIGUSR1)):
-        self.name: str | None = None
-        self._since = 0.0
-        self._before = {number: signal.signal(number, self._handle) for number in signals}
+    def __init__(self):
+        self._first = math.inf  # when the first signal came
 
     def _handle(self, number: int, frame: object) -> None:
-        if self.name is not None and time.monotonic() - self._since > self.SAME_SIGNAL_S:
+        if time.monotonic() - self._first > self.SAME_SIGNAL_S:
             os._exit(128 + number)
-        if self.name is None:
-            self.name, self._since = signal.Signals(number).name, time.monotonic()
+        self._first = min(self._first, time.monotonic())
 
     def requested(self, dist: Dist) -> bool:
         """Return True on all ranks if any rank was signalled. Call it at the same step on all."""
-        return not all_ok(self.name is None, dist)
-
-    def close(self) -> None:
-        """Put the handlers back that were there before."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        return not all_ok(self._first == math.inf, dist)
 
     def __enter__(self) -> StopSignal:
+        self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.close()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -118,7 +118,11 @@ def folder_of(run, step):
 
 
 def names(run):
-    return sorted(path.name for path in (run.run_dir / "checkpoints").iterdir())
+    return names_in(run.run_dir)
+
+
+def names_in(run_dir):
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
 
 
 # ---------------------------------------------------------------------------- resume
@@ -128,6 +132,7 @@ def test_resume_is_bit_exact(run):
     """Training 2N steps equals training N, loading into a fresh run, training N: every bit."""
     resumed = Run(run.run_dir, seed=3)
     assert resumed.load() == {"step": 4, "cursor": 28, "note": "x"}
+    assert str(run.run_dir) not in Path("/proc/self/maps").read_text()  # pruned files free space
     resumed.train(3)
     run.train(2)
     assert len(run.tensors()) == 21 * 5  # weights of two models, two moments and a step of one
@@ -157,7 +162,7 @@ def test_state_other_than_adamw_moments(tmp_path):
         return module, torch.optim.SGD(module.parameters(), momentum=0.5)
 
     module, optimizer = build(1.25)
-    rest = {"state": {}, "model_cfg": {"a": 1}, "tokenizer": None, "dist": ALONE}
+    rest = {"state": {}, "model_cfg": CFG, "tokenizer": None, "dist": ALONE}
     folder = ck.save(tmp_path, 1, modules={"m": module}, optimizer=optimizer, **rest)
     assert set(load_file(folder / "m-00000.safetensors")) == {"narrow", "scalar", "count"}
     again, other = build(7.5)
@@ -174,13 +179,10 @@ def test_layout(run):
     """The folder holds what the docstring says, hashed, none of it a pickle."""
     folder = folder_of(run, 4)
     stems = ["optim-00000", "policy-00000", "reference-00000"]
-    files = {f"{stem}.{kind}" for stem in stems for kind in ("json", "safetensors")}
-    files |= {"state.json", "config.json", "COMMIT"}
-    assert {path.name for path in folder.iterdir()} == files
+    files = {f"{stem}.safetensors" for stem in stems} | {"state.json", "config.json"}
+    assert {path.name for path in folder.iterdir()} == files | {"COMMIT"}
     assert (folder.parent / "latest").read_text() == "step-000004\n"
-    assert set(ck._read_commit(folder)["files"]) == files - {"COMMIT"}
-    places = json.loads((folder / "policy-00000.json").read_text())
-    assert places["embedding.weight"] == {"shape": [33, 12], "offset": 0}
+    assert set(json.loads((folder / "COMMIT").read_text())) == files
     weights = load_file(folder / "policy-00000.safetensors")
     assert weights["embedding.weight"].shape == (33, 12)
     for path in folder.iterdir():
@@ -202,21 +204,22 @@ def test_newest_are_kept(run):
     assert names(run) == ["latest", "step-000009"]
 
 
-def test_a_step_saved_again_replaces_the_old_one(run):
-    """The second save of a step is the one that counts; the first is gone afterwards."""
+def test_a_name_is_never_used_twice(run):
+    """Saving a step that stands already fails, and what stands stays."""
     run.step = 4
-    run.save()
+    with pytest.raises(ck.SaveFailed, match="step-000004.*not empty"):
+        run.save()
     assert names(run) == ["latest", "step-000002", "step-000004"]
-    resumed = Run(run.run_dir, seed=1)
-    resumed.load()
-    assert_same(run.tensors(), resumed.tensors())
+    assert run.load()["cursor"] == 28
 
 
 def test_damaged_ones_do_not_count_as_kept(run):
-    """With a damaged checkpoint among the newest, an older sound one is kept to fall back on."""
+    """A damaged checkpoint is set aside on resuming: an older sound one is kept to fall back on."""
     (folder_of(run, 4) / "state.json").unlink()
+    assert run.load()["step"] == 2
+    run.train(2)
     run.save(keep=2)
-    assert names(run) == ["latest", "step-000002", "step-000004", "step-000005"]
+    assert names(run) == ["damaged-step-000004", "latest", "step-000002", "step-000004"]
 
 
 # ---------------------------------------------------------------------------- damage
@@ -230,15 +233,14 @@ def flip(path, position):
 
 DAMAGE = {
     "missing": lambda path: path.unlink(),
-    "empty": lambda path: path.write_bytes(b""),
     "truncated": lambda path: os.truncate(path, path.stat().st_size - 1),
     "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
     "first bit": lambda path: flip(path, 0),
     "middle bit": lambda path: flip(path, path.stat().st_size // 2),
     "last bit": lambda path: flip(path, path.stat().st_size - 1),
 }
-FILES = ["policy-00000.safetensors", "policy-00000.json", "optim-00000.safetensors"]
-FILES += ["state.json", "config.json", "COMMIT"]
+FILES = ["policy-00000.safetensors", "optim-00000.safetensors", "state.json", "config.json"]
+FILES += ["COMMIT"]
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
@@ -259,55 +261,58 @@ def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path, capsys, kind):
         warning = capsys.readouterr().err
         assert warning.startswith(f"nanomath: warning: checkpoint {sound} is damaged")
         assert name in warning and len(warning.splitlines()) == 1
-        shutil.rmtree(sound)
+        assert sound.with_name("damaged-step-000002").is_dir() and not sound.exists()
         shutil.copytree(tmp_path / "sound", sound)
     assert resumed.load()["step"] == 2
 
 
-def test_every_byte_of_commit_counts(tmp_path):
-    """COMMIT guards itself: a flipped bit in any of its bytes is seen."""
-    raw = ck._commit_text({"format": 1, "step": 4, "files": {"a": {"bytes": 7, "sha256": "0f"}}})
-    path = tmp_path / "COMMIT"
+def test_every_byte_of_commit_counts(run):
+    """A flipped bit in any byte of COMMIT is seen."""
+    path = folder_of(run, 4) / "COMMIT"
+    raw = path.read_bytes()
     for position in range(len(raw)):
-        path.write_bytes(raw)
         flip(path, position)
-        with pytest.raises(ck.Damaged, match="COMMIT"):
-            ck._read_commit(tmp_path)
-    path.write_bytes(raw)
-    assert ck._read_commit(tmp_path)["step"] == 4
+        assert ck._damage(path.parent) is not None, position
+        path.write_bytes(raw)
+    assert ck._damage(path.parent) is None
 
 
 def test_only_damaged_ones_is_an_error(run):
     """A run whose every checkpoint is damaged does not start again by itself."""
     for step in (2, 4):
         flip(folder_of(run, step) / "COMMIT", 5)
-    with pytest.raises(ValueError, match="every checkpoint under .* is damaged"):
-        run.load()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="every checkpoint under .* is damaged"):
+            run.load()
 
 
 def test_another_shape_is_refused(run):
     """A checkpoint of another model names tensor, both shapes, and changes nothing."""
     other = Run(run.run_dir, cfg=ModelConfig(34, 2, 12, 2, 1, 20))
     before = other.tensors()
-    with pytest.raises(
-        ck.Mismatch, match=r"policy/embedding.weight has shape \[33, 12\].*\[34, 12\]"
-    ):
+    message = r"policy/embedding.weight has shape \[33, 12\] in the checkpoint but \[34, 12\]"
+    with pytest.raises(ValueError, match=message):
         other.load()
     assert_same(before, other.tensors())
-    with pytest.raises(ck.Mismatch, match="policy/blocks.2.* is missing"):
-        Run(run.run_dir, cfg=ModelConfig(33, 3, 12, 2, 1, 20)).load()
-    with pytest.raises(ck.Mismatch, match="policy/blocks.1.* is not part of this model"):
-        Run(run.run_dir, cfg=ModelConfig(33, 1, 12, 2, 1, 20)).load()
-    with pytest.raises(ck.Mismatch, match="num_heads 2, not 6"):
-        Run(run.run_dir, cfg=ModelConfig(33, 2, 12, 6, 3, 20)).load()
+    for cfg, message in [
+        (ModelConfig(33, 3, 12, 2, 1, 20), "policy/blocks.2.* has shape none"),
+        (ModelConfig(33, 1, 12, 2, 1, 20), "policy/blocks.1.* but none in this model"),
+        (ModelConfig(33, 2, 12, 6, 3, 20), "num_heads 2, not 6"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Run(run.run_dir, cfg=cfg).load()
+    run.modules = {"policy": run.modules["reference"]}
+    run.optimizer = torch.optim.SGD(list(run.modules["policy"].parameters())[1:])
+    with pytest.raises(
+        ValueError, match="optim/policy/embedding.weight/.* belongs to no parameter"
+    ):
+        run.load()
 
 
 def test_bad_calls_are_refused(run):
-    """What could not be loaded again is refused before anything is written."""
+    """What could not be loaded again is refused, and no checkpoint comes of it."""
     for options, message in [
         ({"state": {"x": float("nan")}}, "JSON"),
-        ({"state": {"step": 3}}, "state says step 3"),
-        ({"keep": 0}, "keep is 0"),
         ({"modules": {"optim": run.modules["policy"]}}, "module names"),
         ({"modules": {"reference": run.modules["reference"]}}, "of no module"),
     ]:
@@ -321,7 +326,7 @@ def test_bad_calls_are_refused(run):
         }
         with pytest.raises(ValueError, match=message):
             ck.save(run.run_dir, 5, **(arguments | options))
-    assert [name for name in names(run) if "5" in name and not name.startswith(".tmp")] == []
+    assert "step-000005" not in names(run)
 
 
 # ---------------------------------------------------------------------------- bad disks and kills
@@ -360,7 +365,7 @@ def test_a_full_disk_fails_the_save_only(run):
 @pytest.mark.parametrize("target", ["fsync", "rename", "mkdir", "replace"])
 def test_io_errors_at_every_call(run, monkeypatch, target, capsys):
     """Wherever the disk says ENOSPC, a sound checkpoint remains and no temporary folder does."""
-    real, saved = getattr(os, target), False
+    real, newest, num_saved = getattr(os, target), 4, 0
     for failing_call in range(100):
         calls = []
 
@@ -373,22 +378,24 @@ def test_io_errors_at_every_call(run, monkeypatch, target, capsys):
         monkeypatch.setattr(os, target, faulty)
         try:
             run.save()
-            saved = True  # from here on, errors in tidying up are warnings
+            newest, num_saved = run.step, num_saved + 1  # from here on, errors are warnings
         except ck.SaveFailed as error:
-            assert "No space left on device" in str(error)
-            assert not [name for name in names(run) if name.startswith(".tmp-step-000005-")]
+            assert "No space left on device" in str(error) and num_saved == 0
+            assert not [name for name in names(run) if name.startswith(".tmp")]
         monkeypatch.setattr(os, target, real)
-        assert Run(run.run_dir).load()["step"] in ((5,) if saved else (4, 5))
+        assert Run(run.run_dir).load()["step"] in (newest, run.step)
+        run.step += 1
         if len(calls) <= failing_call:
             break
-    assert saved
-    assert failing_call >= {"fsync": 12, "rename": 2, "mkdir": 1, "replace": 1}[target]
+    assert num_saved > 0
+    assert failing_call >= {"fsync": 9, "rename": 2, "mkdir": 1, "replace": 1}[target]
 
 
-def test_kill_at_every_step_of_a_save(tmp_path):
+@pytest.mark.parametrize("stride", [9, pytest.param(1, marks=pytest.mark.slow)])
+def test_kill_at_every_step_of_a_save(tmp_path, stride):
     """SIGKILL before or after any fsync, rename or deletion leaves a loadable checkpoint."""
     module = nn.Linear(2, 2)
-    rest = {"optimizer": None, "state": {}, "model_cfg": {}, "tokenizer": None, "dist": ALONE}
+    rest = {"optimizer": None, "state": {}, "model_cfg": CFG, "tokenizer": None, "dist": ALONE}
 
     def save(run_dir, step, value):
         nn.init.constant_(module.weight, value)
@@ -400,21 +407,19 @@ def test_kill_at_every_step_of_a_save(tmp_path):
         return state["step"], module.weight[0, 0].item()
 
     save(tmp_path / "start", 3, 1.0)
-    # A later step, and the same step again, which moves the old folder aside.
-    for new in (4, 3):
-        seen = set()
-        for fault in range(200):
-            run_dir = tmp_path / f"{new}-{fault}"
-            shutil.copytree(tmp_path / "start", run_dir)
-            status = in_fork(lambda: (kill_at(fault), save(run_dir, new, 2.0)))  # noqa: B023
-            assert status in (0, -signal.SIGKILL)
-            seen.add(load(run_dir))
-            assert not list(run_dir.rglob(".tmp*"))
-            if status == 0:
-                break
-        assert seen == {(3, 1.0), (new, 2.0)}
-        assert load(run_dir) == (new, 2.0)
-        assert fault > 40
+    seen = set()
+    for fault in range(0, 500, stride):
+        run_dir = tmp_path / str(fault)
+        shutil.copytree(tmp_path / "start", run_dir)
+        status = in_fork(lambda: (kill_at(fault), save(run_dir, 4, 2.0)))  # noqa: B023
+        assert status in (0, -signal.SIGKILL)
+        seen.add(load(run_dir))
+        save(run_dir, 5, 3.0)
+        assert names_in(run_dir) == ["latest", "step-000005"]
+        if status == 0:
+            break
+    assert seen == {(3, 1.0), (4, 2.0)}
+    assert fault > 40
 
 
 def kill_at(fault):
@@ -490,12 +495,10 @@ def test_load_model_says_what_is_wrong(run, tmp_path):
     """No checkpoint names the command that makes one; damage and unknown modules are named."""
     with pytest.raises(FileNotFoundError, match="no checkpoint under .*; make one with: bash"):
         ck.load_model(tmp_path / "nowhere", device="cpu")
-    with pytest.raises(FileNotFoundError, match="make one with: python train_sft.py"):
-        ck.load_model(tmp_path / "nowhere", device="cpu", made_by="python train_sft.py")
     with pytest.raises(ValueError, match="holds no module critic: .*'policy', 'reference'"):
         ck.load_model(run.run_dir, device="cpu", module="critic")
     flip(folder_of(run, 4) / "COMMIT", 9)
-    with pytest.raises(ck.Damaged, match="step-000004 is damaged: .*COMMIT"):
+    with pytest.raises(ValueError, match="step-000004 is damaged: .*COMMIT"):
         ck.load_model(folder_of(run, 4), device="cpu")
 
 
@@ -512,9 +515,11 @@ def test_tied_model_and_tokenizer(tmp_path):
     assert loaded.head.weight is loaded.embedding.weight
     assert torch.equal(loaded.head.weight, model.embedding.weight)
     assert again.encode("3 + 4 = 7") == tokenizer.encode("3 + 4 = 7")
-    flip(folder / "tokenizer.json", 30)
-    with pytest.raises(ck.Damaged, match="tokenizer.json"):
-        ck.load_model(folder, device="cpu")
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        flip(folder / name, 30)
+        with pytest.raises(ValueError, match=f"{name} does not match"):
+            ck.load_model(folder, device="cpu")
+        flip(folder / name, 30)
 
 
 # ---------------------------------------------------------------------------- one trainer a folder
@@ -602,7 +607,7 @@ def worker_reshard(out):
         run.run_dir = out / "damaged"
         facts["fallback"] = run.load()["step"]
         (out / f"facts-{dist.rank}.json").write_text(json.dumps(facts))
-        nd.cleanup(dist)
+        raise SystemExit(0)  # as after an agreed stop: cleans up like the end of a run
 
 
 def test_reshard_one_to_two_to_one(tmp_path):
@@ -622,8 +627,8 @@ def test_reshard_one_to_two_to_one(tmp_path):
         torch.testing.assert_close(tensor, one.tensors()[name], rtol=1e-10, atol=1e-10)
 
     folder = folder_of(back, 4)
-    places = [json.loads((folder / f"policy-0000{rank}.json").read_text()) for rank in (0, 1)]
-    assert [place["embedding.weight"]["offset"] for place in places] == [0, 17]
+    parts = [load_file(folder / f"policy-0000{rank}.safetensors") for rank in (0, 1)]
+    assert [len(part["embedding.weight"]) for part in parts] == [17, 16]
     for rank in (0, 1):
         facts = json.loads((tmp_path / f"facts-{rank}.json").read_text())
         assert facts["state"] == {"step": 2, "cursor": 14, "note": "x"}
@@ -631,6 +636,7 @@ def test_reshard_one_to_two_to_one(tmp_path):
         assert facts["after_failure"] == ["latest", "step-000002"]
         assert "in use by another trainer" in facts["in_use"]
         assert facts["fallback"] == 2
+    assert "damaged-step-000004" in names_in(tmp_path / "damaged")
     assert "policy-00001.safetensors does not match its checksum" in statuses[0][1]
 
 
