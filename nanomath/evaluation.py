@@ -259,7 +259,7 @@ def _sample(
         temperature=temperature,
         seed=seed,
         prompt_ids=[problem.id for problem in problems],
-        vocab_limit=tokenizer.vocab_size,
+        vocab_limit=tokenizer.sample_limit,
     )
     columns = (rollouts.tokens_PGT, rollouts.lengths_PG, rollouts.finished_PG)
     return [

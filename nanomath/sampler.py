@@ -326,7 +326,7 @@ def main(cfg: Config) -> None:
             eos_ids=[tokenizer.eos_id],
             temperature=cfg.temperature,
             seed=cfg.seed,
-            vocab_limit=tokenizer.vocab_size,
+            vocab_limit=tokenizer.sample_limit,
             progress=True,
         )
     except (FileNotFoundError, ValueError) as error:

@@ -28,7 +28,7 @@ from nanomath.log import progress
 from nanomath.tokenizer_json import BOS, EOS, PAD, dump_layout, parse_layout, read_json
 
 ADDED_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
-CONTROL_TOKENS = (BOS, EOS, PAD)
+CONTROL_TOKENS = (EOS, BOS, PAD)  # the only one that is sampled comes first: sample_limit
 
 # Classes are written out as code points: \p{L} is another set in every Unicode version (17,144 code
 # points apart between two packages of one install), and ids must never depend on that.
@@ -89,6 +89,20 @@ class Tokenizer:
             "nanomath", pat_str="(?s).+", mergeable_ranks=self.ranks, special_tokens={}
         )
         self._cache: dict[str, list[int]] = {}
+
+    @property
+    def sample_limit(self) -> int:
+        """The ids that may be sampled are those below: bos and pad, of which decoding shows
+        nothing, are above, so an output's text is all that the model wrote.
+
+        It is eos_id + 1 in a tokenizer trained here. In one made elsewhere only the control tokens
+        (eos apart) and unused ids at the end of the vocabulary are above; others stay below.
+        """
+        hidden = {*self.control.values()} - {self.eos_id}
+        limit = self.vocab_size
+        while limit - 1 in hidden or self._bytes[limit - 1] is None:
+            limit -= 1
+        return limit
 
     @property
     def token_num_bytes(self) -> list[int]:
@@ -160,7 +174,7 @@ class Tokenizer:
     ) -> "Tokenizer":
         """Learn byte-level BPE from texts.
 
-        Ids: 256 bytes, merges in the order learned, added tokens, bos, eos, pad. vocab_size counts
+        Ids: 256 bytes, merges in the order learned, added tokens, eos, bos, pad. vocab_size counts
         all of them; it comes out smaller where no pair of tokens is left that occurs twice.
         Raises ValueError when vocab_size has no room or the texts are empty.
         """

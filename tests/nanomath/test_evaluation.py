@@ -167,7 +167,7 @@ def test_default_ks():
 class Characters:
     """A tokenizer of one id per character; 0 is the end."""
 
-    eos_id, vocab_size = 0, 256
+    eos_id, vocab_size, sample_limit = 0, 256, 250
 
     def encode(self, text, *, bos=False, eos=False):
         return [ord(character) for character in text]
@@ -237,7 +237,7 @@ def test_evaluate_by_hand(monkeypatch):
         "max_new_tokens": 50,
         "eos_ids": (0,),
         "seed": 5,
-        "vocab_limit": 256,
+        "vocab_limit": 250,
     }
     value = {name: metric["value"] for name, metric in result["metrics"].items()}
     assert value["greedy"] == 0.5
@@ -299,6 +299,40 @@ def test_compare(monkeypatch):
         compare(summary, summarise(records[:1]))
     with pytest.raises(ValueError, match="no problems"):
         summarise([])
+
+
+def test_control_tokens_are_never_sampled(monkeypatch):
+    """A model that wants nothing but bos and pad never writes them: text that decoding would hide
+    inside an answer, as in 1<pad>2, does not occur, neither greedily nor at any temperature."""
+    problems = generate(3)
+    tokenizer = Tokenizer.train([problem.prompt for problem in problems] * 3, 300)
+    cfg = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        num_layers=1,
+        width=16,
+        num_heads=2,
+        num_kv_heads=2,
+        ffn_width=32,
+    )
+    model = Transformer(cfg)
+    model.init_weights(0)
+    forward = model.forward
+
+    def biased(*args, **kwargs):
+        logits = forward(*args, **kwargs)
+        logits[..., [tokenizer.bos_id, tokenizer.pad_id]] += 6.0  # about half of the probability
+        return logits
+
+    monkeypatch.setattr(model, "forward", biased)
+    sampled = []
+    monkeypatch.setattr(
+        tokenizer, "decode", lambda ids: sampled.extend(ids) or Tokenizer.decode(tokenizer, ids)
+    )
+    evaluate_chunk(
+        model, tokenizer, problems, num_samples=8, temperature=1.0, max_new_tokens=12
+    )  # fmt: skip
+    assert len(sampled) > 100
+    assert max(sampled) <= tokenizer.eos_id < tokenizer.bos_id
 
 
 def test_real_model_and_tokenizer():

@@ -367,7 +367,7 @@ def test_command_prints_samples_of_a_checkpoint(tmp_path, capsys):
         3,
         max_new_tokens=5,
         eos_ids=[tokenizer.eos_id],
-        vocab_limit=tokenizer.vocab_size,
+        vocab_limit=tokenizer.sample_limit,
     )
     for g in range(3):
         length = int(expected.lengths_PG[0, g])

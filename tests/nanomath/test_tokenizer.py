@@ -169,17 +169,35 @@ def test_lone_surrogates_become_replacement_characters(tokenizer):
 
 
 def test_layout_of_ids(tokenizer):
-    """256 bytes, then merges, then added tokens, then bos, eos, pad: vocab_size counts them all."""
+    """256 bytes, then merges, then added tokens, then eos, bos, pad: vocab_size counts them all."""
     assert tokenizer.vocab_size == 400 == len(tokenizer.ranks) + 4 + 3
     assert list(tokenizer.added.values()) == [393, 394, 395, 396]
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (397, 398, 399)
+    assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id) == (397, 398, 399)
     assert all(tokenizer.ranks[bytes([byte])] == byte for byte in range(256))
+
+
+def test_sample_limit_leaves_out_what_decoding_hides(tokenizer):
+    """Below the limit lie eos and every id that decodes to text, and no other control token; in a
+    tokenizer made elsewhere only a tail of control tokens and unused ids is cut, eos never."""
+    assert tokenizer.sample_limit == tokenizer.eos_id + 1 == 398
+    assert all(tokenizer.decode_bytes([i]) for i in range(tokenizer.sample_limit - 1))
+    bytes_only = {bytes([byte]): byte for byte in range(256)}
+    for control, added, limit in (
+        ({"b": 256, "e": 257, "p": 258, "q": 259}, {}, 258),  # b, in between, stays
+        ({"e": 256, "b": 257, "p": 300}, {"<x>": 290}, 291),
+        ({"b": 256, "p": 257, "e": 258}, {}, 259),
+        ({"e": 256, "b": 257, "p": 258}, {"<x>": 259}, 260),
+    ):
+        other = Tokenizer(
+            bytes_only, (), added=added, control=control, bos="b", eos="e", pad="p"
+        )  # fmt: skip
+        assert other.sample_limit == limit, control
 
 
 def test_added_tokens_are_one_id_and_control_tokens_none(tokenizer):
     """<think> in text is its one id; a control token's name in text is spelled out in bytes."""
     ids = tokenizer.encode("a<think>b</think><answer>1</answer>", bos=True, eos=True)
-    assert ids == [397, ord("a"), 393, ord("b"), 394, 395, ord("1"), 396, 398]
+    assert ids == [398, ord("a"), 393, ord("b"), 394, 395, ord("1"), 396, 397]
     assert tokenizer.decode(ids) == "a<think>b</think><answer>1</answer>"
     for name in ("<|bos|>", "<|eos|>", "<|pad|>", "<|eos|><|eos|>", "<<think>|eos|>"):
         ids = tokenizer.encode(f"x{name}y")
@@ -231,9 +249,9 @@ def test_save_and_load_give_the_same_tokenizer(tokenizer, tmp_path):
     again = Tokenizer.load(tmp_path)
     assert (again.ranks, again.splits) == (tokenizer.ranks, SPLITS)
     assert (again.added, again.control) == (tokenizer.added, tokenizer.control)
-    assert (again.bos_id, again.eos_id, again.pad_id) == (397, 398, 399)
+    assert (again.eos_id, again.bos_id, again.pad_id) == (397, 398, 399)
     (tmp_path / "tokenizer_config.json").unlink()  # the default names are found without it
-    assert Tokenizer.load(tmp_path).eos_id == 398
+    assert Tokenizer.load(tmp_path).eos_id == 397
 
 
 def test_ids_equal_the_tokenizers_package(tokenizer, loaded_by_peer):
