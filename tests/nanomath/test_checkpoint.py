@@ -596,6 +596,7 @@ def worker_reshard(out):
                 ck.run_lock(run.run_dir, other).__enter__()
             except ck.RunInUse as error:
                 facts["in_use"] = str(error)
+            nd.barrier(dist)  # rank 0 holds the lock until both have tried
         trained = run.tensors()
         if dist.is_main:
             save_file(loaded, out / "loaded.safetensors")
