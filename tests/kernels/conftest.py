@@ -2,23 +2,63 @@
 
 import importlib.util
 import sys
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+import kernels
+
 TRITON_MODULE = "kernels.policy_loss_triton"
 
 
-@pytest.fixture(params=["torch", "interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request, monkeypatch):
-    """The device to test on; with "interpreter" CPU tensors go through the Triton source.
+def _is_triton(name: str) -> bool:
+    """Whether a module is Triton's or uses it; its C extension is not: it loads once a process."""
+    if name.startswith("triton._C"):
+        return False
+    return name.split(".")[0] == "triton" or name == TRITON_MODULE
 
-    Triton decides at a function's decoration whether it compiles or interprets, so the module of
-    the kernels is imported anew with TRITON_INTERPRET=1 set and dropped afterwards: compiled and
-    interpreted tests can share one process, in any order.
+
+@pytest.fixture(scope="session")
+def interpreted():
+    """A context in which CPU tensors go through the Triton source, run by Triton's interpreter.
+
+    Triton decides whether it compiles or interprets when a function is decorated, its own library
+    included. So inside there is a second triton package, imported with TRITON_INTERPRET=1, and the
+    module of the kernels is imported anew each time. Whatever was imported before is back
+    afterwards: compiled and interpreted tests can share one process, in any order.
     """
+    second_triton = {}
+
+    @contextmanager
+    def context():
+        before = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_triton(name)}
+        sys.modules.update(second_triton)
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("TRITON_INTERPRET", "1")
+                yield
+            reached = TRITON_MODULE in sys.modules
+        finally:
+            sys.modules.pop(TRITON_MODULE, None)
+            names = [name for name in sys.modules if _is_triton(name)]
+            second_triton.update({name: sys.modules.pop(name) for name in names})
+            sys.modules.update(before)
+            vars(kernels).pop("policy_loss_triton", None)  # a package also holds its modules
+            if TRITON_MODULE in before:
+                kernels.policy_loss_triton = before[TRITON_MODULE]
+        assert reached, "the test never reached the Triton source"
+
+    yield context
+    # Python clears at exit what is in sys.modules; without that nanobind reports leaks.
+    sys.modules.update({f"interpreted.{name}": second_triton[name] for name in second_triton})
+
+
+@pytest.fixture(params=["torch", "interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch, interpreted):
+    """The device to test on; with "interpreter" CPU tensors go through the Triton source."""
     if request.param == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
@@ -30,13 +70,8 @@ def device(request, monkeypatch):
         return
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
-    compiled = sys.modules.pop(TRITON_MODULE, None)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    yield "cpu"
-    assert TRITON_MODULE in sys.modules, "the test never reached the Triton source"
-    del sys.modules[TRITON_MODULE]
-    if compiled is not None:
-        sys.modules[TRITON_MODULE] = compiled
+    with interpreted():
+        yield "cpu"
 
 
 class Case(NamedTuple):

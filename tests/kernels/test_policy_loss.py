@@ -69,6 +69,22 @@ def test_equals_reference_at_full_vocabulary(device, make_case, num_rows, vocab_
     assert_equal_to_reference(case, device, 2e-6, **SETTINGS)
 
 
+def test_interpreter_and_compiler_in_one_process(interpreted, make_case):
+    """The Triton source is interpreted also after Triton was imported to compile, and twice; what
+    was imported before is there again afterwards."""
+    triton = pytest.importorskip("triton", reason="triton is not installed")
+    from kernels import policy_loss_triton
+
+    case = make_case(3, 20, seed=1)
+    for _ in range(2):
+        with interpreted():
+            assert_equal_to_reference(case, "cpu", 2e-6, **SETTINGS)
+            assert sys.modules["triton"] is not triton
+        assert sys.modules["triton"] is triton
+        assert sys.modules["kernels.policy_loss_triton"] is policy_loss_triton
+    assert isinstance(policy_loss_triton.policy_loss_kernel, triton.JITFunction)
+
+
 @pytest.mark.parametrize("temperature", [0.7, 1.3])
 def test_temperature_divides_the_logits(device, make_case, temperature):
     """Values and gradient at another sampling temperature, rows longer than a thread's share."""
