@@ -37,10 +37,10 @@ from nanomath.grpo import (
 from nanomath.log import plot_metrics
 from nanomath.model import Transformer
 from nanomath.optim import SCHEDULES, make_adamw
-from nanomath.rewards import compute_rewards
+from nanomath.rewards import compute_rewards, load_reward, reward_label
 from nanomath.run import Run, open_run
 from nanomath.sampler import Rollouts, sample_groups
-from nanomath.tasks import Problem, countdown
+from nanomath.tasks import Problem, countdown, encode_prompt
 from nanomath.tokenizer import Tokenizer
 
 
@@ -50,10 +50,10 @@ class GRPOConfig(RunConfig):
     init: str = opt("runs/sft", "run folder or checkpoint to start from", may_change=True)
     # Problems
     num_numbers: tuple[int, ...] = opt((3, 4), "numbers per Countdown problem", low=2, high=5)
-    max_number: int = opt(99, "largest given number", low=2)
+    max_number: int = opt(99, "largest given number", low=1)
     max_target: int = opt(100, "largest target", low=1)
     num_problems: int = opt(20_000, "training problems", low=1)
-    prompt_style: str = opt("short", "prompt wording", choices=("short", "full"))
+    prompt_style: str = opt("short", "prompt wording", choices=countdown.STYLES)
     # Algorithm 1
     num_iterations: int = opt(1, "outer iterations I: reference <- policy at each", low=1)
     num_steps: int = opt(144, "steps M per iteration (paper silent)", low=1)
@@ -82,7 +82,7 @@ class GRPOConfig(RunConfig):
 
 
 PRESETS = {
-    "countdown_qwen_3b": {  # PAPER Sec. 7: the well-known run
+    "countdown_qwen_3b": {  # the well-known Countdown run of Qwen2.5-3B-Instruct, README
         "num_numbers": (3, 4),
         "prompt_style": "full",
         "lr": 5e-7,
@@ -94,7 +94,8 @@ PRESETS = {
         "group_size": 8,
         "max_new_tokens": 1024,
     },
-    # DEVIATION: a small model takes a higher rate; Countdown a smaller KL coefficient.
+    # DEVIATION: a small model takes a higher rate, fewer and shorter outputs; Countdown a smaller
+    # KL coefficient.
     "gpu": {
         **countdown.RANGES["gpu"],
         "max_new_tokens": 128,
@@ -148,7 +149,7 @@ def problem_set(cfg: GRPOConfig, split: str, num: int) -> list[Problem]:
     )
 
 
-def score(
+def judge(
     cfg: GRPOConfig, problems: list[Problem], rollouts: Rollouts, tokenizer: Tokenizer
 ) -> tuple[torch.Tensor, list[str], dict[str, list]]:
     """Return the rewards [P, G] (NaN: none), the outputs as text, and each function's rewards."""
@@ -172,38 +173,40 @@ def update(
     lr: float,
     dist: Dist,
 ) -> dict[str, float]:
-    """Make mu passes of num_minibatches optimizer steps over the batch (Alg. 1 l.10-11)."""
+    """Make mu passes of num_minibatches optimizer steps over the batch (Alg. 1 l.10-11).
+
+    The metrics are means over those steps; `stepped` is 1 only if none was skipped.
+    """
     objective = Objective(cfg.clip_eps, cfg.kl_coef, cfg.temperature)
-    num_local_prompts = len(batch) // cfg.group_size
-    prompts_longest = -(-cfg.batch_size // dist.world_size)
-    for _ in range(cfg.num_updates):  # Alg. 1 l.10
-        for part in range(cfg.num_minibatches):
-            prompts = range(part, num_local_prompts, cfg.num_minibatches)
-            rows = [p * cfg.group_size + g for p in prompts for g in range(cfg.group_size)]
-            longest = -(-prompts_longest // cfg.num_minibatches) * cfg.group_size
-            metrics = policy_update(  # Alg. 1 l.11
-                policy,
-                optimizer,
-                batch,
-                objective,
-                lr=lr,
-                max_grad_norm=cfg.max_grad_norm,
-                micro_batch_size=cfg.micro_batch_size,
-                num_rows_longest=longest,
-                dist=dist,
-                rows=rows,
-                weight_scale=float(cfg.num_minibatches),
-            )
-    return metrics
+    steps = [
+        policy_update(  # Alg. 1 l.11
+            policy,
+            optimizer,
+            batch,
+            objective,
+            lr=lr,
+            max_grad_norm=cfg.max_grad_norm,
+            micro_batch_size=cfg.micro_batch_size,
+            dist=dist,
+            part=part,
+            num_parts=cfg.num_minibatches,
+        )
+        for _ in range(cfg.num_updates)  # Alg. 1 l.10
+        for part in range(cfg.num_minibatches)
+    ]
+    means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+    return means | {"stepped": min(step["stepped"] for step in steps)}
 
 
 def train(cfg: GRPOConfig, dist: Dist, lock: RunLock) -> None:
     """Run Algorithm 1 with outcome rewards (Sec. 4.1.2, 4.1.4)."""
     with one_line_errors():
+        check(cfg, dist)
         policy, tokenizer, _ = load_model(cfg.init, device=dist.device)  # Alg. 1 l.1
         reference, _, _ = load_model(cfg.init, device=dist.device)
         model_cfg = policy.cfg
         policy, reference = shard(policy, dist), shard(reference.requires_grad_(False), dist)
+        # On one CPU the policy samples for itself; else a whole copy does, refreshed before use.
         sampling_model = make_replica(policy, dist)
         optimizer = make_adamw(policy, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0)
         problems = problem_set(cfg, "train", cfg.num_problems)
@@ -217,21 +220,20 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock) -> None:
             model_cfg=model_cfg,
             tokenizer=tokenizer,
         )
-        total_steps = cfg.num_iterations * cfg.num_steps
-        rows_longest = -(-cfg.batch_size // dist.world_size) * cfg.group_size
-        scoring = {
-            "temperature": cfg.temperature,
-            "micro_batch_size": cfg.micro_batch_size,
-            "num_rows_longest": rows_longest,
-            "device": dist.device,
-        }
+    total_steps = cfg.num_iterations * cfg.num_steps
+    scoring = {
+        "temperature": cfg.temperature,
+        "micro_batch_size": cfg.micro_batch_size,
+        "device": dist.device,
+    }
     for step in run.steps(total_steps, desc="grpo"):  # Alg. 1 l.2, l.4
         if step % cfg.num_steps == 0:
             copy_weights(reference, policy)  # Alg. 1 l.3
         clock = Clock()
         chosen = epoch_order(len(problems), step, cfg.batch_size, cfg.seed)  # Alg. 1 l.5
-        mine = [problems[i] for i in chosen[dist.rank :: dist.world_size]]
-        prompts = [tokenizer.encode(problem.prompt, bos=True) for problem in mine]
+        my_places = range(dist.rank, cfg.batch_size, dist.world_size)
+        mine = [problems[chosen[place]] for place in my_places]
+        prompts = [encode_prompt(tokenizer, problem) for problem in mine]
         refresh_replica(sampling_model, policy, dist)  # Alg. 1 l.6: old <- policy
         rollouts = sample_groups(  # Alg. 1 l.7
             sampling_model,
@@ -242,20 +244,26 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock) -> None:
             temperature=cfg.temperature,
             seed=cfg.seed,
             step=step,
-            prompt_ids=[problem.id for problem in mine],
-            vocab_limit=tokenizer.vocab_size,
+            prompt_ids=my_places,  # a question drawn twice makes two groups, not one group twice
+            vocab_limit=tokenizer.sample_limit,
         )
         clock.lap("sampling")
-        rewards_PG, texts, parts = score(cfg, mine, rollouts, tokenizer)  # Alg. 1 l.8
+        rewards_PG, texts, parts = judge(cfg, mine, rollouts, tokenizer)  # Alg. 1 l.8
         advantages_PG = outcome_advantages(rewards_PG)  # Alg. 1 l.9
         clock.lap("rewards")
-        scored_PG = ~rewards_PG.isnan()
-        batch = make_batch(prompts, rollouts, advantages_PG, scored_PG, cfg.batch_size)
+        batch = make_batch(
+            prompts,
+            rollouts,
+            advantages_PG,
+            ~rewards_PG.isnan(),
+            num_prompts=cfg.batch_size,
+            world_size=dist.world_size,
+        )
         if cfg.kl_coef > 0:
             batch.ref_logp_N = response_logprobs(reference, batch, **scoring)
-        if cfg.num_updates * cfg.num_minibatches > 1:  # else old is the policy itself
+        if cfg.num_updates * cfg.num_minibatches > 1:  # else the old policy is the policy itself
             batch.old_logp_N = response_logprobs(policy, batch, **scoring)
-        clock.lap("scoring")
+        clock.lap("logprobs")
         lr = SCHEDULES[cfg.schedule](
             step, num_steps=total_steps, peak=cfg.lr, warmup_steps=cfg.warmup_steps
         )
@@ -268,9 +276,25 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock) -> None:
             metrics["heldout_pass@1"] = greedy_accuracy(
                 sampling_model, tokenizer, heldout, max_new_tokens=cfg.max_new_tokens, dist=dist
             )
-            run.samples(step, sample_lines(mine[0], texts, rewards_PG, advantages_PG))
+            if dist.is_main:
+                lines = sample_lines(mine[0], texts, rewards_PG[0], advantages_PG[0])
+                run.samples(step, lines)
         run.log(step, metrics, shown=("reward", "heldout_pass@1"))
     finish(cfg, run, dist)
+
+
+def check(cfg: GRPOConfig, dist: Dist) -> None:
+    """Refuse what would only fail in the middle of a step. Raises ValueError."""
+    if len(cfg.rewards) != len(cfg.reward_weights):
+        raise ValueError("--reward_weights needs one weight for each of --rewards")
+    for name in cfg.rewards:
+        load_reward(name)
+    parts = cfg.num_minibatches * dist.world_size
+    if cfg.num_minibatches > 1 and cfg.batch_size % parts:
+        raise ValueError(
+            f"--batch_size {cfg.batch_size} must divide by --num_minibatches times the number of "
+            f"processes ({parts}): every optimizer step is a mean over equally many questions"
+        )
 
 
 class Clock:
@@ -300,32 +324,36 @@ def rollout_metrics(
         "constant": constant_groups(rewards_PG).sum(),
         "tokens": rollouts.lengths_PG.sum(),
         "truncated": (~rollouts.finished_PG).sum(),
-        **{f"reward_{name}": sum(v for v in values if v) for name, values in parts.items()},
     }
+    for name, values in parts.items():
+        given = [value for value in values if value is not None]
+        sums |= {f"sum_{name}": sum(given), f"count_{name}": len(given)}
     totals = all_reduce_sum({name: float(value) for name, value in sums.items()}, dist)
-    known = max(totals["known"], 1.0)
-    mean = totals["reward"] / known
+
+    def mean(name: str, count: str) -> float:
+        return totals[name] / max(totals[count], 1.0)
+
+    reward = mean("reward", "known")
     return {
-        "reward": mean,
-        "reward_std": max(totals["reward_square"] / known - mean**2, 0.0) ** 0.5,
-        **{f"reward_{name}": totals[f"reward_{name}"] / known for name in parts},
+        "reward": reward,
+        "reward_std": max(mean("reward_square", "known") - reward**2, 0.0) ** 0.5,
+        **{f"reward_{name}": mean(f"sum_{name}", f"count_{name}") for name in parts},
         "no_reward": totals["outputs"] - totals["known"],
-        "constant_groups": totals["constant"] / max(totals["groups"], 1.0),
-        "length": totals["tokens"] / max(totals["outputs"], 1.0),
-        "truncated": totals["truncated"] / max(totals["outputs"], 1.0),
+        "constant_groups": mean("constant", "groups"),
+        "length": mean("tokens", "outputs"),
+        "truncated": mean("truncated", "outputs"),
     }
 
 
 def sample_lines(
-    problem: Problem, texts: list[str], rewards_PG: torch.Tensor, advantages_PG: torch.Tensor
+    problem: Problem, texts: list[str], rewards_G: torch.Tensor, advantages_G: torch.Tensor
 ) -> list[str]:
     """Return the first group of a step as text: prompt, then outputs with reward, advantage."""
-    lines = [f"prompt: {problem.prompt}"]
-    for text, reward, advantage in zip(
-        texts, rewards_PG[0].tolist(), advantages_PG[0].tolist(), strict=False
-    ):
-        lines.append(f"reward {reward:.2f} advantage {advantage:+.2f}: {text}")
-    return lines
+    rows = zip(texts[: len(rewards_G)], rewards_G.tolist(), advantages_G.tolist(), strict=True)
+    return [f"prompt: {problem.prompt}"] + [
+        f"reward {reward:.2f} advantage {advantage:+.2f}: {text}"
+        for text, reward, advantage in rows
+    ]
 
 
 def finish(cfg: GRPOConfig, run: Run, dist: Dist) -> None:
@@ -334,7 +362,7 @@ def finish(cfg: GRPOConfig, run: Run, dist: Dist) -> None:
         plot_metrics(
             cfg.run_dir,
             [
-                ("reward", ["reward", "reward_equation", "reward_format"]),
+                ("reward", ["reward", *(f"reward_{reward_label(name)}" for name in cfg.rewards)]),
                 ("held-out accuracy, greedy", ["heldout_pass@1"]),
                 ("loss: policy term and beta * KL", ["loss_policy", "loss_kl"]),
                 ("KL to the reference, entropy (nats per token)", ["kl", "entropy"]),
@@ -347,8 +375,6 @@ def finish(cfg: GRPOConfig, run: Run, dist: Dist) -> None:
 
 def main() -> None:
     cfg = parse(GRPOConfig, PRESETS, description=__doc__)
-    if len(cfg.rewards) != len(cfg.reward_weights):
-        raise SystemExit("--reward_weights needs one weight for each of --rewards")
     with open_run(cfg) as (dist, lock):
         train(cfg, dist, lock)
 

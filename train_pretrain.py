@@ -1,4 +1,4 @@
-"""Pretrain a base model on the recalled corpus (Sec. 2.2, 2.3).
+r"""Pretrain a base model on the recalled corpus (Sec. 2.2, 2.3).
 
     python train_pretrain.py --preset cpu --corpus runs/corpus/corpus.jsonl \
         --tokenizer runs/tokenizer --run_dir runs/base
@@ -7,7 +7,9 @@
 Writes a run folder: checkpoints/, metrics.jsonl, plots/. The same command continues a run.
 """
 
+import hashlib
 import math
+import time
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,7 +20,7 @@ from kernels import linear_token_logprobs
 from nanomath.checkpoint import RunLock
 from nanomath.config import RunConfig, one_line_errors, opt, parse
 from nanomath.data import TokenShards, read_jsonl, write_shards
-from nanomath.dist import Dist, all_reduce_sum, barrier, shard
+from nanomath.dist import Dist, all_reduce_sum, shard
 from nanomath.log import plot_metrics, progress
 from nanomath.model import ModelConfig, Transformer
 from nanomath.optim import SCHEDULES, make_adamw, supervised_step
@@ -113,28 +115,46 @@ PRESETS = {
 
 
 def tokenized(name: str, path: str, cfg: PretrainConfig, tokenizer: Tokenizer, dist: Dist):
-    """Tokenize a JSONL file into run_dir/tokens/NAME once, on the first rank; return its shards."""
-    folder = Path(cfg.run_dir) / "tokens" / name
-    if dist.is_main and not (folder / "index.json").exists():
+    """Tokenize a JSONL file into run_dir/tokens once, on the first rank; return its shards.
+
+    The folder's name holds the tokenizer's and the file's fingerprint: shards of another one are
+    refused, never trained on.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise FileNotFoundError(f"{path} is missing: make it with build_corpus.py")
+    text = (Path(cfg.tokenizer) / "tokenizer.json").read_bytes() + str(
+        source.stat().st_size
+    ).encode()
+    key = hashlib.sha256(text).hexdigest()[:12]
+    folder = Path(cfg.run_dir) / "tokens" / f"{name}-{key}"
+    if other := [p for p in folder.parent.glob(f"{name}-*") if p != folder]:
+        raise ValueError(
+            f"{other[0]} was tokenized from another file or with another tokenizer than now given: "
+            "give another --run_dir, or the old ones"
+        )
+    if dist.is_main and not folder.exists():
         rows = progress(read_jsonl(path, required=("text",)), desc=f"tokenize {name}", unit="page")
-        documents = (tokenizer.encode(row["text"], eos=True) for _, row in rows)
+        documents = (tokenizer.encode(row["text"], bos=True, eos=True) for _, row in rows)
         write_shards(
             folder,
             documents,
             vocab_size=tokenizer.vocab_size,
             token_num_bytes=tokenizer.token_num_bytes,
         )
-    barrier(dist)
+    while not folder.exists():  # as long as it takes: a collective would time out
+        time.sleep(1.0)
     return TokenShards(folder)
 
 
 @torch.no_grad()
 def bits_per_byte(model: torch.nn.Module, valid: TokenShards, cfg: PretrainConfig, dist: Dist):
     """Return the model's code length of held-out text in bits per byte of text."""
-    num_batches = -(-min(cfg.max_valid_tokens, valid.num_tokens) // (cfg.context * cfg.batch_size))
+    rows_per_batch = cfg.micro_batch_size * dist.world_size
+    num_tokens = min(cfg.max_valid_tokens, valid.num_tokens)
+    num_batches = math.ceil(num_tokens / (cfg.context * rows_per_batch))
     sums = {"nats": 0.0, "tokens": 0.0}
-    batches = islice(valid.sequential(cfg.context, cfg.batch_size), num_batches)
-    for tokens_BT in batches:
+    for tokens_BT in islice(valid.sequential(cfg.context, rows_per_batch), num_batches):
         # Every rank runs every batch's share; the last batch may have fewer rows than ranks.
         mine_BT = tokens_BT[dist.rank :: dist.world_size].to(dist.device)
         has_rows = len(mine_BT) > 0
@@ -197,7 +217,6 @@ def train(cfg: PretrainConfig, dist: Dist, lock: RunLock) -> None:
         metrics["lr"] = lr
         if (step + 1) % cfg.eval_interval == 0 or step + 1 == cfg.num_steps:
             metrics["valid_bits_per_byte"] = bits_per_byte(model, valid_tokens, cfg, dist)
-            run.state["valid_bits_per_byte"] = metrics["valid_bits_per_byte"]
         run.log(step, metrics, shown=("loss", "valid_bits_per_byte"))
     if dist.is_main:
         plot_metrics(

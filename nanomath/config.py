@@ -65,7 +65,7 @@ class RunConfig:
     )
     checkpoint_interval: int = opt(50, "steps between checkpoints", low=1, may_change=True)
     keep_checkpoints: int = opt(2, "how many checkpoints to keep", low=1, may_change=True)
-    max_grad_norm: float = opt(1.0, "global gradient norm is clipped here", low=0.0)
+    max_grad_norm: float = opt(1.0, "gradient norm is clipped here (paper silent)", low=0.0)
 
 
 def parse(
@@ -90,8 +90,9 @@ def parse(
 
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if presets:
-        names = ", ".join(sorted(presets))
-        parser.add_argument("--preset", choices=sorted(presets), help=f"a set of values: {names}")
+        parser.add_argument(
+            "--preset", choices=sorted(presets), help="a set of values; with --help, shown"
+        )
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         _add_argument(parser, field, hints[field.name], values.get(field.name, field.default))
@@ -142,7 +143,7 @@ def _add_argument(parser: _Parser, field: dataclasses.Field, hint: Any, default:
         nargs="+" if many else None,
         action=_StoreTuple if many else "store",
         choices=field.metadata["choices"],
-        metavar=kind.__name__.upper(),
+        metavar=None if field.metadata["choices"] else kind.__name__.upper(),
         **common,
     )
 

@@ -1,7 +1,8 @@
 """GRPO after the sampling: advantages, reference log-probabilities and the policy update (Sec. 4).
 
-    rollouts + rewards --outcome_advantages--> RolloutBatch --score--> ref and old log-probabilities
-                                                            --policy_update--> a better policy
+    rollouts, rewards --outcome_advantages, make_batch--> RolloutBatch
+    RolloutBatch      --response_logprobs--> its reference and old log-probabilities
+                      --policy_update--> a better policy
 
 This file never samples (sampler.py) and never judges (rewards.py). A batch holds the outputs of
 this rank's questions; weights are fixed from the global counts before anything is split, so that
@@ -11,13 +12,19 @@ Per-token tensors are packed: one axis N runs over the response tokens of all ro
 without padding. Masks come from lengths, never from token ids.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from kernels import linear_policy_loss, linear_token_logprobs
+from kernels import (
+    PolicyLossOutput,
+    check_status,
+    linear_policy_loss,
+    linear_token_logprobs,
+)
 from nanomath.dist import Dist, all_reduce_sum
 from nanomath.optim import accumulate_gradients, optimizer_step, split_rows
 from nanomath.sampler import Rollouts
@@ -55,28 +62,40 @@ def constant_groups(rewards_PG: torch.Tensor) -> torch.Tensor:
 class RolloutBatch:
     """This rank's sampled outputs as training rows; B = its questions times G.
 
-    rows: per output, prompt and response token ids in one list.
+    sequences: per output, prompt and response token ids in one list.
     prompt_lengths, response_lengths: B ints each; the sampled EOS is part of the response.
     advantages_B: float64 [B]. weights_B: float64 [B], 1 / (P G |o_i|) with global P (Eq. 3).
+    num_rows_longest: B of the rank that has most questions; all ranks make that many rows' passes.
     sampler_logp_N, ref_logp_N, old_logp_N: packed over response tokens, fp32 or wider.
     """
 
-    rows: list[list[int]]
+    sequences: list[list[int]]
     prompt_lengths: list[int]
     response_lengths: list[int]
     advantages_B: torch.Tensor
     weights_B: torch.Tensor
+    num_rows_longest: int
     sampler_logp_N: torch.Tensor
     ref_logp_N: torch.Tensor | None = None
     old_logp_N: torch.Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.sequences)
+
+    def micro_batches(self, size: int, part: int = 0, num_parts: int = 1) -> list[list[int]]:
+        """Return the rows of one part of the batch, `size` at a time.
+
+        Rows of similar length share a micro-batch, so that little of it is padding. Scoring and
+        updating split alike, so that the first ratio is 1 to the last bit.
+        """
+        first, end = (len(self) * k // num_parts for k in (part, part + 1))
+        rows = sorted(range(first, end), key=lambda row: len(self.sequences[row]))
+        return split_rows(rows, self.num_rows_longest // num_parts, size)
 
     def token_slices(self, rows: Sequence[int]) -> torch.Tensor:
         """Return the positions on the packed axis N of the response tokens of `rows`."""
         ends = torch.tensor(self.response_lengths, dtype=torch.int64).cumsum(0)
-        parts = [torch.arange(ends[r] - self.response_lengths[r], ends[r]) for r in rows]
+        parts = [torch.arange(ends[row] - self.response_lengths[row], ends[row]) for row in rows]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
 
@@ -84,55 +103,63 @@ def make_batch(
     prompts: Sequence[Sequence[int]],
     rollouts: Rollouts,
     advantages_PG: torch.Tensor,
-    scored_PG: torch.Tensor,
+    has_reward_PG: torch.Tensor,
+    *,
     num_prompts: int,
+    world_size: int,
 ) -> RolloutBatch:
     """Lay out rollouts of this rank's prompts as rows with the weights of Eq. 3.
 
-    num_prompts is the global P. G of a group is the number of its outputs that have a reward
-    (scored_PG); the others get weight 0.
+    num_prompts is the global P, shared out over world_size ranks. G of a group is the number of
+    its outputs that have a reward; the others get weight 0. P counts every sampled question.
     """
-    rows, prompt_lengths, response_lengths, logp = [], [], [], []
+    sequences, prompt_lengths, response_lengths, logp = [], [], [], []
     group_size = rollouts.lengths_PG.shape[1]
     lengths_PG = rollouts.lengths_PG.tolist()
-    tokens_PGT = rollouts.tokens_PGT.cpu()
+    tokens_PGT, logp_PGT = rollouts.tokens_PGT.cpu(), rollouts.logp_PGT.cpu()
     for p, prompt in enumerate(prompts):
         for g in range(group_size):
             length = lengths_PG[p][g]
-            rows.append(list(prompt) + tokens_PGT[p, g, :length].tolist())
+            sequences.append(list(prompt) + tokens_PGT[p, g, :length].tolist())
             prompt_lengths.append(len(prompt))
             response_lengths.append(length)
-            logp.append(rollouts.logp_PGT[p, g, :length].cpu())
-    counts_P1 = scored_PG.sum(dim=1, keepdim=True).clamp(min=1).double()
-    lengths = rollouts.lengths_PG.clamp(min=1).double().cpu()
-    weights_PG = scored_PG.double() / (num_prompts * counts_P1 * lengths)  # Eq. 3: 1 / (P G |o_i|)
+            logp.append(logp_PGT[p, g, :length])
+    counts_P1 = has_reward_PG.sum(dim=1, keepdim=True).clamp(min=1).double()
+    lengths_PG = rollouts.lengths_PG.clamp(min=1).double().cpu()
+    weights_PG = has_reward_PG.double() / (num_prompts * counts_P1 * lengths_PG)  # Eq. 3
     return RolloutBatch(
-        rows=rows,
+        sequences=sequences,
         prompt_lengths=prompt_lengths,
         response_lengths=response_lengths,
         advantages_B=advantages_PG.flatten(),
         weights_B=weights_PG.flatten(),
+        num_rows_longest=math.ceil(num_prompts / world_size) * group_size,
         sampler_logp_N=torch.cat(logp) if logp else torch.zeros(0),
     )
 
 
-def pad_rows(batch: RolloutBatch, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return tokens [B, T] of `rows`, padded right, and where the response is predicted.
+def pad_rows(
+    batch: RolloutBatch, rows: Sequence[int], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return tokens [B, T] of `rows` padded right, where responses are predicted, and targets.
 
-    The second tensor holds indices into the flattened [B * T] positions t whose next token is a
-    response token: the first is the prompt's last position. No rows give one row of one token and
-    no index, so that a rank without work can still run the model.
+    predicted_N indexes the flattened [B * T] positions t whose next token is a response token (the
+    first is the prompt's last position); targets_N are those next tokens. No rows give one row of
+    one token and no index, so that a rank without work can still run the model.
     """
     if not rows:
-        return torch.zeros(1, 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-    width = max(len(batch.rows[r]) for r in rows)
+        none_N = torch.zeros(0, dtype=torch.int64, device=device)
+        return torch.zeros(1, 1, dtype=torch.int64, device=device), none_N, none_N
+    width = max(len(batch.sequences[row]) for row in rows)
     tokens_BT = torch.zeros(len(rows), width, dtype=torch.int64)
     predicted = []
-    for b, r in enumerate(rows):
-        tokens_BT[b, : len(batch.rows[r])] = torch.tensor(batch.rows[r])
-        first = b * width + batch.prompt_lengths[r] - 1
-        predicted.append(torch.arange(first, first + batch.response_lengths[r]))
-    return tokens_BT, torch.cat(predicted)
+    for b, row in enumerate(rows):
+        tokens_BT[b, : len(batch.sequences[row])] = torch.tensor(batch.sequences[row])
+        first = b * width + batch.prompt_lengths[row] - 1
+        predicted.append(torch.arange(first, first + batch.response_lengths[row]))
+    predicted_N = torch.cat(predicted)
+    targets_N = tokens_BT.flatten()[predicted_N + 1]
+    return tokens_BT.to(device), predicted_N.to(device), targets_N.to(device)
 
 
 @torch.no_grad()
@@ -142,26 +169,31 @@ def response_logprobs(
     *,
     temperature: float,
     micro_batch_size: int,
-    num_rows_longest: int,
     device: torch.device,
 ) -> torch.Tensor:
     """Score every response token of the batch under `model`: [N], no gradient.
 
-    fp32, whatever the compute type; float64 for a float64 model.
-
-    The temperature is the sampling temperature, over the full vocabulary (PAPER Sec. 4, silent).
+    At the sampling temperature, over the full vocabulary. fp32, whatever the compute type; float64
+    for a float64 model.
     """
     dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
     logp_N = torch.zeros(sum(batch.response_lengths), dtype=dtype)
-    for rows in split_rows(range(len(batch)), num_rows_longest, micro_batch_size):
-        tokens_BT, predicted_N = (t.to(device) for t in pad_rows(batch, rows))
-        targets_N = tokens_BT.roll(-1, dims=1).flatten()[predicted_N]
+    status = torch.zeros(1, dtype=torch.int64, device=device)
+    for rows in batch.micro_batches(micro_batch_size):
+        tokens_BT, predicted_N, targets_N = pad_rows(batch, rows, device)
 
         def head_fn(hidden_BTD, head_VD, predicted_N=predicted_N, targets_N=targets_N):
-            hidden_ND = hidden_BTD.flatten(0, 1)[predicted_N]
-            return linear_token_logprobs(hidden_ND, head_VD, targets_N, temperature=temperature)[0]
+            return linear_token_logprobs(
+                hidden_BTD.flatten(0, 1)[predicted_N],
+                head_VD,
+                targets_N,
+                temperature=temperature,
+                status=status,
+            )
 
-        logp_N[batch.token_slices(rows)] = model(tokens_BT, head_fn=head_fn).cpu()
+        part_N, _ = model(tokens_BT, head_fn=head_fn)
+        logp_N[batch.token_slices(rows)] = part_N.cpu()
+    check_status(status)
     return logp_N
 
 
@@ -172,63 +204,6 @@ class Objective:
     clip_eps: float
     kl_coef: float
     temperature: float
-
-
-def objective_of_rows(
-    model: nn.Module,
-    batch: RolloutBatch,
-    rows: Sequence[int],
-    objective: Objective,
-    device: torch.device,
-    weight_scale: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the negated objective J of `rows` (Eq. 3, 4) with its graph, and the METRIC_SUMS.
-
-    With old_logp_N None the old policy is the current one: every ratio is 1, with its gradient.
-    """
-    tokens_BT, predicted_N = (t.to(device) for t in pad_rows(batch, rows))
-    targets_N = tokens_BT.roll(-1, dims=1).flatten()[predicted_N]
-    slices_N = batch.token_slices(rows)
-    lengths = torch.tensor([batch.response_lengths[r] for r in rows], dtype=torch.int64)
-    weights_N = (batch.weights_B[rows] * weight_scale).repeat_interleave(lengths).to(device)
-    advantages_N = batch.advantages_B[rows].repeat_interleave(lengths).to(device)
-
-    def packed(values_N: torch.Tensor | None) -> torch.Tensor | None:
-        return None if values_N is None else values_N[slices_N].to(device)
-
-    outputs = []
-
-    def head_fn(hidden_BTD: torch.Tensor, head_VD: torch.Tensor) -> torch.Tensor:
-        out = linear_policy_loss(
-            hidden_BTD.flatten(0, 1)[predicted_N],
-            head_VD,
-            targets_N,
-            weights_N=weights_N,
-            advantages_N=advantages_N,
-            old_logp_N=packed(batch.old_logp_N),
-            ref_logp_N=packed(batch.ref_logp_N),
-            clip_eps_low=objective.clip_eps,
-            clip_eps_high=objective.clip_eps,
-            kl_coef=objective.kl_coef,
-            temperature=objective.temperature,
-        )
-        outputs.append(out)
-        return out.loss
-
-    loss = model(tokens_BT, head_fn=head_fn)
-    out, trained_N = outputs[0], weights_N > 0
-    gap_N = (out.logp_N - packed(batch.sampler_logp_N)).abs()
-    sums = {
-        "loss": loss.detach(),
-        "kl_weighted": (weights_N * out.kl_N).sum(),
-        "tokens": trained_N.sum(),
-        "kl": (out.kl_N * trained_N).sum(),
-        "entropy": (out.entropy_N * trained_N).sum(),
-        "clip_low": ((out.clipped_N < 0) & trained_N).sum(),
-        "clip_high": ((out.clipped_N > 0) & trained_N).sum(),
-        "sampler_gap": (gap_N * trained_N).sum(),
-    }
-    return loss, torch.stack([sums[name].double() for name in METRIC_SUMS])
 
 
 METRIC_SUMS = (
@@ -243,6 +218,62 @@ METRIC_SUMS = (
 )
 
 
+def objective_of_rows(
+    model: nn.Module,
+    batch: RolloutBatch,
+    rows: Sequence[int],
+    objective: Objective,
+    device: torch.device,
+    *,
+    weight_scale: float = 1.0,
+    status: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the negated objective J of `rows` (Eq. 3, 4) with its graph, and the METRIC_SUMS.
+
+    With old_logp_N None the old policy is the current one: every ratio is 1, with its gradient.
+    status: the kernels' word for bad rows (kernels.check_status).
+    """
+    tokens_BT, predicted_N, targets_N = pad_rows(batch, rows, device)
+    slices_N = batch.token_slices(rows)
+    lengths = torch.tensor([batch.response_lengths[row] for row in rows], dtype=torch.int64)
+    weights_N = (batch.weights_B[rows] * weight_scale).repeat_interleave(lengths).to(device)
+    advantages_N = batch.advantages_B[rows].repeat_interleave(lengths).to(device)
+
+    def packed(values_N: torch.Tensor | None) -> torch.Tensor | None:
+        return None if values_N is None else values_N[slices_N].to(device)
+
+    def head_fn(hidden_BTD: torch.Tensor, head_VD: torch.Tensor) -> PolicyLossOutput:
+        return linear_policy_loss(
+            hidden_BTD.flatten(0, 1)[predicted_N],
+            head_VD,
+            targets_N,
+            weights_N=weights_N,
+            advantages_N=advantages_N,
+            old_logp_N=packed(batch.old_logp_N),
+            ref_logp_N=packed(batch.ref_logp_N),
+            clip_eps_low=objective.clip_eps,
+            clip_eps_high=objective.clip_eps,
+            kl_coef=objective.kl_coef,
+            temperature=objective.temperature,
+            status=status,
+        )
+
+    out = model(tokens_BT, head_fn=head_fn)
+    trained_N = weights_N > 0
+    gap_N = (out.logp_N - packed(batch.sampler_logp_N)).abs()
+    sums = {
+        "loss": out.loss.detach(),
+        "kl_weighted": (weights_N * out.kl_N).sum(),
+        "tokens": trained_N.sum(),
+        "kl": (out.kl_N * trained_N).sum(),
+        "entropy": (out.entropy_N * trained_N).sum(),
+        "clip_low": ((out.clipped_N < 0) & trained_N).sum(),
+        "clip_high": ((out.clipped_N > 0) & trained_N).sum(),
+        "sampler_gap": (gap_N * trained_N).sum(),
+    }
+    return out.loss, torch.stack([sums[name].double() for name in METRIC_SUMS])
+
+
 def policy_update(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -252,26 +283,29 @@ def policy_update(
     lr: float,
     max_grad_norm: float,
     micro_batch_size: int,
-    num_rows_longest: int,
     dist: Dist,
-    rows: Sequence[int] | None = None,
-    weight_scale: float = 1.0,
+    part: int = 0,
+    num_parts: int = 1,
 ) -> dict[str, float]:
     """Take one optimizer step up the GRPO objective (Alg. 1 l.11) and return its metrics.
 
-    rows: the rows of this step (default: all of the batch). weight_scale: the batch's questions
-    over the step's, so that a step on part of a batch is the mean over that part.
+    On one of num_parts equal parts of the batch the objective is the mean over that part. The
+    questions of a rank must then divide by num_parts.
     """
-    # Rows of similar length share a micro-batch, so that little of it is padding.
-    rows = sorted(range(len(batch)) if rows is None else rows, key=lambda r: len(batch.rows[r]))
     totals = torch.zeros(len(METRIC_SUMS), dtype=torch.float64, device=dist.device)
+    status = torch.zeros(1, dtype=torch.int64, device=dist.device)
 
-    def loss_of_rows(part: list[int]) -> torch.Tensor:
-        loss, sums = objective_of_rows(model, batch, part, objective, dist.device, weight_scale)
+    def loss_of_rows(rows: list[int]) -> torch.Tensor:
+        loss, sums = objective_of_rows(
+            model, batch, rows, objective, dist.device, weight_scale=num_parts, status=status
+        )
         totals.add_(sums)
         return loss
 
-    accumulate_gradients(model, split_rows(rows, num_rows_longest, micro_batch_size), loss_of_rows)
+    accumulate_gradients(
+        model, batch.micro_batches(micro_batch_size, part, num_parts), loss_of_rows
+    )
+    check_status(status)
     grad_norm, stepped = optimizer_step(
         model, optimizer, lr=lr, max_grad_norm=max_grad_norm, dist=dist
     )

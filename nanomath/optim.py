@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from kernels import linear_cross_entropy
+from kernels import check_status, linear_cross_entropy
 from nanomath.data import TrainBatch
 from nanomath.dist import Dist, all_reduce_sum, clip_grad_norm, microbatch_sync
 
@@ -134,8 +134,9 @@ def supervised_step(
     """
     num_rows = batch.tokens_BT.shape[0]
     mine = range(dist.rank, num_rows, dist.world_size)
-    longest = -(-num_rows // dist.world_size)
+    longest = math.ceil(num_rows / dist.world_size)
     losses = []
+    status = torch.zeros(1, dtype=torch.int64, device=dist.device)
 
     def loss_of_rows(rows: list[int]) -> torch.Tensor:
         part = batch.rows(rows or [0]).to(dist.device)
@@ -147,6 +148,7 @@ def supervised_step(
                 head_VD,
                 part.tokens_BT[:, 1:].flatten(),
                 weights_N=weights_BT[:, :-1].flatten(),
+                status=status,
             ).loss
 
         # The last token is a target only: nothing is predicted from it.
@@ -160,6 +162,7 @@ def supervised_step(
         return loss
 
     accumulate_gradients(model, split_rows(mine, longest, micro_batch_size), loss_of_rows)
+    check_status(status)
     grad_norm, stepped = optimizer_step(
         model, optimizer, lr=lr, max_grad_norm=max_grad_norm, dist=dist
     )

@@ -66,14 +66,17 @@ def compute_rewards(
     """
     if len(problems) != len(completions):
         raise ValueError(f"{len(problems)} problems, but {len(completions)} completions")
-    if len(names) != len(weights) or not names or len(set(names)) != len(names):
+    if len(names) != len(weights) or not names or len(set(map(reward_label, names))) != len(names):
         raise ValueError(
             f"rewards {tuple(names)} with weights {tuple(weights)}: give different rewards, "
             "and one weight for each"
         )
     if not all(math.isfinite(weight) for weight in weights):
         raise ValueError(f"reward weights {tuple(weights)} must be finite")
-    by_name = {name: _score_all(name, load_reward(name), problems, completions) for name in names}
+    by_name = {
+        reward_label(name): _score_all(name, load_reward(name), problems, completions)
+        for name in names
+    }
     totals: list[float | None] = []
     for parts in zip(*by_name.values(), strict=True):
         used = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight]
@@ -127,6 +130,11 @@ def score_one(
 
 
 @functools.cache  # a user's file is run once per process
+def reward_label(spec: str) -> str:
+    """Return a reward's short name, for metrics: "my_reward.py:score" -> "score"."""
+    return spec.rpartition(":")[2]
+
+
 def load_reward(spec: str) -> RewardFunction:
     """Return the built-in reward of that name, or the function of "path/to/file.py:function".
 

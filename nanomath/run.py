@@ -8,7 +8,7 @@ What a step does stays in the scripts; what every trainer owes its users is here
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -30,18 +30,15 @@ MAX_FAILED_SAVES = 3  # in a row; the run goes on in between, on the older check
 
 @contextmanager
 def open_run(cfg: RunConfig) -> Iterator[tuple[Dist, RunLock]]:
-    """Set up the processes, lock the run folder and its settings; clean up at the end.
+    """Set up the processes and lock the run folder; clean up at the end.
 
-    Raises SystemExit with one line when the folder is in use or holds other settings.
+    Raises SystemExit with one line when the folder is in use.
     """
     with one_line_errors():
         dist = setup(cfg.device, cfg.threads)
     with raise_together(dist), ExitStack() as stack:
         with one_line_errors():
             lock = stack.enter_context(checkpoint.run_lock(cfg.run_dir, dist))
-        if dist.is_main:
-            lock_config(cfg, cfg.run_dir)
-        barrier(dist)
         try:
             yield dist, lock
         except KeyboardInterrupt:
@@ -68,19 +65,23 @@ class Run:
         self.cfg, self.dist, self.lock = cfg, dist, lock
         self.modules, self.optimizer = dict(modules), optimizer
         self.model_cfg, self.tokenizer = model_cfg, tokenizer
+        if dist.is_main:
+            lock_config(cfg, cfg.run_dir)  # not before set-up worked: a failed start binds nobody
+        barrier(dist)
         state = checkpoint.load_latest(
             cfg.run_dir, modules=self.modules, optimizer=optimizer, dist=dist
         )
-        self.state: dict[str, Any] = state or {"step": 0, "seconds": 0.0, "best": None}
-        self.skipped_in_a_row = 0
+        self.state: dict[str, Any] = state or {"step": 0, "seconds": 0.0, "skipped_in_a_row": 0}
         self.failed_saves = 0
         self._log = RunLog(cfg.run_dir, start_step=self.state["step"], is_main=dist.is_main)
         self.samples = self._log.samples
 
-    def steps(
-        self, num_steps: int, *, desc: str, at_end: Callable[[], None] | None = None
-    ) -> Iterator[int]:
-        """Yield the steps still to do; save after each interval, at the end and when stopped."""
+    def steps(self, num_steps: int, *, desc: str) -> Iterator[int]:
+        """Yield the steps still to do.
+
+        When the loop asks for the next step, this one is done: it is then saved, after each
+        interval, at the end, and when a signal asks to stop.
+        """
         first = self.state["step"]
         if first >= num_steps:
             self._say(f"{desc}: all {num_steps} steps are done ({self.cfg.run_dir})")
@@ -109,10 +110,11 @@ class Run:
         """Write one row of metrics, show some on the bar, and watch for skipped steps."""
         self._log.metrics(step, values)
         self.bar.set_postfix({k: f"{values[k]:.4g}" for k in shown if k in values}, refresh=False)
-        self.skipped_in_a_row = 0 if values.get("stepped", 1.0) else self.skipped_in_a_row + 1
-        if self.skipped_in_a_row:
+        skipped = 0 if values.get("stepped", 1.0) else self.state["skipped_in_a_row"] + 1
+        self.state["skipped_in_a_row"] = skipped
+        if skipped:
             self._say(f"step {step}: the gradient is not finite, the step was skipped")
-        if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+        if skipped >= MAX_SKIPPED_STEPS:
             raise SystemExit(f"step {step}: {MAX_SKIPPED_STEPS} gradients in a row not finite")
 
     def _save(self, must_succeed: bool) -> None:

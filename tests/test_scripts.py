@@ -1,9 +1,11 @@
 """The scripts as a user meets them: bad input is one clear line, resuming is exact."""
 
+import copy
 import json
 import signal
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,9 +13,13 @@ import train_grpo
 import train_pretrain
 import train_sft
 from nanomath import checkpoint
+from nanomath.config import parse
+from nanomath.data import epoch_order
 from nanomath.dist import Dist
 from nanomath.log import read_metrics
 from nanomath.model import ModelConfig, Transformer
+from nanomath.optim import cosine_lr
+from nanomath.sampler import sample_groups
 from nanomath.tokenizer import Tokenizer
 
 ALONE = Dist(0, 0, 1, torch.device("cpu"))
@@ -42,17 +48,22 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train(["Numbers: 1 2 3\nTarget: 6\n<think>1+2=3</think>"] * 3, 280)
 
 
+def save_start(run_dir, tokenizer, dtype):
+    """Make a run folder with an untrained model."""
+    cfg = ModelConfig(tokenizer.vocab_size, 1, 16, 2, 2, 16, max_context=64)
+    model = Transformer(cfg).to(dtype)
+    model.init_weights(0)
+    checkpoint.save(
+        run_dir, 1, modules={"model": model}, optimizer=None, state={"step": 1},
+        model_cfg=cfg, tokenizer=tokenizer, dist=ALONE,
+    )  # fmt: skip
+    return run_dir
+
+
 @pytest.fixture
 def start(tmp_path, tokenizer):
     """A run folder with an untrained model."""
-    cfg = ModelConfig(tokenizer.vocab_size, 1, 16, 2, 2, 16, max_context=64)
-    model = Transformer(cfg)
-    model.init_weights(0)
-    checkpoint.save(
-        tmp_path / "start", 1, modules={"model": model}, optimizer=None, state={"step": 1},
-        model_cfg=cfg, tokenizer=tokenizer, dist=ALONE,
-    )  # fmt: skip
-    return tmp_path / "start"
+    return save_start(tmp_path / "start", tokenizer, torch.float32)
 
 
 # ------------------------------------------------------------------------------- bad input
@@ -117,7 +128,114 @@ def test_run_folder_in_use_and_with_other_settings_is_refused(tmp_path, start, m
     assert "other settings" in text and "--lr was 1.0" in text
 
 
-# ------------------------------------------------------------------------------- resuming
+# ------------------------------------------------------------------------------- Algorithm 1
+
+
+def plain_algorithm_1(cfg, start_dir) -> torch.Tensor:
+    """Algorithm 1 as a plain loop over the reference loss, one row at a time: final weights."""
+    policy, tokenizer, _ = checkpoint.load_model(start_dir, device="cpu")
+    problems = train_grpo.problem_set(cfg, "train", cfg.num_problems)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), betas=(cfg.beta1, cfg.beta2), weight_decay=0.0
+    )
+    total_steps = cfg.num_iterations * cfg.num_steps
+
+    def logp_of(model, prompt, output):
+        logits_TV = model(torch.tensor([prompt + output]))[0, len(prompt) - 1 : -1]
+        logp_TV = (logits_TV / cfg.temperature).log_softmax(-1)
+        return logp_TV.gather(1, torch.tensor(output)[:, None])[:, 0]
+
+    for step in range(total_steps):
+        if step % cfg.num_steps == 0:
+            reference = copy.deepcopy(policy)  # l.3
+        chosen = epoch_order(len(problems), step, cfg.batch_size, cfg.seed)  # l.5
+        prompts = [tokenizer.encode(problems[i].prompt, bos=True) for i in chosen]
+        rollouts = sample_groups(  # l.6, l.7
+            policy, prompts, cfg.group_size, max_new_tokens=cfg.max_new_tokens,
+            eos_ids=(tokenizer.eos_id,), temperature=cfg.temperature, seed=cfg.seed, step=step,
+            vocab_limit=tokenizer.sample_limit,
+        )  # fmt: skip
+        outputs = []  # (prompt, output tokens, advantage, log-probabilities of old and reference)
+        for p, prompt in enumerate(prompts):
+            rows = [
+                tokens[:length]
+                for tokens, length in zip(
+                    rollouts.tokens_PGT[p].tolist(), rollouts.lengths_PG[p].tolist(), strict=True
+                )
+            ]
+            rewards = np.array([digits_reward(None, tokenizer.decode(row)) for row in rows])  # l.8
+            spread = rewards.std()  # l.9; numpy's default is the population's
+            advantages = (rewards - rewards.mean()) / spread if np.ptp(rewards) else 0 * rewards
+            for row, advantage in zip(rows, advantages, strict=True):
+                with torch.no_grad():
+                    old, ref = logp_of(policy, prompt, row), logp_of(reference, prompt, row)
+                outputs.append((prompt, row, float(advantage), old, ref))
+        lr = cosine_lr(step, num_steps=total_steps, peak=cfg.lr, warmup_steps=cfg.warmup_steps)
+        per_part = len(outputs) // cfg.num_minibatches
+        for _ in range(cfg.num_updates):  # l.10
+            for part in range(cfg.num_minibatches):
+                optimizer.zero_grad()
+                for prompt, row, advantage, old, ref in outputs[part * per_part :][:per_part]:
+                    logp = logp_of(policy, prompt, row)
+                    ratio = (logp - old).exp()
+                    clipped = ratio.clamp(1 - cfg.clip_eps, 1 + cfg.clip_eps)
+                    kl = (ref - logp).exp() - (ref - logp) - 1  # Eq. 4
+                    gain = torch.minimum(ratio * advantage, clipped * advantage)  # Eq. 3
+                    (-(gain - cfg.kl_coef * kl).mean() / per_part).backward()
+                grads = [p.grad for p in policy.parameters()]
+                norm = torch.cat([grad.flatten() for grad in grads]).norm()
+                for grad in grads:
+                    grad.mul_(min(1.0, cfg.max_grad_norm / norm))
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.step()  # l.11
+    return torch.cat([p.detach().flatten() for p in policy.parameters()])
+
+
+def digits_reward(problem, completion) -> float:
+    """A dense reward, so that no group is constant: the share of even characters."""
+    return sum(ord(character) % 2 == 0 for character in completion) / max(len(completion), 1)
+
+
+def test_train_grpo_is_algorithm_1(tmp_path, tokenizer, monkeypatch):
+    """The weights equal a plain loop's: two iterations, mu = 2, minibatches, KL, clipping."""
+    start = save_start(tmp_path / "start", tokenizer, torch.float64)
+    (tmp_path / "rewards.py").write_text(
+        "def digits(problem, completion):\n"
+        "    return sum(ord(c) % 2 == 0 for c in completion) / max(len(completion), 1)\n"
+    )
+    argv = [
+        *SMALL_GRPO, "--num_iterations", "2", "--num_steps", "2", "--num_updates", "2",
+        "--num_minibatches", "2", "--batch_size", "4", "--kl_coef", "0.3", "--lr", "0.02",
+        "--schedule", "cosine", "--warmup_steps", "1", "--temperature", "0.8",
+        "--clip_eps", "0.1", "--max_grad_norm", "0.5",
+        "--rewards", f"{tmp_path}/rewards.py:digits", "--reward_weights", "1.0",
+        "--init", str(start), "--run_dir", str(tmp_path / "grpo"),
+    ]  # fmt: skip
+    run_script(train_grpo, argv, monkeypatch)
+    model, _, _ = checkpoint.load_model(tmp_path / "grpo", device="cpu")
+    cfg = parse(train_grpo.GRPOConfig, train_grpo.PRESETS, argv)
+    expected = plain_algorithm_1(cfg, start)
+    actual = torch.cat([p.detach().flatten() for p in model.parameters()])
+    started, _, _ = checkpoint.load_model(start, device="cpu")
+    moved = actual - torch.cat([p.detach().flatten() for p in started.parameters()])
+    assert moved.abs().max() > 0.05
+    assert (actual - expected).abs().max() < 1e-8
+    rows = read_metrics(tmp_path / "grpo")
+    assert any(row["clip_low"] + row["clip_high"] > 0 for row in rows)
+    # l.3: the first log row of an iteration is against a fresh reference, the later ones are not.
+    assert rows[2]["kl"] < rows[1]["kl"] and all(row["constant_groups"] < 1 for row in rows)
+
+
+def test_unknown_reward_is_refused_before_anything_is_bound(tmp_path, start, monkeypatch, capsys):
+    """A mistyped reward is one line, and the corrected command may use the same run folder."""
+    argv = [*SMALL_GRPO, "--init", start, "--run_dir", tmp_path / "grpo", "--reward_weights", "1"]
+    assert "nope" in message(train_grpo, [*argv, "--rewards", "nope"], monkeypatch, capsys)
+    run_script(train_grpo, [*argv, "--rewards", "format", "--num_steps", "1"], monkeypatch)
+    assert len(read_metrics(tmp_path / "grpo")) == 1
+
+
+# ------------------------------------------------------------------------------- kills and signals
 
 
 class Killed(BaseException):

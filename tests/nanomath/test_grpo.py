@@ -50,7 +50,9 @@ def random_batch(
         rewards_PG = torch.rand(lengths_PG.shape, generator=generator, dtype=torch.float64)
         advantages = outcome_advantages(rewards_PG)
     scored_PG = torch.ones_like(lengths_PG, dtype=torch.bool)
-    return make_batch(prompts, rollouts, advantages, scored_PG, len(prompts))
+    return make_batch(
+        prompts, rollouts, advantages, scored_PG, num_prompts=len(prompts), world_size=1
+    )
 
 
 def score(model, batch, temperature=1.0, micro_batch_size=8):
@@ -59,7 +61,6 @@ def score(model, batch, temperature=1.0, micro_batch_size=8):
         batch,
         temperature=temperature,
         micro_batch_size=micro_batch_size,
-        num_rows_longest=len(batch),
         device=CPU,
     )
 
@@ -135,19 +136,17 @@ def test_unscored_output_has_weight_zero_and_group_counts_the_others():
         torch.ones(1, 3, 4, dtype=torch.int64), lengths_PG, torch.zeros(1, 3, 4), lengths_PG > 0
     )
     scored_PG = torch.tensor([[True, False, True]])
-    batch = make_batch([[5]], rollouts, torch.zeros(1, 3), scored_PG, num_prompts=1)
+    batch = make_batch([[5]], rollouts, torch.zeros(1, 3), scored_PG, num_prompts=1, world_size=1)
     assert batch.weights_B.tolist() == pytest.approx([1 / 4, 0.0, 1 / 8])
 
 
 def test_response_tokens_are_predicted_from_the_position_before():
     """The first response token is predicted at the prompt's last position, the last at T - 2."""
     batch = random_batch(lengths=((2, 3),), prompt_lengths=(4,))
-    tokens_BT, predicted_N = pad_rows(batch, [1, 0])
+    tokens_BT, predicted_N, targets_N = pad_rows(batch, [1, 0], CPU)
     assert tokens_BT.shape == (2, 7)
     assert predicted_N.tolist() == [3, 4, 5, 7 + 3, 7 + 4]
-    assert tokens_BT.roll(-1, 1).flatten()[predicted_N].tolist() == (
-        batch.rows[1][4:] + batch.rows[0][4:]
-    )
+    assert targets_N.tolist() == batch.sequences[1][4:] + batch.sequences[0][4:]
     assert batch.token_slices([1, 0]).tolist() == [2, 3, 4, 0, 1]
 
 
@@ -156,7 +155,7 @@ def test_response_logprobs_equal_log_softmax_at_the_temperature():
     model, batch = tiny_model(), random_batch()
     logp_N = score(model, batch, temperature=0.7, micro_batch_size=4)
     expected = []
-    for row, start in zip(batch.rows, batch.prompt_lengths, strict=True):
+    for row, start in zip(batch.sequences, batch.prompt_lengths, strict=True):
         logits_TV = model(torch.tensor([row]))[0].detach() / 0.7
         logp_TV = logits_TV.log_softmax(-1)
         expected += [logp_TV[t, row[t + 1]] for t in range(start - 1, len(row) - 1)]
@@ -182,14 +181,15 @@ def test_loss_equals_beta_times_mean_kl_while_the_gradient_is_not_zero():
 
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.04])
-def test_gradient_is_the_coefficient_times_grad_logp(kl_coef):
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_gradient_is_the_coefficient_times_grad_logp(kl_coef, temperature):
     """At rho = 1 the gradient is sum_t w (A + beta (pi_ref/pi - 1)) grad logp (Sec. 4, 5.2)."""
     model, batch = tiny_model(), random_batch()
-    batch.ref_logp_N = score(tiny_model(seed=1), batch)
-    flat, _ = gradient(model, batch, Objective(0.2, kl_coef, 1.0), [range(6)])
+    batch.ref_logp_N = score(tiny_model(seed=1), batch, temperature)
+    flat, _ = gradient(model, batch, Objective(0.2, kl_coef, temperature), [range(6)])
     surrogate, offset = 0.0, 0
-    for r, row in enumerate(batch.rows):
-        logp_TV = model(torch.tensor([row]))[0].log_softmax(-1)
+    for r, row in enumerate(batch.sequences):
+        logp_TV = model(torch.tensor([row]))[0].div(temperature).log_softmax(-1)
         for t in range(batch.prompt_lengths[r] - 1, len(row) - 1):
             logp = logp_TV[t, row[t + 1]]
             ref_over_pi = (batch.ref_logp_N[offset] - logp.detach()).exp()
@@ -222,13 +222,14 @@ def test_clipping_stops_the_gradient_only_where_the_ratio_leaves_on_the_gaining_
     model = tiny_model()
     batch = random_batch(((4, 4),), (3,), torch.tensor([[1.0, -1.0]], dtype=torch.float64))
     logp_N = score(model, batch)
-    shift = torch.tensor([0.5, -0.5, 0.1, -0.1] * 2, dtype=torch.float64)
-    batch.old_logp_N = logp_N - shift  # ratio = exp(shift)
+    ratios = torch.tensor([1.21, 0.6, 1.19, 0.81, 1.6, 0.79, 1.19, 0.81], dtype=torch.float64)
+    shift = ratios.log()
+    batch.old_logp_N = logp_N - shift
     flat, sums = gradient(model, batch, Objective(0.2, 0.0, 1.0), [range(2)])
     assert (sums["clip_high"], sums["clip_low"]) == (1, 1)
     surrogate, kept = 0.0, [1, 2, 3, 4, 6, 7]  # token 0 (A>0, high) and token 5 (A<0, low) drop
     offset = 0
-    for r, row in enumerate(batch.rows):
+    for r, row in enumerate(batch.sequences):
         logp_TV = model(torch.tensor([row]))[0].log_softmax(-1)
         for t in range(batch.prompt_lengths[r] - 1, len(row) - 1):
             if offset in kept:
@@ -266,7 +267,6 @@ def test_first_update_of_two_equals_the_single_update():
             lr=1e-2,
             max_grad_norm=1.0,
             micro_batch_size=2,
-            num_rows_longest=6,
             dist=ALONE,
         )
         assert metrics["stepped"] == 1.0 and metrics["clip_low"] == metrics["clip_high"] == 0.0
@@ -288,11 +288,45 @@ def test_update_raises_the_probability_of_the_better_output():
         lr=1e-3,
         max_grad_norm=1.0,
         micro_batch_size=2,
-        num_rows_longest=2,
         dist=ALONE,
     )
     change = score(model, batch) - before
     assert change[:4].sum() > 0 > change[4:].sum()
+
+
+def test_equal_parts_of_a_batch_add_up_to_it():
+    """The gradients of num_parts parts, each the mean over its part, average to the whole one."""
+    model = tiny_model()
+    batch = random_batch(((3, 7), (1, 5), (6, 2), (4, 4)), (4, 2, 6, 3))
+    whole, _ = gradient(model, batch, Objective(0.2, 0.0, 1.0), [range(8)])
+    total = 0.0
+    for part in range(2):
+        rows = [row for rows in batch.micro_batches(3, part, 2) for row in rows]
+        assert sorted(rows) == list(range(4 * part, 4 * part + 4))
+        flat, _ = gradient(model, batch, Objective(0.2, 0.0, 1.0), [rows])
+        total = total + flat
+    assert (total - whole).abs().max() < 1e-12
+
+    def first_step(num_parts):
+        model = tiny_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        policy_update(
+            model,
+            optimizer,
+            batch,
+            Objective(0.2, 0.0, 1.0),
+            lr=1.0,
+            max_grad_norm=1e9,
+            micro_batch_size=3,
+            dist=ALONE,
+            num_parts=num_parts,
+        )
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    start = torch.cat([p.detach().flatten() for p in tiny_model().parameters()])
+    part_gradient, _ = gradient(tiny_model(), batch, Objective(0.2, 0.0, 1.0), [range(4)])
+    assert (start - first_step(2) - 2 * part_gradient).abs().max() < 1e-12
+    assert (start - first_step(1) - whole).abs().max() < 1e-12
 
 
 def test_gradient_that_is_not_finite_leaves_the_weights_alone():
@@ -309,7 +343,6 @@ def test_gradient_that_is_not_finite_leaves_the_weights_alone():
         lr=1e-2,
         max_grad_norm=1.0,
         micro_batch_size=8,
-        num_rows_longest=6,
         dist=ALONE,
     )
     assert metrics["stepped"] == 0.0 and not optimizer.state

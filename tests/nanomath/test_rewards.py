@@ -97,7 +97,7 @@ def test_failing_function_gives_none_not_zero(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         totals, parts = compute_rewards([PROBLEM] * 4, completions, ("format", spec), (1.0, 2.0))
     # "nan" and "text" are shorter than six characters, so they raise as well
-    assert parts[spec] == [None, None, None, 0.25]
+    assert parts["odd"] == [None, None, None, 0.25]
     assert totals == [None, None, None, 0.5]
     assert len(caplog.records) == 1
     message = caplog.records[0].getMessage()

@@ -1,0 +1,89 @@
+"""The whole chain, run as a user runs it: `bash speedrun.sh --preset smoke`, cut once per stage."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# (stage's heading, signal, seconds after the heading): a cut in each stage that takes a while.
+CUTS = [
+    ("== corpus", signal.SIGKILL, 6.0),
+    ("== tokenizer", signal.SIGINT, 0.7),
+    ("== pretrain", signal.SIGKILL, 5.0),
+    ("== solutions", signal.SIGKILL, 0.7),
+    ("== sft", signal.SIGINT, 5.0),
+    ("== grpo", signal.SIGKILL, 6.0),
+    ("== evaluate base", signal.SIGKILL, 4.0),
+    ("== report", signal.SIGKILL, 0.5),
+]
+
+
+def speedrun(run_dir: Path, cut=None) -> tuple[int, str]:
+    """Run the smoke preset in its own process group; return its status and output."""
+    command = ["bash", "speedrun.sh", "--preset", "smoke", "--run_dir", str(run_dir)]
+    # The environment the tests run in serves here too: no second one is set up.
+    env = {**os.environ, "VENV": sys.prefix}
+    log = run_dir.with_suffix(".log")
+    with open(log, "wb") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True
+        )
+        try:
+            if cut is not None:
+                heading, number, delay = cut
+                while process.poll() is None and heading not in log.read_text(errors="replace"):
+                    time.sleep(0.1)
+                time.sleep(delay)
+                if process.poll() is None:
+                    os.killpg(process.pid, number)
+            code = process.wait(timeout=900)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    return code, log.read_text(errors="replace")
+
+
+def results(run_dir: Path) -> dict:
+    """Return everything a run is judged by, without times and paths."""
+    evals = {}
+    for model in ("base", "sft", "grpo"):
+        evals[model] = json.loads((run_dir / f"eval-{model}.json").read_text())
+        for name in ("checkpoint", "settings", "config_hash"):
+            evals[model].pop(name)
+    report = (run_dir / "report.md").read_text().splitlines()
+    columns = [line.split("|")[1:2] + line.split("|")[3:] for line in report]  # without minutes
+    return {
+        "evals": evals,
+        "report": [[" ".join(cell.split()).replace("-", "") for cell in row] for row in columns],
+        "samples": (run_dir / "samples.md").read_text(),
+        "corpus": (run_dir / "corpus" / "corpus.jsonl").read_bytes(),
+        "tokenizer": (run_dir / "tokenizer" / "tokenizer.json").read_bytes(),
+    }
+
+
+@pytest.mark.slow
+def test_run_cut_once_in_each_stage_ends_with_the_same_results(tmp_path):
+    """Ctrl-C or kill -9 in any stage, then the same command: the same table, timings apart."""
+    code, output = speedrun(tmp_path / "whole")
+    assert code == 0, output[-3000:]
+    for cut in CUTS:
+        code, output = speedrun(tmp_path / "cut", cut)
+        assert code != 0 or "== report" in cut[0], (cut, output[-3000:])
+    code, output = speedrun(tmp_path / "cut")
+    assert code == 0, output[-3000:]
+    whole, cut = results(tmp_path / "whole"), results(tmp_path / "cut")
+    for name in whole:
+        assert whole[name] == cut[name], name
+    for picture in ("losses", "grpo", "pass_and_maj_at_k"):
+        assert (tmp_path / "cut" / "plots" / f"{picture}.png").stat().st_size > 10_000
+
+    started = time.monotonic()
+    code, output = speedrun(tmp_path / "cut")  # everything is done: quick, and nothing changes
+    assert code == 0 and results(tmp_path / "cut")["evals"] == cut["evals"]
+    assert output.count("%|") == 0 or time.monotonic() - started < 120
