@@ -3,7 +3,9 @@
 import copy
 import json
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from nanomath.optim import cosine_lr
 from nanomath.sampler import sample_groups
 from nanomath.tokenizer import Tokenizer
 
+ROOT = Path(__file__).resolve().parent.parent
 ALONE = Dist(0, 0, 1, torch.device("cpu"))
 SMALL_GRPO = ["--preset", "smoke", "--threads", "1", "--num_problems", "40", "--batch_size", "2",
               "--group_size", "4", "--max_new_tokens", "6", "--num_eval_problems", "4"]  # fmt: skip
@@ -225,6 +228,37 @@ def test_train_grpo_is_algorithm_1(tmp_path, tokenizer, monkeypatch):
     assert any(row["clip_low"] + row["clip_high"] > 0 for row in rows)
     # l.3: the first log row of an iteration is against a fresh reference, the later ones are not.
     assert rows[2]["kl"] < rows[1]["kl"] and all(row["constant_groups"] < 1 for row in rows)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(tmp_path, tokenizer, monkeypatch):
+    """torchrun with two sharded processes samples the same tokens and ends at the same weights."""
+    start = save_start(tmp_path / "start", tokenizer, torch.float64)
+    reward = "def digits(p, text):\n    return sum(ord(c) % 2 == 0 for c in text) / 9\n"
+    (tmp_path / "rewards.py").write_text(reward)
+    argv = [
+        *SMALL_GRPO, "--batch_size", "5", "--num_updates", "2", "--kl_coef", "0.3", "--lr", "0.01",
+        "--num_iterations", "2", "--num_steps", "2", "--device", "cpu", "--init", str(start),
+        "--rewards", f"{tmp_path}/rewards.py:digits", "--reward_weights", "1.0",
+    ]  # fmt: skip
+    run_script(train_grpo, [*argv, "--run_dir", tmp_path / "one"], monkeypatch)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, ROOT / "train_grpo.py", *argv, "--run_dir", tmp_path / "two"],
+        capture_output=True, text=True, cwd=ROOT, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    weights = [
+        torch.cat([p.detach().flatten() for p in load_weights(tmp_path / name)])
+        for name in ("one", "two", "start")
+    ]
+    assert (weights[0] - weights[1]).abs().max() < 1e-8 < (weights[0] - weights[2]).abs().max()
+    samples = [(tmp_path / name / "samples.txt").read_text() for name in ("one", "two")]
+    assert samples[0] == samples[1] and "advantage" in samples[0]
+
+
+def load_weights(run_dir):
+    return checkpoint.load_model(run_dir, device="cpu")[0].parameters()
 
 
 def test_unknown_reward_is_refused_before_anything_is_bound(tmp_path, start, monkeypatch, capsys):
