@@ -39,13 +39,18 @@ class EvalConfig:
         None, "figures of another checkpoint on the same problems, to subtract"
     )
     # Problems
-    num_problems: int = opt(1000, "held-out problems", low=1)
+    num_problems: int | None = opt(
+        None, "held-out problems at most; none: 1000 generated ones, or all of --data's", low=1
+    )
     problem_seed: int = opt(0, "seed of the problems; train_grpo.py evaluates on seed 0", low=0)
     num_numbers: tuple[int, ...] = opt((3, 4), "numbers per Countdown problem", low=2, high=5)
     max_number: int = opt(99, "largest given number", low=1)
     max_target: int = opt(100, "largest target", low=1)
     prompt_style: str = opt("short", "prompt wording", choices=countdown.STYLES)
-    data: str | None = opt(None, 'JSONL of rows {"nums": [..], "target": n} instead; all its rows')
+    data: str | None = opt(
+        None, 'JSONL of rows {"nums": [..], "target": n} instead: its held-out rows'
+    )
+    all_rows: bool = opt(False, "with --data: the rows of the training split too")
     # Sampling
     num_samples: int = opt(
         8, "samples per problem n, for Pass@K and Maj@K up to n", low=0, high=1000
@@ -68,12 +73,10 @@ PRESETS = {
         "max_new_tokens": 32,
     },
     "cpu": {
-        "num_problems": 1000,
         **countdown.RANGES["cpu"],
         "max_new_tokens": 40,
     },
     "gpu": {
-        "num_problems": 1000,
         **countdown.RANGES["gpu"],
         "max_new_tokens": 128,
         "chunk_problems": 256,
@@ -85,11 +88,11 @@ PRESETS = {
 NOT_IN_HASH = ("checkpoint", "out", "compare", "shown_problems", "device", "threads")
 
 
-def load_problems(cfg: EvalConfig) -> list[Problem]:
-    """Return the problems to evaluate on: generated held-out ones, or those of --data."""
+def load_problems(cfg: EvalConfig) -> tuple[list[Problem], list[str]]:
+    """Return the held-out problems, generated or of --data, and what is to be said about them."""
     if cfg.data is None:
-        return countdown.generate(
-            cfg.num_problems,
+        problems = countdown.generate(
+            cfg.num_problems or 1000,
             split="heldout",
             seed=cfg.problem_seed,
             num_numbers=cfg.num_numbers,
@@ -97,12 +100,37 @@ def load_problems(cfg: EvalConfig) -> list[Problem]:
             max_target=cfg.max_target,
             style=cfg.prompt_style,
         )
-    problems, bad = countdown.read_jsonl(cfg.data, limit=cfg.num_problems, style=cfg.prompt_style)
-    for line in bad[:5]:
-        print(f"warning: {printable(line)}")
+        return problems, []
+    found, bad = countdown.read_jsonl(cfg.data, style=cfg.prompt_style)
+    problems = [problem for problem in found if cfg.all_rows or is_heldout(problem)]
+    if not problems:
+        raise ValueError(
+            f"{cfg.data}: all {len(found)} problems are of the training split; "
+            "--all_rows evaluates on them"
+        )
+    return problems[: cfg.num_problems], data_notes(cfg, len(found), len(problems), bad)
+
+
+def is_heldout(problem: Problem) -> bool:
+    return countdown.split_of(problem.payload["nums"], problem.payload["target"]) == "heldout"
+
+
+def data_notes(cfg: EvalConfig, num_found: int, num_kept: int, bad: list[str]) -> list[str]:
+    """Return lines that say which rows of --data are left out, and why."""
+    notes = [printable(line) for line in bad[:5]]
     if bad:
-        print(f"warning: {cfg.data}: {len(bad)} bad rows left out")
-    return problems
+        notes.append(f"{cfg.data}: {len(bad)} bad rows left out")
+    if num_kept < num_found:
+        notes.append(
+            f"{cfg.data}: {num_found - num_kept} of {num_found} problems left out, "
+            "of the training split (--all_rows keeps them)"
+        )
+    if cfg.num_problems is not None and cfg.num_problems < num_kept:
+        notes.append(
+            f"{cfg.data}: {num_kept - cfg.num_problems} of {num_kept} problems left out, "
+            f"after the first {cfg.num_problems} (--num_problems)"
+        )
+    return notes
 
 
 def evaluation_hash(cfg: EvalConfig, model: torch.nn.Module, problems: list[Problem]) -> str:
@@ -242,7 +270,10 @@ def prepare(cfg: EvalConfig, dist: Dist) -> tuple[torch.nn.Module, Any, dict, li
     model, tokenizer, state = load_model(cfg.checkpoint, device=dist.device)
     if tokenizer is None:
         raise ValueError(f"{cfg.checkpoint} holds no tokenizer.json: its outputs cannot be read")
-    problems = load_problems(cfg)
+    problems, notes = load_problems(cfg)
+    if dist.is_main:
+        for note in notes:
+            print(f"note: {note}")
     longest = max(len(encode_prompt(tokenizer, problem)) for problem in problems)
     if longest >= model.cfg.max_context:
         raise ValueError(

@@ -15,7 +15,7 @@ from nanomath import checkpoint
 from nanomath.config import parse
 from nanomath.dist import setup
 from nanomath.model import ModelConfig, Transformer
-from nanomath.tasks.countdown import generate, worked_solution
+from nanomath.tasks.countdown import generate, split_of, worked_solution
 from nanomath.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -149,14 +149,52 @@ def test_samples_cannot_forge_lines_or_drive_a_terminal():
 
 
 def test_data_file(run_folder, dist, capsys):
-    """--data evaluates on a file's rows and names the bad ones."""
+    """--data evaluates on all held-out rows of a file, on those of the training split only if
+    asked to, on fewer only if asked to; what is left out is counted, bad rows are named."""
     data = run_folder.parent / "rows.jsonl"
-    data.write_text('{"nums": [1, 2], "target": 3}\n{"nums": [1, 2], "target": 50}\n')
+    rows = [{"nums": [a, b], "target": a + b} for a in range(1, 31) for b in range(a, 31)]
+    heldout = [row for row in rows if split_of(row["nums"], row["target"]) == "heldout"]
+    assert 20 < len(heldout) < 100
+    lines = [json.dumps(row) for row in [{"nums": [1, 2], "target": 50}, *rows]]
+    data.write_text("\n".join(lines))
+    cfg = config(run_folder, data=str(data), num_problems=None, num_samples=1, max_new_tokens=2)
+    cfg = dataclasses.replace(cfg, chunk_problems=64)
+
+    def evaluated(**changes):
+        evaluate.run(dataclasses.replace(cfg, **changes), dist)
+        problems = json.loads(Path(cfg.out).read_text())["problems"]
+        rows = [{"nums": problem["nums"], "target": problem["target"]} for problem in problems]
+        return rows, capsys.readouterr().out
+
+    found, printed = evaluated()
+    assert found == heldout
+    assert "rows.jsonl:1: 50 cannot be reached from [1, 2]" in printed
+    left = len(rows) - len(heldout)
+    assert f"{left} of {len(rows)} problems left out, of the training split" in printed
+    found, printed = evaluated(num_problems=7)
+    assert found == heldout[:7]
+    assert f"{len(heldout) - 7} of {len(heldout)} problems left out, after the first 7" in printed
+    found, printed = evaluated(all_rows=True)
+    assert found == rows
+    assert "of the training split" not in printed
+
+
+def test_command_line_takes_all_of_a_file():
+    """No preset but smoke limits the rows of --data; without --data there are 1000 problems."""
+    for name in ("", "gpu", "countdown_qwen_3b", "cpu"):
+        cfg = parse(evaluate.EvalConfig, evaluate.PRESETS, ["--preset", name] if name else [])
+        assert cfg.num_problems is None
+    assert len(evaluate.load_problems(cfg)[0]) == 1000
+
+
+def test_data_without_heldout_rows_is_refused(run_folder, dist):
+    """A file of the training split alone is no evaluation set, unless --all_rows says so."""
+    data = run_folder.parent / "rows.jsonl"
+    data.write_text('{"nums": [1, 2], "target": 3}\n')
     cfg = config(run_folder, data=str(data))
-    evaluate.run(cfg, dist)
-    printed = capsys.readouterr().out
-    assert "rows.jsonl:2: 50 cannot be reached from [1, 2]" in printed
-    assert json.loads(Path(cfg.out).read_text())["num_problems"] == 1
+    with pytest.raises(SystemExit, match="all 1 problems are of the training split; --all_rows"):
+        evaluate.run(cfg, dist)
+    evaluate.run(dataclasses.replace(cfg, all_rows=True), dist)
 
 
 @pytest.mark.parametrize(
@@ -198,12 +236,10 @@ def test_folder_in_use(run_folder, dist):
 
 @pytest.mark.parametrize("name", sorted(evaluate.PRESETS))
 def test_presets_hold_enough_heldout_problems(name):
-    """Every preset's ranges hold its number of held-out problems (a part of them is drawn)."""
+    """Every preset's ranges hold held-out problems (a part of them is drawn)."""
     cfg = parse(evaluate.EvalConfig, evaluate.PRESETS, ["--preset", name])
-    few = dataclasses.replace(
-        cfg, num_problems=min(cfg.num_problems, 1000 if name == "cpu" else 50)
-    )
-    assert len(evaluate.load_problems(few)) == few.num_problems
+    few = dataclasses.replace(cfg, num_problems=50)
+    assert len(evaluate.load_problems(few)[0]) == 50
 
 
 @pytest.mark.slow
