@@ -58,31 +58,32 @@ def compute_rewards(
     names: Sequence[str] = ("format", "equation"),
     weights: Sequence[float] = (1.0, 1.0),
 ) -> tuple[list[float | None], dict[str, list[float | None]]]:
-    """Return each completion's weighted sum of rewards, and every function's own rewards by name.
+    """Return each completion's weighted sum of rewards, and every function's own rewards by label.
 
     problems[i] is the question of completions[i]; names are built in or "file.py:function". The
     sum is None where a function of weight other than 0 gave None. Raises ValueError for lengths
-    that differ, an unknown name or a weight that is not finite.
+    that differ, an unknown name, two of one reward_label or a weight that is not finite.
     """
     if len(problems) != len(completions):
         raise ValueError(f"{len(problems)} problems, but {len(completions)} completions")
-    if len(names) != len(weights) or not names or len(set(map(reward_label, names))) != len(names):
+    labels = [reward_label(name) for name in names]
+    if len(names) != len(weights) or not names or len(set(labels)) != len(names):
         raise ValueError(
-            f"rewards {tuple(names)} with weights {tuple(weights)}: give different rewards, "
-            "and one weight for each"
+            f"rewards {tuple(names)} with weights {tuple(weights)}: give different rewards, of "
+            "different function names, and one weight for each"
         )
     if not all(math.isfinite(weight) for weight in weights):
         raise ValueError(f"reward weights {tuple(weights)} must be finite")
-    by_name = {
-        reward_label(name): _score_all(name, load_reward(name), problems, completions)
-        for name in names
+    by_label = {
+        label: _score_all(name, load_reward(name), problems, completions)
+        for label, name in zip(labels, names, strict=True)
     }
     totals: list[float | None] = []
-    for parts in zip(*by_name.values(), strict=True):
+    for parts in zip(*by_label.values(), strict=True):
         used = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight]
         known = all(part is not None for part, _ in used)
         totals.append(sum(part * weight for part, weight in used) if known else None)
-    return totals, by_name
+    return totals, by_label
 
 
 def _score_all(
@@ -129,12 +130,12 @@ def score_one(
     return value, None
 
 
-@functools.cache  # a user's file is run once per process
 def reward_label(spec: str) -> str:
     """Return a reward's short name, for metrics: "my_reward.py:score" -> "score"."""
     return spec.rpartition(":")[2]
 
 
+@functools.cache  # a user's file is run once per process
 def load_reward(spec: str) -> RewardFunction:
     """Return the built-in reward of that name, or the function of "path/to/file.py:function".
 

@@ -11,6 +11,7 @@ from nanomath.rewards import (
     equation_reward,
     format_reward,
     load_reward,
+    reward_label,
     score_one,
 )
 from nanomath.tasks import Problem
@@ -82,6 +83,25 @@ def test_weighted_sum():
     totals, _ = compute_rewards([PROBLEM] * 4, completions, ("equation", "format"), (10.0, -0.5))
     assert totals == [9.5, -0.5, 10.0, 0.0]
     assert compute_rewards([], []) == ([], {"format": [], "equation": []})
+
+
+def test_label_is_the_functions_name(tmp_path):
+    """Rewards come by the function's name, without its file's; two of one name are refused, before
+    a file of the user runs, and a file runs once per process."""
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.py").write_text(
+            f"open({str(tmp_path / 'ran')!r}, 'a').write('{name} ')\n"
+            "def score(problem, completion):\n    return 0.5\n"
+        )
+    one, two = f"{tmp_path}/one.py:score", f"{tmp_path}/two.py:score"
+    assert [reward_label(spec) for spec in (one, "format")] == ["score", "format"]
+    with pytest.raises(ValueError, match="different function names"):
+        compute_rewards([PROBLEM], ["x"], (one, two), (1.0, 1.0))
+    assert not (tmp_path / "ran").exists()
+    for _ in range(3):
+        totals, parts = compute_rewards([PROBLEM], ["x"], ("format", one), (1.0, 2.0))
+        assert parts == {"format": [0.0], "score": [0.5]} and totals == [1.0]
+    assert (tmp_path / "ran").read_text() == "one "
 
 
 def test_failing_function_gives_none_not_zero(tmp_path, caplog):
