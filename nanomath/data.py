@@ -18,19 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanomath.jsonl import read_examples, read_jsonl  # a reader of data finds both here
-
-__all__ = [
-    "PackedExamples",
-    "TokenShards",
-    "TrainBatch",
-    "encode_examples",
-    "epoch_order",
-    "pack_examples",
-    "read_examples",
-    "read_jsonl",
-    "write_shards",
-]
+from nanomath.jsonl import read_examples, read_jsonl  # noqa: F401, the trainers import both here
 
 INDEX_NAME = "index.json"
 NUM_OPEN_ROWS = 32  # rows a packed example may still go to: padding shrinks, order stays random
@@ -111,7 +99,6 @@ def write_shards(
             "dtype": f"uint{8 * dtype.itemsize}",
             "vocab_size": vocab_size,
             "num_tokens": sum(shard["num_tokens"] for shard in shards),
-            "num_documents": num_documents,
             "num_bytes": None if bytes_of is None else num_bytes,
             "shards": shards,
         }
@@ -147,7 +134,7 @@ class TokenShards:
         index = _read_index(folder)
         dtype = np.dtype("<u2" if index["dtype"] == "uint16" else "<u4")
         self.vocab_size, self.num_bytes = index["vocab_size"], index["num_bytes"]
-        self.num_tokens, self.num_documents = index["num_tokens"], index["num_documents"]
+        self.num_tokens = index["num_tokens"]
         self._shards = []
         for shard in index["shards"]:
             path = folder / shard["name"]
@@ -181,22 +168,18 @@ class TokenShards:
             )
         return count
 
-    def batch(
-        self, step: int, batch_size: int, context: int, seed: int, *, rows: slice = slice(None)
-    ) -> torch.Tensor:
-        """Return int64 [B, context + 1]: the global batch of this step, or only some of its rows.
+    def batch(self, step: int, batch_size: int, context: int, seed: int) -> torch.Tensor:
+        """Return int64 [B, context + 1]: the global batch of this step.
 
         Every window comes once per epoch, in an order drawn anew for each epoch.
         """
-        order = epoch_order(self.num_windows(context), step, batch_size, seed)[rows]
+        order = epoch_order(self.num_windows(context), step, batch_size, seed)
         windows = [self.read(int(window) * context, context + 1) for window in order]
         return torch.from_numpy(np.stack(windows))
 
-    def train_batch(
-        self, step: int, batch_size: int, context: int, seed: int, *, rows: slice = slice(None)
-    ) -> TrainBatch:
+    def train_batch(self, step: int, batch_size: int, context: int, seed: int) -> TrainBatch:
         """Return `batch` with equal weights: the loss is the mean over the global tokens."""
-        tokens_BT = self.batch(step, batch_size, context, seed, rows=rows)
+        tokens_BT = self.batch(step, batch_size, context, seed)
         weights_BT = torch.full(tokens_BT.shape, 1.0 / (batch_size * context))
         weights_BT[:, -1] = 0.0
         return TrainBatch(tokens_BT, weights_BT)
@@ -222,7 +205,7 @@ def _read_index(folder: Path) -> dict:
         index = json.loads(path.read_text(encoding="utf-8"))
         total = sum(shard["num_tokens"] for shard in index["shards"])
         whole = index["num_tokens"] == total and index["dtype"] in ("uint16", "uint32")
-        whole = whole and index.keys() >= {"vocab_size", "num_bytes", "num_documents"}
+        whole = whole and index.keys() >= {"vocab_size", "num_bytes"}
     except (ValueError, KeyError, TypeError):
         whole = False
     if not whole:
@@ -247,12 +230,13 @@ def _permutation(num_items: int, seed: int, epoch: int) -> np.ndarray:
 
 
 class PackedExamples:
-    """Examples concatenated in random order into rows of `context` tokens (Sec. 3).
+    """Examples, as (prompt ids, solution ids ending in EOS), concatenated in random order into rows
+    of `context` tokens (Sec. 3).
 
-    tokens_RT, segments_RT (0 is padding, examples count from 1 in each row), positions_RT (restart
-    at 0 in each example) and trained_RT (bool: position t predicts a solution token, the EOS
-    included, of its own example). dropped lists (index, length) of examples longer than context or
-    without a solution.
+    R are the packed rows here: tokens_RT, segments_RT (0 is padding, examples count from 1 in each
+    row), positions_RT (restart at 0 in each example) and trained_RT (bool: position t predicts a
+    solution token, the EOS included, of its own example). dropped lists (index, length) of examples
+    longer than context or without a solution.
     """
 
     def __init__(
@@ -317,32 +301,18 @@ class PackedExamples:
             text += f"; {len(self.dropped)} dropped, too long or nothing to train: {named}{more}"
         return text
 
-    def batch(
-        self, step: int, batch_size: int, seed: int, *, rows: slice = slice(None)
-    ) -> TrainBatch:
-        """Return the global batch of this step, or some of its rows: every row once per epoch.
+    def batch(self, step: int, batch_size: int, seed: int) -> TrainBatch:
+        """Return the global batch of this step: every row comes once per epoch.
 
         A trained token weighs 1 / (trained tokens of the global batch).
         """
         order = epoch_order(self.num_rows, step, batch_size, seed)
         total = int(self.trained_RT[order].sum())
-        order = order[rows]
         weights_BT = torch.from_numpy(self.trained_RT[order]).float() / total
         int64 = lambda array_RT: torch.from_numpy(array_RT[order].astype(np.int64))
         return TrainBatch(
             int64(self.tokens_RT), weights_BT, int64(self.segments_RT), int64(self.positions_RT)
         )
-
-
-def pack_examples(
-    examples: Sequence[tuple[Sequence[int], Sequence[int]]],
-    context: int,
-    *,
-    seed: int = 0,
-    pad_id: int = 0,
-) -> PackedExamples:
-    """Pack (prompt ids, solution ids ending in EOS) into rows of context tokens, Sec. 3."""
-    return PackedExamples(examples, context, seed=seed, pad_id=pad_id)
 
 
 def _fill_rows(order: Sequence[int], lengths: Sequence[int], context: int) -> list[list[int]]:

@@ -5,8 +5,9 @@ Both are expectations over all K-subsets of a problem's n samples, exact, not es
 are percentile bootstraps over problems: they say how much the figure hangs on which problems were
 asked, and nothing about other training seeds.
 
-`evaluate` samples and judges; `summarise` turns its records, kept as JSON, into figures; `compare`
-takes the paired difference of two evaluations of the same problems. The command is evaluate.py.
+`evaluate_chunk` samples and judges; `summarise` turns its records, kept as JSON, into figures;
+`compare` takes the paired difference of two evaluations of the same problems. The command is
+evaluate.py.
 """
 
 import operator
@@ -20,7 +21,6 @@ import numpy as np
 import torch
 
 from nanomath.dist import Dist, all_reduce_sum
-from nanomath.log import progress as progress_bar
 from nanomath.rewards import format_reward
 from nanomath.sampler import Rollouts, sample_groups
 from nanomath.tasks import Problem, countdown, encode_prompt
@@ -147,39 +147,6 @@ def paired_difference(
 # ------------------------------------------------------------------------------------- sampling
 
 
-def evaluate(
-    model: torch.nn.Module,
-    tokenizer: Any,
-    problems: Sequence[Problem],
-    *,
-    num_samples: int = 8,
-    temperature: float = 0.7,
-    max_new_tokens: int,
-    seed: int = 0,
-    chunk_problems: int = 64,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Sample every problem once greedily and num_samples times; return `summarise`'s figures.
-
-    A sample depends on (seed, problem id, sample index) alone, not on the chunks.
-    """
-    records = []
-    bar = progress_bar(total=len(problems), desc="evaluate", unit="problem", disable=not progress)
-    with bar:
-        for chunk in chunks(problems, chunk_problems):
-            records += evaluate_chunk(
-                model,
-                tokenizer,
-                chunk,
-                num_samples=num_samples,
-                temperature=temperature,
-                max_new_tokens=max_new_tokens,
-                seed=seed,
-            )
-            bar.update(len(chunk))
-    return summarise(records)
-
-
 def evaluate_chunk(
     model: torch.nn.Module,
     tokenizer: Any,
@@ -190,7 +157,11 @@ def evaluate_chunk(
     max_new_tokens: int,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Return one record per problem: its payload, and every output with its text and judgement."""
+    """Return one record per problem: its payload, and every output with its text and judgement.
+
+    Each is sampled once greedily and num_samples times; a sample depends on (seed, problem id,
+    sample index) alone, not on the problems beside it.
+    """
     greedy = _sample(model, tokenizer, problems, 1, 0.0, max_new_tokens, seed)
     sampled = [[] for _ in problems]
     if num_samples:

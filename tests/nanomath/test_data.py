@@ -13,14 +13,13 @@ import torch
 
 from nanomath import data, jsonl
 from nanomath.data import (
+    PackedExamples,
     TokenShards,
     encode_examples,
     epoch_order,
-    pack_examples,
-    read_examples,
-    read_jsonl,
     write_shards,
 )
+from nanomath.jsonl import read_examples, read_jsonl
 from nanomath.tokenizer import Tokenizer
 
 
@@ -45,7 +44,7 @@ def test_shards_hold_the_tokens_exactly(tmp_path, vocab_size, itemsize):
     joined = [token for doc in docs for token in doc]
     assert shards.read(0, 10**6).tolist() == joined
     assert shards.read(44, 5).tolist() == joined[44:49]  # across the border
-    assert (shards.num_tokens, shards.num_documents, shards.num_bytes) == (66, 5, None)
+    assert (shards.num_tokens, shards.num_bytes) == (66, None)
     assert shards.vocab_size == vocab_size
 
 
@@ -73,16 +72,13 @@ def test_every_window_comes_once_per_epoch(tmp_path, num_tokens, context, batch_
 
 
 def test_batches_are_a_pure_function_of_seed_and_step(tmp_path):
-    """Any step asked for first gives what a run in order gives, in a fresh process too; rows cut
-    out for a rank are the rows of the global batch."""
+    """Any step asked for first gives what a run in order gives, in a fresh process too."""
     write_counting_shards(tmp_path / "t", 1001)
     in_order = [TokenShards(tmp_path / "t").batch(step, 6, 20, 5) for step in range(30)]
     data._permutation.cache_clear()
     fresh = TokenShards(tmp_path / "t")
     for step in (29, 3, 17, 0):
         assert torch.equal(fresh.batch(step, 6, 20, 5), in_order[step])
-        halves = [fresh.batch(step, 6, 20, 5, rows=slice(a, a + 3)) for a in (0, 3)]
-        assert torch.equal(torch.cat(halves), in_order[step])
     code = (
         "import sys; from nanomath.data import TokenShards; "
         "print(TokenShards(sys.argv[1]).batch(17, 6, 20, 5).tolist())"
@@ -102,10 +98,10 @@ def test_pretraining_weights_are_global(tmp_path):
     assert whole.weights_BT.sum().item() == pytest.approx(1.0, abs=1e-6)
     assert whole.weights_BT[:, :-1].unique().tolist() == [pytest.approx(1 / 96)]
     assert whole.weights_BT[:, -1].unique().tolist() == [0.0]
-    part = shards.train_batch(2, 6, 16, 0, rows=slice(1, 3))
-    assert torch.equal(part.weights_BT, whole.rows(slice(1, 3)).weights_BT)
-    assert torch.equal(part.tokens_BT, whole.rows(slice(1, 3)).tokens_BT)
-    assert whole.rows(slice(1, 3)).segments_BT is None
+    part = whole.rows(slice(1, 3))
+    assert torch.equal(part.weights_BT, whole.weights_BT[1:3])
+    assert torch.equal(part.tokens_BT, whole.tokens_BT[1:3])
+    assert part.segments_BT is None
 
 
 @pytest.mark.parametrize("num_tokens", [2, 11, 12, 20, 21, 61])
@@ -206,7 +202,7 @@ def test_packed_rows_hold_every_example_once_and_whole():
     """Each example lies once, whole and in order, in one segment; positions restart; the rest is
     padding in segment 0."""
     examples = random_examples(60)
-    packed = pack_examples(examples, 40, seed=2, pad_id=7)
+    packed = PackedExamples(examples, 40, seed=2, pad_id=7)
     seen = {}
     for row in range(packed.num_rows):
         segments = packed.segments_RT[row]
@@ -228,7 +224,7 @@ def test_loss_is_on_solution_tokens_of_the_same_example_only():
     """Trained positions are those whose next token is a solution token of their own example: the
     first from the prompt's end, the EOS included, never across examples."""
     examples = random_examples(60, seed=4)
-    packed = pack_examples(examples, 40, seed=2)
+    packed = PackedExamples(examples, 40, seed=2)
     targets = []
     for row, column in zip(*np.nonzero(packed.trained_RT)):
         assert packed.segments_RT[row, column] == packed.segments_RT[row, column + 1] > 0
@@ -239,7 +235,7 @@ def test_loss_is_on_solution_tokens_of_the_same_example_only():
 
 def test_one_packed_row_by_hand():
     """Two examples of a row, written out number by number."""
-    packed = pack_examples([([1, 2], [3, 4, 9]), ([5], [6, 9])], 10, seed=0)
+    packed = PackedExamples([([1, 2], [3, 4, 9]), ([5], [6, 9])], 10, seed=0)
     batch = packed.batch(0, 1, seed=0)
     first = [[1, 2, 3, 4, 9], [5, 6, 9]]
     order = packed.members[0]
@@ -257,16 +253,16 @@ def test_one_packed_row_by_hand():
 
 def test_example_without_prompt_trains_no_first_token():
     """Without a prompt nothing stands before the first solution token, so it is no target."""
-    packed = pack_examples([([], [11, 12, 13]), ([], [21, 22, 23])], 6, seed=0)
+    packed = PackedExamples([([], [11, 12, 13]), ([], [21, 22, 23])], 6, seed=0)
     assert packed.trained_RT.tolist() == [[True, True, False, True, True, False]]
-    dropped = pack_examples([([], [11]), ([1], []), ([1], [2])], 6, seed=0).dropped
+    dropped = PackedExamples([([], [11]), ([1], []), ([1], [2])], 6, seed=0).dropped
     assert dropped == [(0, 1), (1, 1)]
 
 
 def test_too_long_examples_are_dropped_counted_and_named():
     """An example longer than the context is left out and named; one that just fits is kept."""
     examples = [([1] * 4, [2] * 4), ([1] * 4, [2] * 5), ([1], [2] * 30)]
-    packed = pack_examples(examples, 8)
+    packed = PackedExamples(examples, 8)
     assert packed.dropped == [(1, 9), (2, 31)]
     assert packed.members == [[0]]
     assert (
@@ -274,13 +270,13 @@ def test_too_long_examples_are_dropped_counted_and_named():
     )
     assert "1 examples in 1 rows of 8 tokens, 100.0% full" in packed.summary()
     with pytest.raises(ValueError, match="none of 3 examples fits a context of 7"):
-        pack_examples(examples, 7)
+        PackedExamples(examples, 7)
 
 
 def test_packed_batches_cover_rows_and_weights_sum_to_one():
     """Every row comes once per epoch; weights are 1 / (trained tokens of the global batch) before
     ranks slice, on trained positions only; any step can be asked for first."""
-    packed = pack_examples(random_examples(90, seed=5), 40, seed=1)
+    packed = PackedExamples(random_examples(90, seed=5), 40, seed=1)
     batch_size, seen = 4, []
     batches = [packed.batch(step, batch_size, seed=9) for step in range(packed.num_rows)]
     for step, batch in enumerate(batches):
@@ -291,24 +287,20 @@ def test_packed_batches_cover_rows_and_weights_sum_to_one():
         assert np.abs(batch.weights_BT.numpy() - expected_BT).max() < 1e-9
         assert batch.weights_BT.double().sum().item() == pytest.approx(1.0, abs=1e-6)
         assert np.array_equal(batch.tokens_BT.numpy(), packed.tokens_RT[order])
-        parts = [packed.batch(step, 4, seed=9, rows=slice(a, a + 2)) for a in (0, 2)]
+        part = batch.rows(slice(2, 4))
         for name in ("tokens_BT", "weights_BT", "segments_BT", "positions_BT"):
-            joined = torch.cat([getattr(part, name) for part in parts])
-            assert torch.equal(joined, getattr(batch, name))
-            assert torch.equal(
-                parts[1].rows(slice(1, 2)).tokens_BT, batch.rows(slice(3, 4)).tokens_BT
-            )
+            assert torch.equal(getattr(part, name), getattr(batch, name)[2:4])
     for epoch in np.array(seen).reshape(-1, packed.num_rows):
         assert sorted(epoch) == list(range(packed.num_rows))
-    again = pack_examples(random_examples(90, seed=5), 40, seed=1)
+    again = PackedExamples(random_examples(90, seed=5), 40, seed=1)
     assert torch.equal(again.batch(7, 4, seed=9).tokens_BT, batches[7].tokens_BT)
-    assert pack_examples(random_examples(90, seed=5), 40, seed=2).members != packed.members
+    assert PackedExamples(random_examples(90, seed=5), 40, seed=2).members != packed.members
 
 
 def test_packing_wastes_little():
     """Rows of short examples are at least 95% full, and neighbours are random, not sorted."""
     examples = random_examples(2000, seed=6, longest=40)
-    packed = pack_examples(examples, 256, seed=0)
+    packed = PackedExamples(examples, 256, seed=0)
     fill = sum(len(p) + len(s) for p, s in examples) / (packed.num_rows * 256)
     assert fill > 0.95
     lengths = [np.mean([len(examples[i][0]) for i in m]) for m in packed.members if len(m) > 3]

@@ -16,9 +16,9 @@ from nanomath import evaluation
 from nanomath.dist import Dist
 from nanomath.evaluation import (
     bootstrap_interval,
+    chunks,
     compare,
     default_ks,
-    evaluate,
     evaluate_chunk,
     greedy_accuracy,
     group_answers,
@@ -214,19 +214,28 @@ def script(prompt, temperature, sample):
     return f"{THINK}<answer>{ANSWERS[target][sample]}</answer>", sample != 7
 
 
+def evaluate_in_chunks(size):
+    return summarise(
+        [
+            record
+            for chunk in chunks(PROBLEMS, size)
+            for record in evaluate_chunk(
+                None,
+                Characters(),
+                chunk,
+                num_samples=8,
+                temperature=0.7,
+                max_new_tokens=50,
+                seed=5,
+            )
+        ]
+    )
+
+
 def test_evaluate_by_hand(monkeypatch):
     """Scripted outputs give the figures worked out by hand, and nothing is sampled twice."""
     calls = scripted(monkeypatch, script)
-    result = evaluate(
-        None,
-        Characters(),
-        PROBLEMS,
-        num_samples=8,
-        max_new_tokens=50,
-        seed=5,
-        chunk_problems=1,
-        progress=False,
-    )
+    result = evaluate_in_chunks(1)
     assert [(c[0], c[1], c[2], c[3]) for c in calls] == [
         (1, 1, 0.0, [10]),
         (1, 8, 0.7, [10]),
@@ -267,11 +276,7 @@ def test_evaluate_by_hand(monkeypatch):
 def test_chunks_do_not_change_the_result(monkeypatch):
     """Any chunk size gives the same figures."""
     scripted(monkeypatch, script)
-    settings = {"num_samples": 8, "max_new_tokens": 50, "progress": False}
-    results = [
-        evaluate(None, Characters(), PROBLEMS, chunk_problems=size, **settings) for size in (1, 2)
-    ]
-    assert results[0] == results[1]
+    assert evaluate_in_chunks(1) == evaluate_in_chunks(2)
 
 
 def test_greedy_accuracy(monkeypatch):
