@@ -1,4 +1,4 @@
-"""The Transformer of DeepSeek-LLM (PAPER.md section 2): a Llama, in one readable file.
+"""The Transformer of DeepSeek-LLM (Sec. 2.2, 2.3): a Llama, in one readable file.
 
 Pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases. The order of the
 file is the order of a forward pass: configuration, norm, rotary, attention, feed-forward, block,
@@ -66,7 +66,7 @@ class ModelConfig:
 
 
 MODEL_PRESETS = {
-    # Sec. 2.2: the corpus ablations' 1.3B; its shape is not published, PAPER.md section 2 fixes it.
+    # Sec. 2.2: the corpus ablations' 1.3B; its shape is not published, this one is ours.
     "deepseek_llm_1b3": ModelConfig(102400, 24, 2048, 16, 16, 5504),
     # Sec. 2.3: DeepSeekMath 7B's shape (DeepSeek-LLM 7B, DeepSeek-Coder v1.5 7B).
     "deepseek_llm_7b": ModelConfig(102400, 30, 4096, 32, 32, 11008),

@@ -1,7 +1,7 @@
 """Reward functions, and how they are summed into one reward per completion.
 
 A reward function takes (problem, completion text) and returns a number, or None where it cannot
-judge. Built in, both worth 1.0 or 0.0 (Sec. 7 of the Countdown task):
+judge. Built in, both worth 1.0 or 0.0:
 
     format      the completion is <think>...</think>, then <answer>...</answer>, and nothing else
     equation    the answer is right; accuracy means this one alone

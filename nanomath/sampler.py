@@ -72,7 +72,7 @@ def sample_groups(
     is_eos_V = torch.zeros(cfg.vocab_size, dtype=torch.bool, device=weight.device)
     is_eos_V[list(eos_ids)] = True
     choose = partial(choose_tokens, temperature=temperature, vocab_limit=vocab_limit)
-    num_rows = len(prompts) * group_size
+    num_rows = len(prompts) * group_size  # suffix N in this file: all P * G rows, in order
     tokens_NT = torch.full((num_rows, max_new_tokens), -1, device=weight.device)
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     logp_NT = torch.zeros(num_rows, max_new_tokens, dtype=wide, device=weight.device)
@@ -189,7 +189,7 @@ def choose_tokens(
     """Invert the cumulative distribution at `uniform_R` (float64); return token ids and logp, [R].
 
     Only ids below `vocab_limit` are chosen, in proportion to their probabilities; logp is that of
-    the full softmax.
+    the full softmax. Suffixes of this function: M blocks of C ids each.
     """
     logits_RV = logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
     if temperature == 0:
@@ -203,17 +203,17 @@ def choose_tokens(
     # time of choosing.
     block = math.ceil(vocab_limit**0.5)
     padding = -vocab_limit % block
-    blocks_RMB = F.pad(probs_RV[:, :vocab_limit], (0, padding)).unflatten(-1, (-1, block))
-    sums_RM = blocks_RMB.sum(-1).double()
+    blocks_RMC = F.pad(probs_RV[:, :vocab_limit], (0, padding)).unflatten(-1, (-1, block))
+    sums_RM = blocks_RMC.sum(-1).double()
     ends_RM = sums_RM.cumsum(-1)
     target_R1 = uniform_R[:, None] * ends_RM[:, -1:]
     block_R1 = _first_above(ends_RM, target_R1)
     target_R1 = (target_R1 - (ends_RM - sums_RM).gather(1, block_R1)).clamp_(min=0)
     rows_R = torch.arange(len(uniform_R), device=uniform_R.device)
-    ends_RB = blocks_RMB[rows_R, block_R1[:, 0]].double().cumsum(-1)
+    ends_RC = blocks_RMC[rows_R, block_R1[:, 0]].double().cumsum(-1)
     # The block's sum was rounded: below its last running sum there always is an id of weight > 0.
-    target_R1 = torch.minimum(target_R1, ends_RB[:, -1:] * (1 - 1e-15))
-    token_R1 = block_R1 * block + _first_above(ends_RB, target_R1)
+    target_R1 = torch.minimum(target_R1, ends_RC[:, -1:] * (1 - 1e-15))
+    token_R1 = block_R1 * block + _first_above(ends_RC, target_R1)
     token_R1 = token_R1.clamp_(max=vocab_limit - 1)  # NaN logits: the caller reports them
     return token_R1[:, 0], probs_RV.gather(1, token_R1)[:, 0].log()
 

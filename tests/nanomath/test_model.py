@@ -184,7 +184,8 @@ def test_init_is_a_function_of_the_seed():
 
 
 def test_num_parameters():
-    """The count equals the modules' and the published sizes: 6.91B and 1.63B (PAPER.md 2)."""
+    """The count equals the modules', and those of the paper's shapes: 6.91B and, embeddings
+    included, 1.63B."""
     for cfg in (SMALL, dataclasses.replace(SMALL, tied_head=True, head_width=10, num_heads=6)):
         counted = sum(p.numel() for p in Transformer(cfg).parameters())
         assert cfg.num_parameters == counted
