@@ -1,12 +1,13 @@
 """Find pages that contain benchmark text (Sec. 2.1, step 6).
 
 A page is contaminated when it holds any 10-gram of a benchmark question or answer, or the whole of
-one that has 3 to 9 grams; shorter ones are not used. Grams are those of text.py, so that Chinese,
-which has no spaces, is covered as well. Every hit is counted per benchmark text: a short answer
-that matches half the web must be seen, not silently obeyed.
+one that has 3 to 9 grams, not all of them numbers; others are not used. Grams are those of text.py,
+so that Chinese, which has no spaces, is covered as well. Every hit is counted per benchmark text: a
+short answer that matches half the web must be seen, not silently obeyed.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ FIELDS = (
     *("question", "answer", "problem", "solution"),
     *("Question", "Answer", "body", "Body", "input", "passage"),
 )
+_CALCULATOR = re.compile("<<[^<>]*>>")  # GSM8K: "half of it is 48/2 = <<48/2=24>>24"
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,9 @@ class BenchmarkText:
 
 def read_benchmark(path: str | Path) -> list[BenchmarkText]:
     """Read questions and answers from JSONL (the fields in FIELDS, and `messages`).
+
+    A list of options is one text, lettered as it is printed: alone, "none of the above" would be
+    matched whole and match half the web; without letters "One, Two, Three, Four" would.
 
     Raises ValueError naming the file and line where a line is not a JSON object, or the file where
     no line has such a field.
@@ -51,6 +56,7 @@ def read_benchmark(path: str | Path) -> list[BenchmarkText]:
             if not isinstance(row, dict):
                 raise ValueError(f"{path}:{number}: not a JSON object; give JSONL benchmark files")
             values = [(name, row.get(name)) for name in FIELDS]
+            values.append(("options", _options_text(row.get("options"))))
             if isinstance(row.get("messages"), list):
                 values += [
                     (f"message{i}", message.get("content"))
@@ -63,8 +69,18 @@ def read_benchmark(path: str | Path) -> list[BenchmarkText]:
                 if isinstance(value, str) and value
             ]
     if not texts:
-        raise ValueError(f"{path}: no line has any of the fields {', '.join(FIELDS)}")
+        raise ValueError(f"{path}: no line has any of the fields {', '.join(FIELDS)}, options")
     return texts
+
+
+def _options_text(options: object) -> object:
+    if not isinstance(options, list) or not all(isinstance(item, str) for item in options):
+        return options  # a text with its letters, or nothing to read
+    letters = (f"({chr(ord('A') + i)})" for i in range(len(options)))
+    return "\n".join(
+        option if option.startswith(letter) else f"{letter} {option}"
+        for letter, option in zip(letters, options)
+    )
 
 
 @dataclass
@@ -89,6 +105,19 @@ class _Lookup:
         return {int(o) for i in found for o in self.owners[self.first[i] : self.first[i + 1]]}
 
 
+def _match_length(canonical_text: bytes) -> int:
+    """Return how many grams in a row must match: 10, all of 3 to 9, or 0 for a text not used."""
+    words = canonical_text.split()
+    if len(words) >= NUM_GRAMS:
+        return NUM_GRAMS
+    # DEVIATION: Sec. 2.1 matches every text of 3 or more grams. Our grams drop operators, so that
+    # the answer (1, 2, 3) would match "1 + 2 = 3", "1-2-3" and every list that counts: fewer than
+    # 10 numbers with no word among them identify nothing.
+    if len(words) < MIN_GRAMS or all(word.isdigit() for word in words):
+        return 0
+    return len(words)
+
+
 class Decontaminator:
     """The index of all benchmark texts, and the hits counted while pages pass through it."""
 
@@ -99,15 +128,15 @@ class Decontaminator:
         pairs: dict[int, list[tuple[np.ndarray, int]]] = {}
         self.num_long = self.num_short = self.num_unused = 0
         for owner, item in enumerate(self.texts):
-            text = canonical(item.text)
-            num_grams = text.count(b" ") + 1 if text else 0
-            n = min(num_grams, NUM_GRAMS)
-            if n < MIN_GRAMS:
-                self.num_unused += 1
-                continue
-            self.num_long += n == NUM_GRAMS
-            self.num_short += n < NUM_GRAMS
-            pairs.setdefault(n, []).append((np.unique(ngram_hashes(text, n)), owner))
+            # With the calculator's marks, as the file has it, and without, as a page shows it.
+            forms = {canonical(text): None for text in (item.text, _CALCULATOR.sub("", item.text))}
+            lengths = [_match_length(form) for form in forms]
+            for form, n in zip(forms, lengths):
+                if n:
+                    pairs.setdefault(n, []).append((np.unique(ngram_hashes(form, n)), owner))
+            self.num_long += max(lengths) == NUM_GRAMS
+            self.num_short += 0 < max(lengths) < NUM_GRAMS
+            self.num_unused += max(lengths) == 0
         for n in sorted(pairs):
             self._lookups[n] = _Lookup.build(pairs[n])
 
@@ -122,5 +151,5 @@ class Decontaminator:
         return names
 
     def summary(self) -> dict[str, int]:
-        """Return how many texts are matched by 10-grams, matched whole, and too short to use."""
+        """Return how many texts are matched by 10-grams, matched whole, and not used."""
         return {"long": self.num_long, "short": self.num_short, "unused": self.num_unused}

@@ -15,11 +15,15 @@ NUM_BANDS = 14
 ROWS_PER_BAND = 8
 NUM_HASHES = NUM_BANDS * ROWS_PER_BAND
 SHINGLE = 5
+_BLOCK = 4096  # shingles hashed at once: 3.7 MB however long the page
 _TRACKING = ("utm_", "fbclid", "gclid")
 
 
 def url_key(url: str) -> str:
-    """Return what two URLs of one page share: no scheme, fragment, trailing slash, tracking."""
+    """Return what two URLs of one page share: no scheme, fragment, trailing slash, tracking.
+
+    Raises ValueError where urlsplit cannot read the URL; pages.py lets no such page in.
+    """
     parts = urlsplit(url.strip())
     host = (parts.hostname or "").removeprefix("www.")
     pairs = parse_qsl(parts.query, keep_blank_values=True)
@@ -34,8 +38,13 @@ def minhash(canonical_text: bytes) -> np.ndarray:
         num_grams = canonical_text.count(b" ") + 1
         shingles = ngram_hashes(canonical_text or b" ", num_grams)
     factors, offsets = _permutations()
-    permuted = np.unique(shingles)[:, None] * factors + offsets
-    return (permuted.min(axis=0) >> np.uint64(32)).astype(np.uint32)
+    shingles = np.unique(shingles)
+    least = np.full(NUM_HASHES, np.iinfo(np.uint64).max, np.uint64)
+    for start in range(0, len(shingles), _BLOCK):
+        permuted = shingles[start : start + _BLOCK, None] * factors
+        permuted += offsets
+        np.minimum(least, permuted.min(axis=0), out=least)
+    return (least >> np.uint64(32)).astype(np.uint32)
 
 
 def similarity(first: np.ndarray, second: np.ndarray) -> float:

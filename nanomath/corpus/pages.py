@@ -15,9 +15,10 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
+from urllib.parse import urlsplit
 
 # What every install of this project has: torch, sympy and numpy bring or are the mathematics,
 # the others are the rest of the web. `python` is the standard library.
@@ -31,7 +32,11 @@ PACKAGES = (
     *("charset_normalizer", "pip"),
 )
 MIN_CHARACTERS = 300  # shorter docstrings say little more than a name
-MAX_CHARACTERS = 50_000
+MAX_CHARACTERS = 50_000  # of a documentation page
+# A crawl is anybody's text: its longest pages are cut and its longest lines never held in memory.
+# Pages of Common Crawl are a few thousand characters, a long chapter of a book is 100,000.
+MAX_CRAWL_CHARACTERS = 200_000
+MAX_LINE_BYTES = 1 << 24
 _SKIPPED_FOLDERS = {"test", "tests", "testing", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -58,6 +63,7 @@ class PageCounts:
     missing_packages: list[str] = field(default_factory=list)
     bad_lines: int = 0
     bad_line_examples: list[str] = field(default_factory=list)
+    cut_pages: int = 0  # longer than MAX_CRAWL_CHARACTERS, cut there
 
 
 @contextmanager
@@ -130,9 +136,9 @@ def read_jsonl(path: str | Path, counts: PageCounts) -> Iterator[Page]:
     Raises FileNotFoundError, or ValueError naming the file when it holds no page at all.
     """
     path = Path(path)
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
+    with open(path, "rb") as file:
+        for number, line in enumerate(_lines(file), 1):
+            if line is not None and not line.strip():
                 continue
             page, problem = _read_line(line)
             if page is None:
@@ -141,6 +147,9 @@ def read_jsonl(path: str | Path, counts: PageCounts) -> Iterator[Page]:
                     counts.bad_line_examples.append(f"{path}:{number}: {problem}")
                 continue
             counts.pages += 1
+            if len(page.text) > MAX_CRAWL_CHARACTERS:
+                counts.cut_pages += 1
+                page = replace(page, text=page.text[:MAX_CRAWL_CHARACTERS])
             yield page
     if not counts.pages:
         raise ValueError(
@@ -148,7 +157,18 @@ def read_jsonl(path: str | Path, counts: PageCounts) -> Iterator[Page]:
         )
 
 
-def _read_line(line: bytes) -> tuple[Page | None, str]:
+def _lines(file: IO[bytes]) -> Iterator[bytes | None]:
+    """Yield the lines; None for one over MAX_LINE_BYTES, read past in pieces."""
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        too_long = len(line) > MAX_LINE_BYTES
+        while too_long and line and not line.endswith(b"\n"):
+            line = file.readline(MAX_LINE_BYTES)
+        yield None if too_long else line
+
+
+def _read_line(line: bytes | None) -> tuple[Page | None, str]:
+    if line is None:
+        return None, f"longer than {MAX_LINE_BYTES} bytes"
     try:
         row = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError):
@@ -158,8 +178,13 @@ def _read_line(line: bytes) -> tuple[Page | None, str]:
     for name in ("url", "text"):
         if not isinstance(row.get(name), str) or not row[name].strip():
             return None, f'no "{name}" in it'
+    url = _clean(row["url"]).strip()
+    try:
+        urlsplit(url)
+    except ValueError as error:  # an open IPv6 bracket, a host that NFKC would change
+        return None, f"{error} in its url"
     kind = "generated" if row.get("kind") == "generated" else "real"
-    return Page(_clean(row["url"]).strip(), _clean(row["text"]), kind), ""
+    return Page(url, _clean(row["text"]), kind), ""
 
 
 def _clean(text: str) -> str:

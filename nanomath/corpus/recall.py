@@ -128,8 +128,11 @@ def training_pages(
 
     Pages from len(web) on are those of extra_seed. Negatives come from all pages that are neither
     in the seed nor were collected before: math pages not yet found are among them, as they are in
-    the paper's draw from the whole crawl, and pages already taken for math are not.
+    the paper's draw from the whole crawl.
     """
+    # DEVIATION: Sec. 2.1 draws negatives from all of Common Crawl. 500K of 40B pages hardly ever
+    # meet a collected one; 1500 of a few thousand would, and would teach the classifier that what
+    # it found is not math. So pages collected by an earlier round are left out of the draw.
     rng = np.random.default_rng([settings.seed, round_number])
     extra = np.arange(len(web), len(web) + len(extra_seed))
     positives = np.concatenate((np.flatnonzero(seed_N), extra))

@@ -41,11 +41,14 @@ def print_corpus(run_dir: Path, funnel: dict) -> None:
     print(
         f"decontamination: {dropped['real']} real and {dropped['generated']} generated pages "
         f"dropped; benchmark texts matched by 10-grams {texts['long']}, whole {texts['short']}, "
-        f"too short to use {texts['unused']}"
+        f"too short or bare numbers, not used {texts['unused']}"
     )
     for kind, total in funnel["corpus"].items():
         print(f"{kind:>9}: {total['pages']} pages, {total['tokens'] / 1e6:.2f}M tokens")
-    print(f"{run_dir / 'corpus.jsonl'}; {funnel['validation']} validation pages beside it")
+    print(
+        f"{run_dir / 'corpus.jsonl'}; {funnel['validation']} validation pages of "
+        f"{funnel['validation_source']} beside it"
+    )
 
 
 def plot_all(run_dir: Path, web: Web, funnel: dict) -> None:

@@ -20,6 +20,13 @@ _CJK = (
 _CJK_CHARACTER = re.compile(f"([{_CJK}])")
 _GRAM = re.compile(f"[{_CJK}]|(?:(?![{_CJK}])[^\\W_])+")
 _ASCII_GRAM = re.compile("[a-z0-9]+")
+# Unicode category Cf: soft hyphen, zero-width space and joiners, direction marks, tags. A reader
+# does not see them, so inside a word they must not hide a match. test_text.py checks the list.
+_INVISIBLE = re.compile(
+    "[\u00ad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u180e\u200b-\u200f\u202a-\u202e"
+    "\u2060-\u2064\u2066-\u206f\ufeff\ufff9-\ufffb\U000110bd\U000110cd\U00013430-\U0001343f"
+    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0001\U000e0020-\U000e007f]+"
+)
 
 
 def normalise(text: str) -> str:
@@ -40,11 +47,14 @@ def num_tokens(text: str) -> int:
 
 
 def grams(text: str) -> list[str]:
-    """Split text into lower-case words and single CJK characters; all else separates."""
+    """Split text into lower-case words and single CJK characters; all else separates.
+
+    Invisible characters (category Cf) are removed first, and separate nothing.
+    """
     if text.isascii():
         return _ASCII_GRAM.findall(text.lower())
     # NFKC makes full-width digits and letters, common in Chinese pages, the plain ones.
-    return _GRAM.findall(unicodedata.normalize("NFKC", text).lower())
+    return _GRAM.findall(unicodedata.normalize("NFKC", _INVISIBLE.sub("", text)).lower())
 
 
 def canonical(text: str) -> bytes:

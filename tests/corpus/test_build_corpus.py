@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 import build_corpus
-from nanomath.corpus import generated
+from nanomath.config import parse
+from nanomath.corpus import decontaminate, generated
+from nanomath.tasks import countdown
 
 ROOT = Path(build_corpus.__file__).parent
 TINY = ["--preset", "smoke", "--packages", "mpmath", "--num_generated", "48", "--num_heldout", "5"]
@@ -79,7 +81,9 @@ def test_a_crawl_becomes_a_corpus_once(tmp_path, capsys):
     corpus = [json.loads(x) for x in (tmp_path / "r" / "corpus.jsonl").read_text().splitlines()]
     assert set(corpus[0]) == {"url", "text", "kind", "score"}
     assert not any(planted in page["text"] for page in corpus)
-    assert len(corpus) == funnel["collected"] - 1
+    valid = [json.loads(x) for x in (tmp_path / "r" / "valid.jsonl").read_text().splitlines()]
+    assert funnel["validation"] == len(valid) > 0
+    assert len(corpus) == funnel["collected"] - 1 - len(valid)
     assert funnel["rounds"][-1]["precision"] > 0.6
     assert (tmp_path / "r" / "plots" / "funnel.png").stat().st_size > 5000
     before = _outputs(tmp_path / "r")
@@ -88,6 +92,73 @@ def test_a_crawl_becomes_a_corpus_once(tmp_path, capsys):
     assert "the corpus is finished" in capsys.readouterr().out
     assert _outputs(tmp_path / "r") == before
     assert "--lr was 1.0, is 2.0" in _fails(*argv, "--lr", "2")
+
+
+def test_a_crawl_of_unknown_hosts_gets_validation_pages(tmp_path, capsys):
+    """With default rules no host is math: a tenth of the collected pages validates and is not in
+    the corpus, and a line whose URL cannot be read is one more bad line."""
+    crawl, seed = tmp_path / "crawl.jsonl", tmp_path / "seed.jsonl"
+    rows = [
+        {"url": page.url.replace("https://", "https://x"), "text": page.text}
+        for page in generated.generated_pages(72, seed=1)
+    ]
+    rows.insert(3, {"url": "http://[::1/x", "text": "text"})
+    crawl.write_text("\n".join(map(json.dumps, rows)))
+    extra = [page for page in generated.generated_pages(24, seed=2) if "worked" in page.url]
+    seed.write_text("\n".join(page.to_json() for page in extra) + "\n")
+    argv = ["--pages", str(crawl), "--seed_pages", str(seed), "--budgets", "90000"]
+    argv += ["--dim", "8", "--lr", "1", "--epochs", "10", "--buckets", "2000"]
+    argv += ["--num_heldout", "0", "--run_dir", str(tmp_path / "r")]
+    build_corpus.run(argv)
+    funnel = json.loads((tmp_path / "r" / "funnel.json").read_text())
+    assert funnel["pages"]["bad_lines"] == 1
+    assert funnel["validation"] == -(-funnel["collected"] // 10) > 0
+    assert funnel["validation_source"] == "collected pages"
+    assert "validation pages of collected pages" in capsys.readouterr().out
+    urls = {}
+    for name in ("valid", "corpus"):
+        lines = (tmp_path / "r" / f"{name}.jsonl").read_text().splitlines()
+        urls[name] = {json.loads(line)["url"] for line in lines}
+    assert len(urls["valid"]) == funnel["validation"] and not urls["valid"] & urls["corpus"]
+    assert len(urls["valid"] | urls["corpus"]) == funnel["collected"]
+
+
+def test_heldout_countdown_is_its_numbers_and_target():
+    """A held-out problem is found as prompt or data-set row, never by numbers alone: its equation,
+    a worked line or a counting list drops no page. Training prompts pass."""
+    cfg = parse(build_corpus.CorpusConfig, build_corpus.PRESETS, ["--preset", "cpu"])
+    index = decontaminate.Decontaminator(build_corpus.benchmark_texts(cfg))
+    assert index.summary() == {"long": 0, "short": 2 * cfg.num_heldout, "unused": 0}
+    for problem in countdown.generate(20, split="heldout", **countdown.RANGES["cpu"]):
+        name, nums, target = f"countdown:{problem.id}", *problem.payload.values()
+        assert index.matches(f"text\n{problem.prompt}text") == [f"{name}:prompt"]
+        assert index.matches(json.dumps({"nums": nums, "target": target})) == [f"{name}:row"]
+        for equation in countdown.solve(nums, target):
+            assert index.matches(f"So {equation} = {target}.") == []
+    train = countdown.generate(200, split="train", **countdown.RANGES["cpu"])
+    assert not any(index.matches(problem.prompt) for problem in train)
+
+
+def test_presets_are_known_and_the_embedded_web_gets_one(tmp_path, monkeypatch):
+    """The paper's values are the defaults and no preset; without --pages they are not used."""
+    assert sorted(build_corpus.PRESETS) == ["cpu", "gpu", "smoke"]
+    seen = []
+    monkeypatch.setattr(build_corpus, "main", seen.append)
+    build_corpus.run(["--run_dir", str(tmp_path)])
+    build_corpus.run(["--run_dir", str(tmp_path), "--pages=x.jsonl"])
+    assert seen[0].budgets == build_corpus.PRESETS["cpu"]["budgets"]
+    assert seen[1].budgets == build_corpus.CorpusConfig().budgets and seen[1].dim == 256
+
+
+@pytest.mark.slow
+def test_the_smoke_preset_recalls_real_mathematics(tmp_path):
+    """Each round collects dozens of real pages, most of them math, and the corpus holds them."""
+    build_corpus.run(["--preset", "smoke", "--run_dir", str(tmp_path)])
+    funnel = json.loads((tmp_path / "funnel.json").read_text())
+    for row in funnel["rounds"]:
+        assert row["real_pages"] >= 36 and row["real_precision"] > 0.6
+    assert funnel["corpus"]["real"]["pages"] >= 60
+    assert funnel["validation"] > 0 and funnel["contaminated"] == {"real": 0, "generated": 0}
 
 
 @pytest.mark.slow

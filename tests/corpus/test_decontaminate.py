@@ -63,6 +63,52 @@ def test_chinese_counts_characters():
     assert index.matches("他说：了一本书有99页看了，真的") == []
 
 
+def test_bare_numbers_identify_nothing():
+    """Nine numbers in a row are not used, ten are matched, and one word among a few is enough."""
+    nine, ten = " ".join(map(str, range(1, 10))), " ".join(map(str, range(11, 21)))
+    index = _index("(1, 2, 3)", nine, ten, "x = 1, 2")
+    assert index.summary() == {"long": 1, "short": 1, "unused": 2}
+    assert index.matches(f"1 * 2 + 3 = 5; {nine}") == []
+    assert index.matches(ten) == ["b:2"] and index.matches("so x = (1, 2)") == ["b:3"]
+
+
+def test_invisible_characters_do_not_hide_a_match():
+    """A page with zero-width spaces and soft hyphens inside words, and a benchmark with them."""
+    page = GSM.replace("clips", "cl\u00adips").replace("48", "4\u200b8")
+    assert _index(GSM).matches(page) == ["b:0"] and _index(page).matches(GSM) == ["b:0"]
+
+
+def test_calculator_marks_are_matched_with_and_without():
+    """A GSM8K answer flags pages that show <<48/2=24>> and pages that do not, as one text."""
+    marked = "In May she sold 48/2 = <<48/2=24>>24 clips. Natalia sold 48+24 = <<48+24=72>>72"
+    plain = "In May she sold 48/2 = 24 clips. Natalia sold 48+24 = 72"
+    index = _index(marked)
+    assert index.matches(marked) == ["b:0"] and index.matches(plain) == ["b:0"]
+    assert index.summary() == {"long": 1, "short": 0, "unused": 0}
+    assert dict(index.hits) == {"b:0": 2}
+
+
+def test_options_are_one_lettered_text(tmp_path):
+    """A list gets letters where it has none, a text stays, and a lone option matches nothing."""
+    path = tmp_path / "bench.jsonl"
+    rows = [
+        {"question": "q", "options": ["(A)$x>1$", "(B)none of these"]},
+        {"question": "q", "options": ["is", "none of the above"]},
+        {"question": "q", "options": "A) $y=6$ B) $y=-6$"},
+        {"question": "q", "options": None},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    texts = [text for text in read_benchmark(path) if text.name.endswith(":options")]
+    assert [text.text for text in texts] == [
+        "(A)$x>1$\n(B)none of these",
+        "(A) is\n(B) none of the above",
+        "A) $y=6$ B) $y=-6$",
+    ]
+    index = Decontaminator(texts)
+    assert index.matches("(a) x > 1 (b) none of these") == ["bench:1:options"]
+    assert index.matches("none of the above; none of these; it is none of the above") == []
+
+
 def test_hits_are_counted_per_benchmark_text():
     """Every page counts once for each text it holds, and shared 10-grams count for all owners."""
     shared = " ".join(f"s{i}" for i in range(10))

@@ -1,11 +1,13 @@
 """URL keys and near-duplicates."""
 
 import random
+import tracemalloc
 
 import numpy as np
 
+from nanomath.corpus import dedup
 from nanomath.corpus.dedup import NUM_HASHES, NearDuplicates, minhash, similarity, url_key
-from nanomath.corpus.text import canonical
+from nanomath.corpus.text import canonical, ngram_hashes
 
 
 def test_url_key_joins_what_is_one_page_and_nothing_else():
@@ -39,6 +41,23 @@ def test_minhash_estimates_the_jaccard_similarity():
         true = len(sets[0] & sets[1]) / len(sets[0] | sets[1])
         error = (true * (1 - true) / 112) ** 0.5
         assert abs(similarity(_signature(first), _signature(second)) - true) <= 4 * error + 1e-9
+
+
+def test_minhash_of_a_long_page_takes_bounded_memory():
+    """Ten thousand shingles and a few more, in blocks: the values of one product over all of them,
+    in a fraction of its memory."""
+    assert dedup._BLOCK * NUM_HASHES * 8 < 4e6
+    text = canonical(" ".join(_words(1, 3 * dedup._BLOCK + 17)))
+    shingles = np.unique(ngram_hashes(text, dedup.SHINGLE))
+    assert len(shingles) > 2 * dedup._BLOCK and len(shingles) % dedup._BLOCK
+    factors, offsets = dedup._permutations()
+    whole = shingles[:, None] * factors + offsets
+    tracemalloc.start()
+    signature = minhash(text)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert signature.tolist() == (whole.min(axis=0) >> np.uint64(32)).tolist()
+    assert peak < 0.75 * whole.nbytes
 
 
 def test_near_duplicates_keep_the_first_page():

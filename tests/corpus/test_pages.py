@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from nanomath.corpus import generated
+from nanomath.corpus import dedup, generated, pages
 from nanomath.corpus.domains import RULES_FILE, UrlRules, host_of
 from nanomath.corpus.pages import (
     PageCounts,
@@ -95,6 +95,45 @@ def test_a_crawl_names_its_bad_lines(tmp_path):
     path.write_text("[]\n")
     with pytest.raises(ValueError, match="crawl.jsonl: no page in it"):
         list(read_jsonl(path, PageCounts()))
+
+
+@pytest.mark.parametrize("url", ["http://[::1/x", "https://a\u2100b.org/x"])
+def test_a_url_that_cannot_be_split_is_a_bad_line(tmp_path, url):
+    """Deduplication raises on such a URL, so the crawl's reader counts its line and goes on."""
+    with pytest.raises(ValueError):
+        dedup.url_key(url)
+    path = tmp_path / "crawl.jsonl"
+    rows = [{"url": url, "text": "x"}, {"url": "https://a.org/1", "text": "y"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    counts = PageCounts()
+    assert [page.url for page in read_jsonl(path, counts)] == ["https://a.org/1"]
+    assert (counts.pages, counts.bad_lines) == (1, 1)
+    assert counts.bad_line_examples[0].startswith(f"{path}:1: ")
+    assert counts.bad_line_examples[0].endswith(" in its url")
+
+
+def test_long_pages_are_cut_and_long_lines_skipped(tmp_path, monkeypatch):
+    """At the limit a page and a line stay whole, one more is cut or skipped, and both are counted;
+    the lines after a skipped one are read, with their numbers."""
+    monkeypatch.setattr(pages, "MAX_CRAWL_CHARACTERS", 100)
+    monkeypatch.setattr(pages, "MAX_LINE_BYTES", 300)
+    line = lambda n: json.dumps({"url": "https://a.org/1", "text": "y" * n}).encode()
+    extra = len(line(0))
+    lines = [line(100), line(101), line(299 - extra), line(300 - extra), line(2000), b"{", line(5)]
+    path = tmp_path / "crawl.jsonl"
+    for end in (b"\n", b""):
+        path.write_bytes(b"\n".join(lines) + end)
+        counts = PageCounts()
+        assert [len(p.text) for p in read_jsonl(path, counts)] == [100, 100, 100, 5]
+        assert (counts.pages, counts.cut_pages, counts.bad_lines) == (4, 2, 3)
+        assert counts.bad_line_examples == [
+            f"{path}:4: longer than 300 bytes",
+            f"{path}:5: longer than 300 bytes",
+            f"{path}:6: not JSON in UTF-8",
+        ]
+    path.write_bytes(line(5) + b"\n" + line(2000))  # the long line ends the file
+    counts = PageCounts()
+    assert len(list(read_jsonl(path, counts))) == 1 and counts.bad_lines == 1
 
 
 def test_generated_pages_depend_on_the_seed_alone():

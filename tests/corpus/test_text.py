@@ -1,5 +1,8 @@
 """Tokens, n-gram hashes and the one-line form fastText reads."""
 
+import sys
+import unicodedata
+
 import numpy as np
 
 from nanomath.corpus.text import canonical, grams, ngram_hashes, normalise, num_tokens
@@ -29,6 +32,14 @@ def test_grams_are_lower_case_runs_or_single_cjk_characters():
     assert grams("\\frac{X_1}{2} isn't") == ["frac", "x", "1", "2", "isn", "t"]
     assert grams("共有１２个，Ｘ") == ["共", "有", "12", "个", "x"]
     assert grams("二〇二四年") == ["二", "〇", "二", "四", "年"]
+
+
+def test_invisible_characters_do_not_split_words():
+    """Every character of category Cf that this Python knows drops out of a word."""
+    assert grams("sol\u00adve 4\u200b8 小\u2060明") == ["solve", "48", "小", "明"]
+    invisible = [chr(i) for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)) == "Cf"]
+    assert len(invisible) > 150
+    assert [c for c in invisible if grams(f"ab{c}cd") != ["abcd"]] == []
 
 
 def test_ngram_hashes_agree_with_joined_strings():
