@@ -19,8 +19,9 @@ import torch
 from kernels import linear_token_logprobs
 from nanomath.checkpoint import RunLock
 from nanomath.config import RunConfig, one_line_errors, opt, parse
-from nanomath.data import TokenShards, read_jsonl, write_shards
+from nanomath.data import TokenShards, write_shards
 from nanomath.dist import Dist, all_reduce_sum, shard
+from nanomath.jsonl import read_jsonl
 from nanomath.log import plot_metrics, progress
 from nanomath.model import ModelConfig, Transformer
 from nanomath.optim import SCHEDULES, make_adamw, supervised_step

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from nanomath.checkpoint import RunLock, load_model
 from nanomath.config import RunConfig, one_line_errors, opt, parse
-from nanomath.data import PackedExamples, encode_examples, read_examples
+from nanomath.data import PackedExamples, encode_examples
 from nanomath.dist import Dist, shard
+from nanomath.jsonl import read_examples
 from nanomath.log import plot_metrics
 from nanomath.optim import SCHEDULES, make_adamw, supervised_step
 from nanomath.run import Run, open_run

@@ -18,8 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanomath.jsonl import read_examples, read_jsonl  # noqa: F401, the trainers import both here
-
 INDEX_NAME = "index.json"
 NUM_OPEN_ROWS = 32  # rows a packed example may still go to: padding shrinks, order stays random
 

@@ -6,7 +6,7 @@ gradients and weights over NCCL on GPUs and gloo on CPUs. Nothing is pickled. Wo
 has no process group and an unwrapped model (FSDP2 costs 25-60% at small sizes); the same code runs
 on both.
 
-Weights of tokens are global (see DESIGN), so gradients are summed over ranks, never averaged.
+Weights of tokens are global, so gradients are summed over ranks, never averaged.
 Left to others: what is trained (train_*.py), how state is kept (checkpoint.py).
 
     dist = setup(cfg.device, cfg.threads)

@@ -1,4 +1,4 @@
-"""GRPO against the paper's closed forms (PAPER.md section 4), in float64 where it counts."""
+"""GRPO against the paper's closed forms, in float64 where it counts."""
 
 import math
 
