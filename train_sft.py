@@ -49,13 +49,13 @@ PRESETS = {
     },
     "cpu": {
         "context": 256,
-        "batch_size": 32,
-        "micro_batch_size": 32,
-        "num_steps": 400,
+        "batch_size": 8,
+        "micro_batch_size": 8,
+        "num_steps": 1500,
         "lr": 2e-3,
         "schedule": "cosine",
         "warmup_steps": 20,
-        "checkpoint_interval": 50,
+        "checkpoint_interval": 100,
     },
     "smoke": {
         "context": 128,
