@@ -60,11 +60,10 @@ PRESETS = {
         "context": 128,
         "batch_size": 16,
         "micro_batch_size": 16,
-        "num_steps": 20,
-        "lr": 2e-3,
-        "schedule": "cosine",
+        "num_steps": 200,
+        "lr": 3e-3,
         "warmup_steps": 5,
-        "checkpoint_interval": 10,
+        "checkpoint_interval": 50,
     },
 }
 

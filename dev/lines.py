@@ -1,10 +1,9 @@
-"""Count lines of code, comments and docstrings apart: `python dev/lines.py [--check]`.
+"""Count lines of code, comments and docstrings apart: `python dev/lines.py`.
 
-The core (what one reads in a weekend) and the rest are counted apart; --check fails over the plan.
+The core (what one reads in a weekend) and the rest are counted apart, against the plan for each.
 """
 
 import ast
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,7 +17,7 @@ RL_PATH = [
     *(f"nanomath/{name}.py" for name in ["model", "sampler", "rewards", "grpo"]),
     "train_grpo.py",
 ]
-LIMITS = {"core": 3500, "RL path (in core)": 2000, "rest": 2500}
+PLAN = {"core": 3500, "RL path (in core)": 2000, "rest": 2500}
 
 
 def code_lines(path: Path) -> int:
@@ -46,20 +45,16 @@ def main() -> None:
     core, rl_path = files(CORE), files(RL_PATH)
     everything = files(["*.py", "kernels/**/*.py", "nanomath/**/*.py"]) - {ROOT / "setup.py"}
     groups = {"core": core, "RL path (in core)": rl_path, "rest": everything - core}
-    over = []
     for name, paths in groups.items():
         counts = {path: code_lines(path) for path in sorted(paths)}
-        total = sum(counts.values())
-        print(f"{name}: {total} lines of code (plan: at most {LIMITS[name]})")
+        total, plan = sum(counts.values()), PLAN[name]
+        over = f", {total - plan} over" if total > plan else ""
+        print(f"{name}: {total} lines of code (plan: at most {plan}{over})")
         if name != "RL path (in core)":
             for path, count in counts.items():
                 print(f"  {count:5d}  {path.relative_to(ROOT)}")
-        if total > LIMITS[name]:
-            over.append(name)
     tests = sum(code_lines(path) for path in files(["tests/**/*.py"]))
     print(f"tests: {tests} lines of code")
-    if over and "--check" in sys.argv:
-        raise SystemExit(f"over the plan: {', '.join(over)}")
 
 
 if __name__ == "__main__":
