@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanomath.config import lock_config, opt, parse, write_json
+from nanomath.config import lock_config, one_line_errors, opt, parse, write_json
 from nanomath.corpus import decontaminate, dedup, generated, recall, report
 from nanomath.corpus.classifier import ClassifierSettings
 from nanomath.corpus.domains import RULES_FILE, UrlRules
@@ -411,14 +411,10 @@ def run(argv: list[str]) -> None:
         # The defaults are the paper's, for a crawl: they would keep the whole embedded web.
         argv = ["--preset", "cpu", *argv]
     cfg = parse(CorpusConfig, PRESETS, argv, description=__doc__)
-    try:
+    with one_line_errors():
         Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
         with _locked(cfg.run_dir):
             main(cfg)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"build_corpus.py: error: {error}") from None
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted; the same command continues") from None
 
 
 if __name__ == "__main__":

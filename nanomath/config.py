@@ -195,12 +195,15 @@ def _out_of_bounds(field: dataclasses.Field, value: Any) -> str | None:
 def one_line_errors() -> Iterator[None]:
     """Turn errors of reading what the user gave (files, flags, folders) into one line, status 1.
 
-    Put it around set-up only: an error inside a step is a bug, and keeps its traceback.
+    Put it around set-up and short commands: an error inside a step of training is a bug, and keeps
+    its traceback.
     """
     try:
         yield
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted: the same command continues") from None
 
 
 def to_json(cfg: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nanomath.checkpoint import load_model
-from nanomath.config import opt, parse
+from nanomath.config import one_line_errors, opt, parse
 from nanomath.dist import setup
 from nanomath.log import printable
 from nanomath.log import progress as progress_bar
@@ -340,4 +340,5 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Config, description=__doc__))
+    with one_line_errors():
+        main(parse(Config, description=__doc__))

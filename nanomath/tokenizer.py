@@ -22,7 +22,7 @@ from pathlib import Path
 import regex
 import tiktoken
 
-from nanomath.config import opt, parse, write_json
+from nanomath.config import one_line_errors, opt, parse, write_json
 from nanomath.jsonl import read_jsonl
 from nanomath.log import progress
 from nanomath.tokenizer_json import BOS, EOS, PAD, dump_layout, parse_layout, read_json
@@ -365,7 +365,5 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main(parse(Config, PRESETS, description=__doc__))
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None

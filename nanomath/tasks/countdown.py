@@ -27,7 +27,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from nanomath.config import opt, parse
+from nanomath.config import one_line_errors, opt, parse
 from nanomath.judge.equation import Reading, read_equation
 from nanomath.tasks import Problem
 from nanomath.tasks.expressions import MAX_NUMBERS, expressions, is_reachable, solutions
@@ -364,7 +364,5 @@ def main(cfg: CountdownConfig) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main(parse(CountdownConfig, PRESETS, description=__doc__))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
