@@ -32,7 +32,7 @@ from nanomath.tasks import Problem, countdown, encode_prompt
 
 @dataclass(frozen=True)
 class EvalConfig:
-    checkpoint: str = opt("runs/grpo", "run folder or checkpoint to evaluate")
+    checkpoint: str = opt("runs/speedrun-cpu/grpo", "run folder or checkpoint to evaluate")
     task: str = opt("countdown", "which problems", choices=(*TASKS,))
     out: str = opt("", "JSON file of the figures; empty: CHECKPOINT/evaluation-TASK.json")
     compare: str | None = opt(

@@ -47,7 +47,9 @@ from nanomath.tokenizer import Tokenizer
 @dataclass(frozen=True)
 class GRPOConfig(RunConfig):
     run_dir: str = opt("runs/grpo", "folder of this run", may_change=True)
-    init: str = opt("runs/sft", "run folder or checkpoint to start from", may_change=True)
+    init: str = opt(
+        "runs/speedrun-cpu/sft", "run folder or checkpoint to start from", may_change=True
+    )
     # Problems
     num_numbers: tuple[int, ...] = opt((3, 4), "numbers per Countdown problem", low=2, high=5)
     max_number: int = opt(99, "largest given number", low=1)

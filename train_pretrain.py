@@ -32,9 +32,15 @@ from nanomath.tokenizer import Tokenizer
 @dataclass(frozen=True)
 class PretrainConfig(RunConfig):
     run_dir: str = opt("runs/base", "folder of this run", may_change=True)
-    corpus: str = opt("runs/corpus/corpus.jsonl", "JSON lines with a text field", may_change=True)
-    valid: str = opt("runs/corpus/valid.jsonl", "held-out pages, likewise", may_change=True)
-    tokenizer: str = opt("runs/tokenizer", "folder with tokenizer.json", may_change=True)
+    corpus: str = opt(
+        "runs/speedrun-cpu/corpus/corpus.jsonl", "JSON lines with a text field", may_change=True
+    )
+    valid: str = opt(
+        "runs/speedrun-cpu/corpus/valid.jsonl", "held-out pages, likewise", may_change=True
+    )
+    tokenizer: str = opt(
+        "runs/speedrun-cpu/tokenizer", "folder with tokenizer.json", may_change=True
+    )
     num_layers: int = opt(24, "transformer blocks, Sec. 2.2: DeepSeek-LLM 1.3B", low=1)
     width: int = opt(2048, "model width D", low=1)
     num_heads: int = opt(16, "query heads H", low=1)

@@ -22,8 +22,12 @@ from nanomath.run import Run, open_run
 @dataclass(frozen=True)
 class SFTConfig(RunConfig):
     run_dir: str = opt("runs/sft", "folder of this run", may_change=True)
-    init: str = opt("runs/base", "run folder or checkpoint to start from", may_change=True)
-    data: str = opt("runs/sft.jsonl", "JSON lines with prompt and solution", may_change=True)
+    init: str = opt(
+        "runs/speedrun-cpu/base", "run folder or checkpoint to start from", may_change=True
+    )
+    data: str = opt(
+        "runs/speedrun-cpu/solutions.jsonl", "JSON lines: prompt, solution", may_change=True
+    )
     context: int = opt(4096, "tokens per packed row, Sec. 3", low=8)
     batch_size: int = opt(256, "packed rows per step, all ranks together, Sec. 3", low=1)
     num_steps: int = opt(500, "optimizer steps, Sec. 3", low=1)

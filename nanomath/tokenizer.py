@@ -313,7 +313,9 @@ def _check_added(added_tokens: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Config:
-    corpus: str = opt("runs/corpus/corpus.jsonl", "pages, one JSON object with `text` a line")
+    corpus: str = opt(
+        "runs/speedrun-cpu/corpus/corpus.jsonl", "pages, one JSON object with `text` a line"
+    )
     vocab_size: int = opt(1024, "bytes, merges, added and control tokens together", low=263)
     out: str = opt("runs/tokenizer", "folder to write tokenizer.json to")
     max_mb: float = opt(100.0, "megabytes of text to train on", low=0.001)

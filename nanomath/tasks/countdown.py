@@ -313,7 +313,7 @@ def answer_class(problem: Problem, completion: str) -> tuple[Fraction, bool] | N
 class CountdownConfig:
     """Writes worked solutions of training problems as JSONL."""
 
-    out: str = opt("sft.jsonl", "file to write: rows of prompt, solution, nums, target")
+    out: str = opt("runs/sft.jsonl", "file to write: rows of prompt, solution, nums, target")
     num: int = opt(10_000, "different problems", low=1)
     split: str = opt("train", "train or heldout", choices=("train", "heldout"))
     seed: int = opt(0, "seed of problems and of the choice among solutions", low=0)
