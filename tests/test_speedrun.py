@@ -31,9 +31,11 @@ def speedrun(run_dir: Path, cut=None) -> tuple[int, str]:
     env = {**os.environ, "VENV": sys.prefix}
     log = run_dir.with_suffix(".log")
     with open(log, "wb") as file:
+        # A shell starts background jobs with SIGINT ignored, and children inherit that.
         process = subprocess.Popen(
-            command, cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True
-        )
+            command, cwd=ROOT, env=env, stdout=file, stderr=file, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
         try:
             if cut is not None:
                 heading, number, delay = cut

@@ -195,5 +195,5 @@ def test_a_folder_in_use_is_refused(tmp_path):
         time.sleep(0.05)
     second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert second.returncode != 0 and "Traceback" not in second.stderr
-    assert re.search(r"build_corpus.py: error: .*use", second.stderr)
+    assert re.search(r"error: .* in use", second.stderr)
     assert first.wait() == 0
