@@ -216,6 +216,12 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock) -> None:
         optimizer = make_adamw(policy, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0)
         problems = problem_set(cfg, "train", cfg.num_problems)
         heldout = problem_set(cfg, "heldout", cfg.num_eval_problems)
+        longest = max(len(encode_prompt(tokenizer, problem)) for problem in problems + heldout)
+        if longest >= model_cfg.max_context:
+            raise ValueError(
+                f"a prompt has {longest} tokens and {cfg.init} a context of "
+                f"{model_cfg.max_context}: give --prompt_style short, or another model"
+            )
         run = Run(
             cfg,
             dist,
@@ -292,6 +298,9 @@ def check(cfg: GRPOConfig, dist: Dist) -> None:
     """Refuse what would only fail in the middle of a step. Raises ValueError."""
     if len(cfg.rewards) != len(cfg.reward_weights):
         raise ValueError("--reward_weights needs one weight for each of --rewards")
+    labels = [reward_label(name) for name in cfg.rewards]
+    if len(set(labels)) != len(labels):
+        raise ValueError(f"--rewards {' '.join(cfg.rewards)}: two of them have the same name")
     for name in cfg.rewards:
         load_reward(name)
     parts = cfg.num_minibatches * dist.world_size

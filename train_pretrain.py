@@ -11,7 +11,6 @@ import hashlib
 import math
 import time
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -124,21 +123,19 @@ PRESETS = {
 def tokenized(name: str, path: str, cfg: PretrainConfig, tokenizer: Tokenizer, dist: Dist):
     """Tokenize a JSONL file into run_dir/tokens once, on the first rank; return its shards.
 
-    The folder's name holds the tokenizer's and the file's fingerprint: shards of another one are
-    refused, never trained on.
+    The folder's name holds a fingerprint of the tokenizer and of the file's size: shards of another
+    one are refused.
     """
     source = Path(path)
     if not source.is_file():
         raise FileNotFoundError(f"{path} is missing: make it with build_corpus.py")
-    text = (Path(cfg.tokenizer) / "tokenizer.json").read_bytes() + str(
-        source.stat().st_size
-    ).encode()
-    key = hashlib.sha256(text).hexdigest()[:12]
-    folder = Path(cfg.run_dir) / "tokens" / f"{name}-{key}"
+    size = str(source.stat().st_size).encode()
+    key = hashlib.sha256((Path(cfg.tokenizer) / "tokenizer.json").read_bytes() + size)
+    folder = Path(cfg.run_dir) / "tokens" / f"{name}-{key.hexdigest()[:12]}"
     if other := [p for p in folder.parent.glob(f"{name}-*") if p != folder]:
         raise ValueError(
             f"{other[0]} was tokenized from another file or with another tokenizer than now given: "
-            "give another --run_dir, or the old ones"
+            "give another --run_dir or the old ones, or remove that folder"
         )
     if dist.is_main and not folder.exists():
         rows = progress(read_jsonl(path, required=("text",)), desc=f"tokenize {name}", unit="page")
@@ -157,11 +154,12 @@ def tokenized(name: str, path: str, cfg: PretrainConfig, tokenizer: Tokenizer, d
 @torch.no_grad()
 def bits_per_byte(model: torch.nn.Module, valid: TokenShards, cfg: PretrainConfig, dist: Dist):
     """Return the model's code length of held-out text in bits per byte of text."""
+    num_windows = max(1, cfg.max_valid_tokens // cfg.context)  # whatever the batches
     rows_per_batch = cfg.micro_batch_size * dist.world_size
-    num_tokens = min(cfg.max_valid_tokens, valid.num_tokens)
-    num_batches = math.ceil(num_tokens / (cfg.context * rows_per_batch))
     sums = {"nats": 0.0, "tokens": 0.0}
-    for tokens_BT in islice(valid.sequential(cfg.context, rows_per_batch), num_batches):
+    batches = valid.sequential(cfg.context, rows_per_batch)
+    for first, tokens_BT in zip(range(0, num_windows, rows_per_batch), batches, strict=False):
+        tokens_BT = tokens_BT[: num_windows - first]
         # Every rank runs every batch's share; the last batch may have fewer rows than ranks.
         mine_BT = tokens_BT[dist.rank :: dist.world_size].to(dist.device)
         has_rows = len(mine_BT) > 0
@@ -184,6 +182,9 @@ def train(cfg: PretrainConfig, dist: Dist, lock: RunLock) -> None:
         tokenizer = Tokenizer.load(cfg.tokenizer)
         train_tokens = tokenized("train", cfg.corpus, cfg, tokenizer, dist)
         valid_tokens = tokenized("valid", cfg.valid, cfg, tokenizer, dist)
+        train_tokens.num_windows(cfg.context)  # raises where the corpus is shorter than one
+        if valid_tokens.num_tokens < 2:
+            raise ValueError(f"{cfg.valid} holds no text to validate on")
         model_cfg = ModelConfig(
             vocab_size=tokenizer.vocab_size,
             num_layers=cfg.num_layers,

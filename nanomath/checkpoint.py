@@ -274,7 +274,11 @@ def _newest_first(root: Path) -> list[Path]:
 
 
 def _damage(folder: Path, part: slice = slice(None)) -> str | None:
-    """Return what is wrong with (this rank's part of) the files of a checkpoint, or None."""
+    """Return what is wrong with (this rank's part of) the files of a checkpoint, or None.
+
+    A file that is there and cannot be read (no rights, a disk or network error) proves nothing
+    about the checkpoint: that OSError is the caller's.
+    """
     path = folder / "COMMIT"
     try:
         hashes = json.loads(path.read_bytes())
@@ -282,7 +286,7 @@ def _damage(folder: Path, part: slice = slice(None)) -> str | None:
             path = folder / name
             if _sha256(path) != hashes[name]:
                 return f"{path} does not match its checksum in COMMIT"
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         return f"{path}: {error}"
     return None
 
@@ -301,7 +305,8 @@ def _newest_sound(root: Path, dist: Dist, set_aside: bool = False) -> Path | Non
         if not problems:
             return folder
         if dist.is_main:
-            _warn(f"checkpoint {folder} is damaged and skipped: {problems[0]}")
+            renamed = f", and renamed damaged-{name}" if set_aside else ""
+            _warn(f"checkpoint {folder} is damaged and skipped{renamed}: {problems[0]}")
             if set_aside:
                 shutil.rmtree(root / f"damaged-{name}", ignore_errors=True)
                 os.rename(folder, root / f"damaged-{name}")

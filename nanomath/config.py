@@ -61,7 +61,10 @@ class RunConfig:
         0, "torch threads per process; 0: the cores there are", low=0, may_change=True
     )
     micro_batch_size: int = opt(
-        8, "rows of one forward and backward pass; lower it when memory runs out", low=1
+        8,
+        "rows of one forward and backward pass; lower it when memory runs out",
+        low=1,
+        may_change=True,  # the update is the same up to rounding
     )
     checkpoint_interval: int = opt(50, "steps between checkpoints", low=1, may_change=True)
     keep_checkpoints: int = opt(2, "how many checkpoints to keep", low=1, may_change=True)

@@ -384,10 +384,10 @@ def raise_together(dist: Dist) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if dist.watch is None:
-            raise
         if isinstance(error, SystemExit) and error.code in (None, 0):
             cleanup(dist)  # all ranks agreed to stop here
+            raise
+        if dist.watch is None:
             raise
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(LAST_WORDS_S)  # leaving a broken NCCL group may hang

@@ -132,6 +132,8 @@ class Run:
                 lock=self.lock,
             )
             self.failed_saves = 0
+        except checkpoint.RunInUse as error:
+            raise SystemExit(str(error)) from None
         except checkpoint.SaveFailed as error:
             self.failed_saves += 1
             self._say(f"warning: {error}")

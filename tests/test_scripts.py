@@ -261,6 +261,20 @@ def load_weights(run_dir):
     return checkpoint.load_model(run_dir, device="cpu")[0].parameters()
 
 
+def test_what_would_fail_in_the_first_step_is_refused_before_it(
+    tmp_path, start, monkeypatch, capsys
+):
+    """Prompts over the model's context, two rewards of one name, uneven minibatches: one line."""
+    argv = [*SMALL_GRPO, "--init", start, "--run_dir", tmp_path / "grpo"]
+    text = message(train_grpo, [*argv, "--prompt_style", "full"], monkeypatch, capsys)
+    assert "a context of 64" in text and "--prompt_style" in text
+    twice = ["--rewards", "format", "format"]
+    assert "same name" in message(train_grpo, [*argv, *twice], monkeypatch, capsys)
+    text = message(train_grpo, [*argv, "--num_minibatches", "3"], monkeypatch, capsys)
+    assert "--batch_size 2 must divide" in text
+    assert not (tmp_path / "grpo" / "config.json").exists()
+
+
 def test_unknown_reward_is_refused_before_anything_is_bound(tmp_path, start, monkeypatch, capsys):
     """A mistyped reward is one line, and the corrected command may use the same run folder."""
     argv = [*SMALL_GRPO, "--init", start, "--run_dir", tmp_path / "grpo", "--reward_weights", "1"]
