@@ -277,6 +277,22 @@ def test_every_byte_of_commit_counts(run):
     assert ck._damage(path.parent) is None
 
 
+def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(run, monkeypatch):
+    """Too many open files or no rights prove nothing: the error is raised, no folder renamed."""
+    before = names(run)
+    for number in (errno.EMFILE, errno.EACCES, errno.EIO):
+
+        def fail(path, number=number):
+            raise OSError(number, os.strerror(number), str(path))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ck, "_sha256", fail)
+            with pytest.raises(OSError, match=os.strerror(number)):
+                run.load()
+        assert names(run) == before
+    assert run.load()["step"] == 4
+
+
 def test_only_damaged_ones_is_an_error(run):
     """A run whose every checkpoint is damaged does not start again by itself."""
     for step in (2, 4):
