@@ -7,7 +7,7 @@ Shapes. Tensors carry their axes as a suffix, `hidden_BTD`:
     G  outputs per prompt           K  key and value heads
     T  time                         E  head width
     V  vocabulary                   F  feed-forward width
-    N  flattened tokens             R  rows being sampled
+    N  flattened tokens             R  rows being sampled, or packed
 
 Time alignment, everywhere: `logp_BT[:, t]` scores `tokens_BT[:, t + 1]`.
 
@@ -19,10 +19,10 @@ Read in this order (the order of the paper, then down into each part):
     ../kernels/        the loss over the vocabulary: reference.py first, then the fused forms
     sampler.py         groups of outputs; model.py under it: the Transformer and its cache
     rewards.py         what an output is worth; tasks/countdown.py, judge/equation.py: who says so
-    optim.py, data.py  one weighted step; packed examples and token shards
+    optim.py, data.py  one weighted step; packed examples and token shards (jsonl.py reads lines)
     corpus/            Sec. 2.1: pages, classifier, domains, decontamination, recall (the loop)
-    tokenizer.py       byte-level BPE
-    evaluation.py      Pass@K, Maj@K, intervals
+    tokenizer.py       byte-level BPE (tokenizer_json.py: its file, in Hugging Face's layout)
+    evaluation.py      Pass@K, Maj@K, intervals; report.py puts a whole run on one page
     run.py             what every trainer owes its users: resume, log, checkpoint, stop
     dist.py, checkpoint.py, config.py, log.py      sharding, files, command lines
 
