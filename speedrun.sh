@@ -19,14 +19,17 @@ NANOMATH_DATA (folder of public benchmarks to decontaminate against).
 USAGE
 }
 
+refuse() { echo "speedrun.sh: $1 (see bash speedrun.sh --help)" >&2; exit 2; }
+
 PRESET=""
 RUN=""
 while [ $# -gt 0 ]; do
+    case "$1" in --preset | --run_dir) [ -n "${2:-}" ] || refuse "$1 needs a value" ;; esac
     case "$1" in
-        --preset) PRESET="${2:-}"; shift 2 || { usage >&2; exit 2; } ;;
-        --run_dir) RUN="${2:-}"; shift 2 || { usage >&2; exit 2; } ;;
+        --preset) PRESET="$2"; shift 2 ;;
+        --run_dir) RUN="$2"; shift 2 ;;
         -h | --help) usage; exit 0 ;;
-        *) echo "speedrun.sh: unknown argument $1" >&2; usage >&2; exit 2 ;;
+        *) refuse "unknown argument $1" ;;
     esac
 done
 if [ -z "$PRESET" ]; then
@@ -34,7 +37,7 @@ if [ -z "$PRESET" ]; then
 fi
 case "$PRESET" in
     smoke | cpu | gpu) ;;
-    *) echo "speedrun.sh: --preset is '$PRESET', but must be smoke, cpu or gpu" >&2; exit 2 ;;
+    *) refuse "--preset is '$PRESET', but must be smoke, cpu or gpu" ;;
 esac
 RUN="${RUN:-runs/speedrun-$PRESET}"
 
