@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from nanomath.chat import TEMPLATES, use_template
 from nanomath.checkpoint import RunInUse, load_model, run_lock
 from nanomath.config import one_line_errors, opt, parse, to_json, write_json
 from nanomath.dist import Dist, barrier, cleanup, raise_together, setup
@@ -46,6 +47,7 @@ class EvalConfig:
     num_numbers: tuple[int, ...] = opt((3, 4), "numbers per Countdown problem", low=2, high=5)
     max_number: int = opt(99, "largest given number", low=1)
     max_target: int = opt(100, "largest target", low=1)
+    chat_template: str = opt("plain", "how a prompt is put, chat.py", choices=(*TEMPLATES,))
     prompt_style: str = opt("short", "prompt wording", choices=countdown.STYLES)
     data: str | None = opt(
         None, 'JSONL of rows {"nums": [..], "target": n} instead: its held-out rows'
@@ -270,6 +272,7 @@ def prepare(cfg: EvalConfig, dist: Dist) -> tuple[torch.nn.Module, Any, dict, li
     model, tokenizer, state = load_model(cfg.checkpoint, device=dist.device)
     if tokenizer is None:
         raise ValueError(f"{cfg.checkpoint} holds no tokenizer.json: its outputs cannot be read")
+    use_template(tokenizer, cfg.chat_template)
     problems, notes = load_problems(cfg)
     if dist.is_main:
         for note in notes:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nanomath.chat import TEMPLATES, use_template
 from nanomath.checkpoint import RunLock, load_model
 from nanomath.config import RunConfig, one_line_errors, opt, parse
 from nanomath.data import epoch_order
@@ -50,6 +51,7 @@ class GRPOConfig(RunConfig):
     init: str = opt(
         "runs/speedrun-cpu/sft", "run folder or checkpoint to start from", may_change=True
     )
+    chat_template: str = opt("plain", "how a prompt is put, chat.py", choices=(*TEMPLATES,))
     # Problems
     num_numbers: tuple[int, ...] = opt((3, 4), "numbers per Countdown problem", low=2, high=5)
     max_number: int = opt(99, "largest given number", low=1)
@@ -208,6 +210,7 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock) -> None:
     with one_line_errors():
         check(cfg, dist)
         policy, tokenizer, _ = load_model(cfg.init, device=dist.device)  # Alg. 1 l.1
+        use_template(tokenizer, cfg.chat_template)
         reference, _, _ = load_model(cfg.init, device=dist.device)
         model_cfg = policy.cfg
         policy, reference = shard(policy, dist), shard(reference.requires_grad_(False), dist)
@@ -251,7 +254,7 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock) -> None:
             prompts,
             cfg.group_size,
             max_new_tokens=cfg.max_new_tokens,
-            eos_ids=(tokenizer.eos_id,),
+            eos_ids=tokenizer.stop_ids,
             temperature=cfg.temperature,
             seed=cfg.seed,
             step=step,

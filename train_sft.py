@@ -9,6 +9,7 @@ inside each. The loss is on solution tokens only, every one with the same weight
 
 from dataclasses import dataclass
 
+from nanomath.chat import TEMPLATES, use_template
 from nanomath.checkpoint import RunLock, load_model
 from nanomath.config import RunConfig, one_line_errors, opt, parse
 from nanomath.data import PackedExamples, encode_examples
@@ -28,6 +29,7 @@ class SFTConfig(RunConfig):
     data: str = opt(
         "runs/speedrun-cpu/solutions.jsonl", "JSON lines: prompt, solution", may_change=True
     )
+    chat_template: str = opt("plain", "how an example is put, chat.py", choices=(*TEMPLATES,))
     context: int = opt(4096, "tokens per packed row, Sec. 3", low=8)
     batch_size: int = opt(256, "packed rows per step, all ranks together, Sec. 3", low=1)
     num_steps: int = opt(500, "optimizer steps, Sec. 3", low=1)
@@ -76,6 +78,7 @@ def train(cfg: SFTConfig, dist: Dist, lock: RunLock) -> None:
     with one_line_errors():
         model, tokenizer, _ = load_model(cfg.init, device=dist.device)
         model_cfg = model.cfg
+        use_template(tokenizer, cfg.chat_template)
         context = min(cfg.context, model_cfg.max_context)
         examples = encode_examples(tokenizer, read_examples(cfg.data))
         packed = PackedExamples(examples, context, seed=cfg.seed, pad_id=tokenizer.pad_id)

@@ -22,10 +22,12 @@ Read in this order (the order of the paper, then down into each part):
     optim.py, data.py  one weighted step; packed examples and token shards (jsonl.py reads lines)
     corpus/            Sec. 2.1: pages, classifier, domains, decontamination, recall (the loop)
     tokenizer.py       byte-level BPE (tokenizer_json.py: its file, in Hugging Face's layout)
+    chat.py            how a prompt becomes ids: plain, or a chat model's turns
     evaluation.py      Pass@K, Maj@K, intervals; report.py puts a whole run on one page
     run.py             what every trainer owes its users: resume, log, checkpoint, stop
     dist.py, checkpoint.py, config.py, log.py      sharding, files, command lines
 
-Imports run one way: kernels -> config, dist, log, tokenizer, judge, corpus -> model, data, optim ->
-sampler, checkpoint, rewards, tasks -> grpo, evaluation, run -> the scripts. This file imports none.
+Imports run one way: kernels -> config, dist, log, tokenizer, chat, judge, corpus -> model, data,
+optim -> sampler, checkpoint, rewards, tasks -> grpo, evaluation, run -> the scripts. This file
+imports none.
 """

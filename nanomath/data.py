@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from nanomath.chat import answer_ids, prompt_ids
+
 INDEX_NAME = "index.json"
 NUM_OPEN_ROWS = 32  # rows a packed example may still go to: padding shrinks, order stays random
 
@@ -335,8 +337,11 @@ def _fill_rows(order: Sequence[int], lengths: Sequence[int], context: int) -> li
 def encode_examples(
     tokenizer, examples: Iterable[tuple[str, str]]
 ) -> list[tuple[list[int], list[int]]]:
-    """Return (bos + prompt ids, solution ids + eos): the two are encoded apart, as in sampling."""
+    """Return (prompt ids, solution ids with the end of the turn), as the tokenizer's template says.
+
+    The two are encoded apart, as in sampling.
+    """
     return [
-        (tokenizer.encode(prompt, bos=True), tokenizer.encode(solution, eos=True))
+        (prompt_ids(tokenizer, prompt), answer_ids(tokenizer, solution))
         for prompt, solution in examples
     ]

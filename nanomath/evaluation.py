@@ -226,7 +226,7 @@ def _sample(
         [encode_prompt(tokenizer, problem) for problem in problems],
         num_samples,
         max_new_tokens=max_new_tokens,
-        eos_ids=(tokenizer.eos_id,),
+        eos_ids=tokenizer.stop_ids,
         temperature=temperature,
         seed=seed,
         prompt_ids=[problem.id for problem in problems],

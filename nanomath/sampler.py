@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nanomath.chat import TEMPLATES, prompt_ids, use_template
 from nanomath.checkpoint import load_model
 from nanomath.config import one_line_errors, opt, parse
 from nanomath.dist import setup
@@ -303,6 +304,7 @@ def _check_settings(
 class Config:
     checkpoint: str = opt("", "a run folder, a checkpoints folder or one step's folder")
     prompt: str = opt("", "text to continue; empty: begin of sequence alone")
+    chat_template: str = opt("plain", "how a prompt is put, chat.py", choices=(*TEMPLATES,))
     num_samples: int = opt(8, "samples", low=1)
     max_new_tokens: int = opt(256, "tokens at most in a sample", low=1)
     temperature: float = opt(1.0, "0: greedy", low=0.0)
@@ -318,12 +320,13 @@ def main(cfg: Config) -> None:
         model, tokenizer, _ = load_model(cfg.checkpoint, device=setup(cfg.device).device)
         if tokenizer is None:
             raise ValueError(f"{cfg.checkpoint} holds no tokenizer.json")
+        use_template(tokenizer, cfg.chat_template)
         rollouts = sample_groups(
             model,
-            [tokenizer.encode(cfg.prompt, bos=True)],
+            [prompt_ids(tokenizer, cfg.prompt)],
             cfg.num_samples,
             max_new_tokens=cfg.max_new_tokens,
-            eos_ids=[tokenizer.eos_id],
+            eos_ids=tokenizer.stop_ids,
             temperature=cfg.temperature,
             seed=cfg.seed,
             vocab_limit=tokenizer.sample_limit,

@@ -73,6 +73,8 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.pad_id = control[bos], control[eos], control[pad]
         used = [*self.ranks.values(), *self.added.values(), *self.control.values()]
         self.vocab_size = max(used) + 1
+        self.stop_ids = (self.eos_id,)  # ids that end an output, and chat.py's template: its
+        self.template = "plain"  # use_template changes the two together
         self._bytes: list[bytes | None] = [None] * self.vocab_size
         for token, token_id in self.ranks.items():
             self._bytes[token_id] = token
@@ -96,9 +98,9 @@ class Tokenizer:
         nothing, are above, so an output's text is all that the model wrote.
 
         It is eos_id + 1 in a tokenizer trained here. In one made elsewhere only the control tokens
-        (eos apart) and unused ids at the end of the vocabulary are above; others stay below.
+        (stop_ids apart) and unused ids at the end of the vocabulary are above; others stay below.
         """
-        hidden = {*self.control.values()} - {self.eos_id}
+        hidden = {*self.control.values()} - {*self.stop_ids}
         limit = self.vocab_size
         while limit - 1 in hidden or self._bytes[limit - 1] is None:
             limit -= 1

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from nanomath.chat import prompt_ids
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -16,4 +18,4 @@ class Problem:
 
 def encode_prompt(tokenizer: Any, problem: Problem) -> list[int]:
     """Return the prompt's token ids, the same way for training, sampling and evaluation."""
-    return tokenizer.encode(problem.prompt, bos=True)
+    return prompt_ids(tokenizer, problem.prompt)

@@ -167,7 +167,8 @@ def test_default_ks():
 class Characters:
     """A tokenizer of one id per character; 0 is the end."""
 
-    eos_id, vocab_size, sample_limit = 0, 256, 250
+    eos_id, bos_id, stop_ids, template = 0, 0, (0,), "plain"
+    vocab_size, sample_limit = 256, 250
 
     def encode(self, text, *, bos=False, eos=False):
         return [ord(character) for character in text]

@@ -1,0 +1,150 @@
+"""Chat templates: how messages become the token ids that a chat model was trained on.
+
+A small fixed set. The template that a checkpoint brings is a Jinja program and is never run; the
+layouts below give the same ids (tests compare them with the published programs):
+
+    plain         the text alone, after bos; what a base model continues
+    deepseekmath  DeepSeek-LLM chat, DeepSeekMath Instruct and RL: "User: ...", "Assistant: ..."
+    chatml        <|im_start|>role ... <|im_end|>: Qwen and others. Qwen2 and 2.5 begin with a
+                  system message of their own where a chat has none: here one has to give it
+    llama3        Llama 3; Llama 3.1 and later put a date into the system message, which is not
+                  added. White space around each message is dropped, as their template does
+
+Control tokens go in by id and every message through Tokenizer.encode, which produces none of them:
+no text can end a turn or begin another. `use_template` sets a tokenizer's template once; training,
+sampling and evaluation then take their ids from `prompt_ids` and `answer_ids`.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Template:
+    """Layouts of a chat: {} is a message's text, <|...|> a control token, <bos> and <eos> those of
+    the tokenizer. An answer is given after `start`, the turns before it, and `cue`."""
+
+    start: str
+    system: str
+    user: str
+    assistant: str  # begins with cue
+    cue: str
+    end: str  # ends the assistant's turn: sampling stops there
+    strip: bool = False  # drop white space around each message
+
+
+def _turn(opening: str, closing: str) -> dict[str, str]:
+    roles = ("system", "user", "assistant")
+    return {role: opening.format(role) + "{}" + closing for role in roles}
+
+
+TEMPLATES = {
+    "plain": Template("<bos>", "{}", "{}", "{}<eos>", cue="", end="<eos>"),
+    "deepseekmath": Template(
+        "<bos>",
+        system="{}\n\n",
+        user="User: {}\n\n",
+        assistant="Assistant: {}<eos>",
+        cue="Assistant:",
+        end="<eos>",
+    ),
+    "chatml": Template(
+        "",
+        **_turn("<|im_start|>{}\n", "<|im_end|>\n"),
+        cue="<|im_start|>assistant\n",
+        end="<|im_end|>",
+    ),
+    "llama3": Template(
+        "<bos>",
+        **_turn("<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"),
+        cue="<|start_header_id|>assistant<|end_header_id|>\n\n",
+        end="<|eot_id|>",
+        strip=True,
+    ),
+}
+_CONTROL = re.compile(r"(<\|\w+\|>|<bos>|<eos>)")
+
+
+def use_template(tokenizer: Any, name: str) -> None:
+    """Set the template of a tokenizer, and stop its samples where an answer ends.
+
+    Raises ValueError naming the template's control tokens that the tokenizer lacks.
+    """
+    template = TEMPLATES[name]
+    layouts = template.start + template.user + template.assistant
+    lacking = {
+        token for token in _CONTROL.findall(layouts) if _control_id(token, tokenizer) is None
+    }
+    if lacking:
+        raise ValueError(
+            f"the chat template {name} needs control tokens that this tokenizer lacks: "
+            f"{' '.join(sorted(lacking))}; give another --chat_template"
+        )
+    tokenizer.template = name
+    end_id = _control_id(template.end, tokenizer)
+    tokenizer.stop_ids = tuple(dict.fromkeys([*tokenizer.stop_ids, end_id]))
+
+
+def chat_ids(
+    template: str,
+    messages: Sequence[Mapping[str, str]],
+    tokenizer: Any,
+    *,
+    add_generation_prompt: bool,
+) -> list[int]:
+    """Return the ids of messages {"role": system, user or assistant, "content": text}.
+
+    add_generation_prompt: end with what begins an answer. Raises ValueError for another role.
+    """
+    layout = TEMPLATES[template]
+    turns = [(layout.start, "")]
+    for number, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content")
+        if role not in ("system", "user", "assistant") or not isinstance(content, str):
+            raise ValueError(
+                f"message {number}: wanted a role (system, user, assistant) and a text as "
+                f"content, found {role!r} and {type(content).__name__}"
+            )
+        turns.append((getattr(layout, role), content.strip() if layout.strip else content))
+    if add_generation_prompt:
+        turns.append((layout.cue, ""))
+    return _encode(turns, tokenizer)
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """Return the ids that a prompt is given as: the only message, with the answer's beginning."""
+    message = {"role": "user", "content": prompt}
+    return chat_ids(tokenizer.template, [message], tokenizer, add_generation_prompt=True)
+
+
+def answer_ids(tokenizer: Any, answer: str) -> list[int]:
+    """Return the ids that follow prompt_ids: the answer and the token that ends its turn.
+
+    Encoded apart from the prompt, as they are sampled.
+    """
+    layout = TEMPLATES[tokenizer.template]
+    rest = layout.assistant.removeprefix(layout.cue)
+    rest = rest[: rest.index(layout.end) + len(layout.end)]
+    return _encode([(rest, answer.strip() if layout.strip else answer)], tokenizer)
+
+
+def _encode(turns: Sequence[tuple[str, str]], tokenizer: Any) -> list[int]:
+    """Encode (layout, text of its {}) one after the other; text between two control tokens goes
+    through the tokenizer in one piece."""
+    ids: list[int] = []
+    text = ""
+    for layout, content in turns:
+        for piece in _CONTROL.split(layout):
+            if not _CONTROL.fullmatch(piece):
+                text += piece.replace("{}", content)
+                continue
+            ids += [*tokenizer.encode(text), _control_id(piece, tokenizer)]
+            text = ""
+    return ids + tokenizer.encode(text)
+
+
+def _control_id(token: str, tokenizer: Any) -> int | None:
+    own = {"<bos>": tokenizer.bos_id, "<eos>": tokenizer.eos_id}
+    return own[token] if token in own else tokenizer.control.get(token)
