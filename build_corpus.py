@@ -399,7 +399,7 @@ def _write_pages(file, found: Iterable[dict], scores: Iterable[float]) -> None:
 
 @contextmanager
 def _locked(run_dir: str) -> Iterator[None]:
-    from nanomath.checkpoint import run_lock  # here, so that parsing processes do not load torch
+    from nanomath.lock import run_lock  # here, so that parsing processes do not load torch
 
     with run_lock(run_dir):
         yield

@@ -23,10 +23,12 @@ from typing import Any
 import torch
 
 from nanomath.chat import TEMPLATES, use_template
-from nanomath.checkpoint import RunInUse, load_model, run_lock
+from nanomath.checkpoint import load_model
 from nanomath.config import one_line_errors, opt, parse, to_json, write_json
-from nanomath.dist import Dist, barrier, cleanup, raise_together, setup
+from nanomath.dist import Dist, barrier, setup
 from nanomath.evaluation import TASKS, chunks, compare, evaluate_chunk, summarise
+from nanomath.failures import raise_together
+from nanomath.lock import RunInUse, run_lock
 from nanomath.log import printable, progress
 from nanomath.tasks import Problem, countdown, encode_prompt
 
@@ -346,7 +348,6 @@ def main() -> None:
             run(cfg, dist)
         except KeyboardInterrupt:
             raise SystemExit("interrupted: the same command continues this evaluation") from None
-    cleanup(dist)
 
 
 if __name__ == "__main__":

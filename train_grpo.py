@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from nanomath.chat import TEMPLATES, use_template
-from nanomath.checkpoint import RunLock, load_model
+from nanomath.checkpoint import load_model
 from nanomath.config import RunConfig, one_line_errors, opt, parse
 from nanomath.data import epoch_order
 from nanomath.dist import (
@@ -35,6 +35,7 @@ from nanomath.grpo import (
     policy_update,
     response_logprobs,
 )
+from nanomath.lock import RunLock
 from nanomath.log import plot_metrics
 from nanomath.model import Transformer
 from nanomath.optim import SCHEDULES, make_adamw
@@ -213,7 +214,8 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock) -> None:
         use_template(tokenizer, cfg.chat_template)
         reference, _, _ = load_model(cfg.init, device=dist.device)
         model_cfg = policy.cfg
-        policy, reference = shard(policy, dist), shard(reference.requires_grad_(False), dist)
+        policy = shard(policy, dist, cfg.activation_checkpointing, cfg.compile)
+        reference = shard(reference.requires_grad_(False), dist, compile=cfg.compile)
         # On one CPU the policy samples for itself; else a whole copy does, refreshed before use.
         sampling_model = make_replica(policy, dist)
         optimizer = make_adamw(policy, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0)

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 
 from kernels import linear_token_logprobs
-from nanomath.checkpoint import RunLock
 from nanomath.config import RunConfig, one_line_errors, opt, parse
 from nanomath.data import TokenShards, write_shards
 from nanomath.dist import Dist, all_reduce_sum, shard
 from nanomath.jsonl import read_jsonl
+from nanomath.lock import RunLock
 from nanomath.log import plot_metrics, progress
 from nanomath.model import ModelConfig, Transformer
 from nanomath.optim import SCHEDULES, make_adamw, supervised_step
@@ -196,7 +196,7 @@ def train(cfg: PretrainConfig, dist: Dist, lock: RunLock) -> None:
         )
         model = Transformer(model_cfg)
         model.init_weights(cfg.seed)
-        model = shard(model, dist)
+        model = shard(model, dist, cfg.activation_checkpointing, cfg.compile)
         optimizer = make_adamw(
             model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
         )

@@ -10,11 +10,12 @@ inside each. The loss is on solution tokens only, every one with the same weight
 from dataclasses import dataclass
 
 from nanomath.chat import TEMPLATES, use_template
-from nanomath.checkpoint import RunLock, load_model
+from nanomath.checkpoint import load_model
 from nanomath.config import RunConfig, one_line_errors, opt, parse
 from nanomath.data import PackedExamples, encode_examples
 from nanomath.dist import Dist, shard
 from nanomath.jsonl import read_examples
+from nanomath.lock import RunLock
 from nanomath.log import plot_metrics
 from nanomath.optim import SCHEDULES, make_adamw, supervised_step
 from nanomath.run import Run, open_run
@@ -84,7 +85,7 @@ def train(cfg: SFTConfig, dist: Dist, lock: RunLock) -> None:
         packed = PackedExamples(examples, context, seed=cfg.seed, pad_id=tokenizer.pad_id)
         if dist.is_main:
             print(packed.summary(), flush=True)
-        model = shard(model, dist)
+        model = shard(model, dist, cfg.activation_checkpointing, cfg.compile)
         optimizer = make_adamw(
             model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
         )

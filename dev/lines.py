@@ -8,8 +8,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CORE_MODULES = (
-    "__init__", "config", "dist", "log", "run", "tokenizer", "tokenizer_json", "model",
-    "optim", "checkpoint", "data", "sampler", "rewards", "grpo",
+    "__init__", "activations", "config", "dist", "failures", "lock", "log", "run",
+    "tokenizer", "tokenizer_json", "model", "optim", "checkpoint", "data", "sampler",
+    "rewards", "grpo",
 )  # fmt: skip
 CORE = ["kernels/*.py", *(f"nanomath/{name}.py" for name in CORE_MODULES), "train_*.py"]
 RL_PATH = [

@@ -25,9 +25,11 @@ Read in this order (the order of the paper, then down into each part):
     chat.py            how a prompt becomes ids: plain, or a chat model's turns
     evaluation.py      Pass@K, Maj@K, intervals; report.py puts a whole run on one page
     run.py             what every trainer owes its users: resume, log, checkpoint, stop
-    dist.py, checkpoint.py, config.py, log.py      sharding, files, command lines
+    dist.py            processes, FSDP2; activations.py: what blocks recompute, and torch.compile
+    checkpoint.py      save and resume; lock.py: one trainer a folder; failures.py: ending together
+    config.py, log.py  command lines; what a run writes
 
-Imports run one way: kernels -> config, dist, log, tokenizer, chat, judge, corpus -> model, data,
-optim -> sampler, checkpoint, rewards, tasks -> grpo, evaluation, run -> the scripts. This file
-imports none.
+Imports run one way: kernels -> config, dist, failures, lock, log, tokenizer, chat, judge, corpus
+-> model, data, optim -> sampler, checkpoint, rewards, tasks -> grpo, evaluation, run -> the
+scripts. This file imports none.
 """

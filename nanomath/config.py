@@ -66,6 +66,18 @@ class RunConfig:
         low=1,
         may_change=True,  # the update is the same up to rounding
     )
+    activation_checkpointing: str = opt(
+        "none",
+        "what blocks recompute in the backward pass to save memory: see activations.py",
+        choices=("none", "selective", "full"),
+        may_change=True,
+    )
+    compile: str = opt(
+        "auto",
+        "torch.compile of the blocks; auto: on a GPU",
+        choices=("auto", "on", "off"),
+        may_change=True,
+    )
     checkpoint_interval: int = opt(50, "steps between checkpoints", low=1, may_change=True)
     keep_checkpoints: int = opt(2, "how many checkpoints to keep", low=1, may_change=True)
     max_grad_norm: float = opt(1.0, "gradient norm is clipped here (paper silent)", low=0.0)

@@ -7,13 +7,8 @@ has no process group and an unwrapped model (FSDP2 costs 25-60% at small sizes);
 on both.
 
 Weights of tokens are global, so gradients are summed over ranks, never averaged.
-Left to others: what is trained (train_*.py), how state is kept (checkpoint.py).
-
-    dist = setup(cfg.device, cfg.threads)
-    with raise_together(dist):       # an error on any rank ends all ranks, with its message
-        model = shard(model, dist)
-        ...
-        cleanup(dist)
+Left to others: what is trained (train_*.py), how state is kept (checkpoint.py), how all ranks end
+when one fails (failures.py).
 """
 
 from __future__ import annotations
@@ -21,12 +16,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
-import sys
-import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -38,23 +29,22 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from nanomath.activations import wrap_blocks
+
 # A rank may wait this long for another one: sampling and judging are uneven between ranks, and the
 # first step compiles. `set_timeout` shortens it once the first step is done.
 START_TIMEOUT_S = 1800
-POLL_S = 0.25  # how often a rank looks for another rank's error
-LAST_WORDS_S = 20  # after an error, a process that has not ended by itself is killed
 
 
 @dataclass(frozen=True)
 class Dist:
-    """Who this process is. `mesh` and `watch` are None without a process group."""
+    """Who this process is. `mesh` is None without a process group."""
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
     mesh: DeviceMesh | None = field(default=None, repr=False, compare=False)
-    watch: ErrorWatch | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -86,19 +76,14 @@ def setup(device: str = "auto", threads: int = 0, timeout_s: float = START_TIMEO
         timeout=timedelta(seconds=timeout_s),
         **({"store": td.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
     )
-    mesh = init_device_mesh(chosen.type, (world_size,))
-    watch = ErrorWatch(rank, world_size) if world_size > 1 else None
-    return Dist(rank, local_rank, world_size, chosen, mesh, watch)
+    return Dist(rank, local_rank, world_size, chosen, init_device_mesh(chosen.type, (world_size,)))
 
 
 def cleanup(dist: Dist) -> None:
     """Leave the process group after every rank has finished. Not for use after an error."""
     if dist.mesh is None or not td.is_initialized():
         return
-    barrier(dist)
-    if dist.watch is not None:
-        dist.watch.stop()
-        barrier(dist)  # the store may live in rank 0: nobody leaves while another still reads it
+    barrier(dist)  # the store may live in rank 0: nobody leaves while another still reads it
     td.destroy_process_group()
     # gloo's threads free the last messages under the GIL; an interpreter that is shutting down
     # aborts on that (pytorch#190489), and FSDP2 keeps the group from being joined. Let them finish.
@@ -152,16 +137,22 @@ def _choose_device(device: str, local_rank: int) -> torch.device:
 # ---------------------------------------------------------------------------- sharding
 
 
-def shard(model: nn.Module, dist: Dist) -> nn.Module:
+def shard(
+    model: nn.Module, dist: Dist, activation_checkpointing: str = "none", compile: str = "auto"
+) -> nn.Module:
     """Shard the rows of all weights over the ranks, in place, and return the model.
 
     One FSDP2 group per entry of `model.blocks`, one for the rest (embedding, final norm, head).
-    Gradients are sums over ranks. GPUs compute in bf16 and reduce gradients in fp32; CPUs stay in
-    the model's dtype. World size 1 on a CPU returns the model unwrapped.
+    activation_checkpointing: none, selective or full; compile: on, off or auto, on a GPU (both
+    activations.py's). Gradients are sums over ranks. GPUs compute in bf16 and reduce gradients in
+    fp32; CPUs stay in the model's dtype. World size 1 on a CPU returns the model unwrapped.
     """
+    is_cpu = dist.device.type == "cpu"
+    compiled = compile == "on" or (compile == "auto" and not is_cpu)
+    wrap_blocks(model, activation_checkpointing, compiled)
     if dist.mesh is None:
         return model.to(dist.device)
-    if dist.device.type == "cpu":
+    if is_cpu:
         precision = MixedPrecisionPolicy()
     else:
         # Inputs are token ids at the root and bf16 already at the blocks: casting would only
@@ -313,121 +304,3 @@ def gather_json(obj: object, dist: Dist) -> list:
     parts = [torch.empty_like(padded) for _ in range(dist.world_size)]
     td.all_gather(parts, padded)
     return [json.loads(bytes(part[:n].numpy())) for part, n in zip(parts, sizes.tolist())]
-
-
-# ---------------------------------------------------------------------------- errors and signals
-
-
-class ErrorWatch:
-    """Carry one rank's error to the others outside the collectives, which may be waiting for it.
-
-    A thread looks at the rendezvous store a few times a second; on an error it prints the message
-    and ends the process, wherever the main thread is stuck.
-    """
-
-    def __init__(self, rank: int, world_size: int):
-        self.rank, self.world_size = rank, world_size
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = td.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30))
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps its store
-        self._store = td.PrefixStore(f"nanomath-errors-{restart}", store)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._stopped.set()
-        self._thread.join()
-
-    def tell(self, message: str) -> bool:
-        """Publish this rank's error and wait until the others have it; False if not the first."""
-        self.stop()
-        text = f"rank {self.rank}: {message}"
-        with suppress(RuntimeError):  # the process that held the store may have gone already
-            first = self._store.compare_set("message", "", text).decode()
-            self._wait_until_seen()
-            return first == text
-        return True
-
-    def _wait_until_seen(self) -> None:
-        """Wait, not for long, until all know: the store ends with the process that holds it."""
-        self._store.add("seen", 1)
-        give_up = time.monotonic() + 5
-        while self._store.add("seen", 0) < self.world_size and time.monotonic() < give_up:
-            time.sleep(0.05)
-
-    def _watch(self) -> None:
-        message = None
-        while message is None:
-            if self._stopped.wait(POLL_S):
-                return
-            try:
-                if self._store.check(["message"]):
-                    message = self._store.get("message").decode()
-            except RuntimeError as error:
-                message = f"lost contact with the other ranks ({str(error).splitlines()[0]})"
-        print(f"nanomath: rank {self.rank} ends: {message}", file=sys.stderr, flush=True)
-        with suppress(RuntimeError):
-            self._wait_until_seen()
-        os._exit(1)
-
-
-@contextmanager
-def raise_together(dist: Dist) -> Iterator[None]:
-    """End all ranks when the body raises on one of them, each with that error's message.
-
-    The first rank to fail raises its exception; ranks that fail after it end silently with status
-    1, for theirs is mostly a lost connection; ranks that wait in a collective are ended by their
-    watch. Put it around everything between setup and cleanup: the processes do not survive it.
-    SystemExit with status 0 must be raised by all ranks alike, a stop they agreed on: it cleans up.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if isinstance(error, SystemExit) and error.code in (None, 0):
-            cleanup(dist)  # all ranks agreed to stop here
-            raise
-        if dist.watch is None:
-            raise
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(LAST_WORDS_S)  # leaving a broken NCCL group may hang
-        text = str(error) if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
-        if not dist.watch.tell(text):
-            raise SystemExit(1) from None
-        raise
-
-
-class StopSignal:
-    """Turn SIGTERM and SIGUSR1 into a question asked at the end of a step; a second one kills.
-
-        with StopSignal() as stop:
-            for step in ...:
-                ...
-                if stop.requested(dist):
-                    save(...); break
-
-    Schedulers and torchrun both forward a SIGTERM, so copies within a second count as one.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-    SAME_SIGNAL_S = 1.0
-
-    def __init__(self):
-        self._first = math.inf  # when the first signal came
-
-    def _handle(self, number: int, frame: object) -> None:
-        if time.monotonic() - self._first > self.SAME_SIGNAL_S:
-            os._exit(128 + number)
-        self._first = min(self._first, time.monotonic())
-
-    def requested(self, dist: Dist) -> bool:
-        """Return True on all ranks if any rank was signalled. Call it at the same step on all."""
-        return not all_ok(self._first == math.inf, dist)
-
-    def __enter__(self) -> StopSignal:
-        self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from nanomath import checkpoint
-from nanomath.checkpoint import RunLock
 from nanomath.config import RunConfig, lock_config, one_line_errors
-from nanomath.dist import Dist, StopSignal, barrier, cleanup, raise_together, set_timeout, setup
+from nanomath.dist import Dist, barrier, set_timeout, setup
+from nanomath.failures import StopSignal, raise_together
+from nanomath.lock import RunInUse, RunLock, run_lock
 from nanomath.log import RunLog, progress
 from nanomath.model import ModelConfig
 from nanomath.tokenizer import Tokenizer
@@ -38,14 +39,13 @@ def open_run(cfg: RunConfig) -> Iterator[tuple[Dist, RunLock]]:
         dist = setup(cfg.device, cfg.threads)
     with raise_together(dist), ExitStack() as stack:
         with one_line_errors():
-            lock = stack.enter_context(checkpoint.run_lock(cfg.run_dir, dist))
+            lock = stack.enter_context(run_lock(cfg.run_dir, dist))
         try:
             yield dist, lock
         except KeyboardInterrupt:
             raise SystemExit(
                 f"interrupted: the same command continues {cfg.run_dir} from its last checkpoint"
             ) from None
-    cleanup(dist)
 
 
 class Run:
@@ -132,7 +132,7 @@ class Run:
                 lock=self.lock,
             )
             self.failed_saves = 0
-        except checkpoint.RunInUse as error:
+        except RunInUse as error:
             raise SystemExit(str(error)) from None
         except checkpoint.SaveFailed as error:
             self.failed_saves += 1

@@ -14,10 +14,11 @@ import torch
 import train_grpo
 import train_pretrain
 import train_sft
-from nanomath import checkpoint
+from nanomath import activations, checkpoint
 from nanomath.config import parse
 from nanomath.data import epoch_order
 from nanomath.dist import Dist
+from nanomath.lock import run_lock
 from nanomath.log import read_metrics
 from nanomath.model import ModelConfig, Transformer
 from nanomath.optim import cosine_lr
@@ -124,7 +125,7 @@ def test_checkpoint_of_another_shape_is_refused(tmp_path, start, tokenizer, monk
 def test_run_folder_in_use_and_with_other_settings_is_refused(tmp_path, start, monkeypatch, capsys):
     """Two trainers on one folder, or one with other settings, are refused by name."""
     argv = [*SMALL_GRPO, "--init", start, "--run_dir", tmp_path / "grpo"]
-    with checkpoint.run_lock(tmp_path / "grpo"):
+    with run_lock(tmp_path / "grpo"):
         assert "in use" in message(train_grpo, argv, monkeypatch, capsys)
     (tmp_path / "grpo" / "config.json").write_text(json.dumps({"lr": 1.0}))
     text = message(train_grpo, argv, monkeypatch, capsys)
@@ -281,6 +282,33 @@ def test_unknown_reward_is_refused_before_anything_is_bound(tmp_path, start, mon
     assert "nope" in message(train_grpo, [*argv, "--rewards", "nope"], monkeypatch, capsys)
     run_script(train_grpo, [*argv, "--rewards", "format", "--num_steps", "1"], monkeypatch)
     assert len(read_metrics(tmp_path / "grpo")) == 1
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_trainers_recompute_activations(tmp_path, start, monkeypatch, mode):
+    """GRPO and SFT with --activation_checkpointing end at the same bits, having recomputed."""
+    (tmp_path / "sft.jsonl").write_text('{"prompt": "1+1=", "solution": "2"}\n' * 9)
+    sft = ["--preset", "smoke", "--context", "32", "--batch_size", "4", "--data",
+           tmp_path / "sft.jsonl"]  # fmt: skip
+    for module, argv in ((train_grpo, SMALL_GRPO), (train_sft, sft)):
+        weights = {}
+        for flag in ("none", mode):
+            run_dir = tmp_path / module.__name__ / flag
+            calls, real = [], activations.checkpoint
+
+            def counted(*args, calls=calls, real=real, **kwargs):
+                calls.append(1)
+                return real(*args, **kwargs)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(activations, "checkpoint", counted)
+                flags = ["--activation_checkpointing", flag, "--num_steps", "2"]
+                run_script(
+                    module, [*argv, *flags, "--init", start, "--run_dir", run_dir], monkeypatch
+                )
+            assert bool(calls) == (flag != "none")
+            weights[flag] = torch.cat([p.detach().flatten() for p in load_weights(run_dir)])
+        assert torch.equal(weights["none"], weights[mode])
 
 
 # ------------------------------------------------------------------------------- kills and signals

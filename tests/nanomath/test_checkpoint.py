@@ -24,6 +24,8 @@ from torch import nn
 
 from nanomath import checkpoint as ck
 from nanomath import dist as nd
+from nanomath import failures
+from nanomath.lock import RunInUse, run_lock
 from nanomath.model import ModelConfig, Transformer
 from nanomath.tokenizer import Tokenizer
 
@@ -543,40 +545,40 @@ def test_tied_model_and_tokenizer(tmp_path):
 
 def test_second_trainer_is_refused(tmp_path):
     """A held folder is refused with folder and pid; free once the holder ends, even by kill."""
-    with ck.run_lock(tmp_path / "run") as lock:
+    with run_lock(tmp_path / "run") as lock:
         lock.check(ALONE)
         message = f"run is in use .*pid {os.getpid()} on"
-        with pytest.raises(ck.RunInUse, match=message), ck.run_lock(tmp_path / "run", ALONE):
+        with pytest.raises(RunInUse, match=message), run_lock(tmp_path / "run", ALONE):
             pass
 
         def second_process():
-            with pytest.raises(ck.RunInUse), ck.run_lock(tmp_path / "run"):
+            with pytest.raises(RunInUse), run_lock(tmp_path / "run"):
                 pass
 
         assert in_fork(second_process) == 0
-    with ck.run_lock(tmp_path / "run"):
+    with run_lock(tmp_path / "run"):
         pass
 
     def killed():
-        with ck.run_lock(tmp_path / "run"):
+        with run_lock(tmp_path / "run"):
             if os.fork() == 0:  # a worker that outlives its trainer must not keep the folder
                 time.sleep(5)
                 os._exit(0)
             os.kill(os.getpid(), signal.SIGKILL)
 
     assert in_fork(killed) == -signal.SIGKILL
-    with ck.run_lock(tmp_path / "run"):
+    with run_lock(tmp_path / "run"):
         pass
 
 
 def test_stolen_lock_stops_saving(run):
     """A trainer whose lock file was removed or replaced saves nothing more."""
-    with ck.run_lock(run.run_dir) as lock:
+    with run_lock(run.run_dir) as lock:
         run.save(lock=lock)
         (run.run_dir / ".lock").unlink()
-        with ck.run_lock(run.run_dir):  # the thief
+        with run_lock(run.run_dir):  # the thief
             run.step = 6
-            with pytest.raises(ck.RunInUse, match="removed or replaced"):
+            with pytest.raises(RunInUse, match="removed or replaced"):
                 run.save(lock=lock)
     assert "step-000006" not in names(run)
 
@@ -587,13 +589,13 @@ def test_stolen_lock_stops_saving(run):
 def worker_reshard(out):
     """Continue what one process saved, save from two, fail a save on rank 1, share the lock."""
     dist = nd.setup("cpu", 1, timeout_s=60)
-    with nd.raise_together(dist):
+    with failures.raise_together(dist):
         facts = {}
         run = Run(out / "one", dist, seed=5, dtype=torch.float64)
         facts["state"] = run.load()
         loaded = run.tensors()
         run.run_dir = out / "two"
-        with ck.run_lock(run.run_dir, dist) as lock:
+        with run_lock(run.run_dir, dist) as lock:
             run.save(lock=lock)
             run.train(2)
             real = os.fsync
@@ -609,8 +611,8 @@ def worker_reshard(out):
             run.save(lock=lock)
             other = nd.Dist(0, 0, 1, dist.device)
             try:
-                ck.run_lock(run.run_dir, other).__enter__()
-            except ck.RunInUse as error:
+                run_lock(run.run_dir, other).__enter__()
+            except RunInUse as error:
                 facts["in_use"] = str(error)
             nd.barrier(dist)  # rank 0 holds the lock until both have tried
         trained = run.tensors()

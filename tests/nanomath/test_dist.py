@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from nanomath import dist as nd
+from nanomath import failures
 from nanomath.model import ModelConfig, Transformer
 
 ROOT = Path(__file__).parents[2]
@@ -56,9 +57,9 @@ def make_loss(model, step, rows):
     return model(tokens_BT[rows], head_fn=head_fn)
 
 
-def train(dist):
+def train(dist, activation_checkpointing="none"):
     """Train NUM_STEPS; return model, losses, norms, and the first step's gradients."""
-    model = nd.shard(build_model(), dist)
+    model = nd.shard(build_model(), dist, activation_checkpointing)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
     losses, norms, first_grads = [], [], {}
     for step in range(NUM_STEPS):
@@ -89,12 +90,19 @@ def full(tensor):
 def worker_train(out):
     """Train, leave numbers for the tests, then fail on rank 1 while the others wait for it."""
     dist = nd.setup("cpu", 1, timeout_s=60)
-    with nd.raise_together(dist):
+    with failures.raise_together(dist):
         model, losses, norms, first_grads = train(dist)
         weights = {name: full(p) for name, p in model.named_parameters()}
         if dist.is_main:
             save_file(weights, out / "weights.safetensors")
             save_file(first_grads, out / "grads.safetensors")
+        recomputed = {
+            mode: all(
+                torch.equal(nd.local(p), nd.local(other))
+                for p, other in zip(model.parameters(), train(dist, mode)[0].parameters())
+            )
+            for mode in ("selective", "full")
+        }
         tokens = torch.arange(20).reshape(4, 5)
         replica = nd.make_replica(model, dist)
         addresses = [p.data_ptr() for p in replica.parameters()]
@@ -107,12 +115,13 @@ def worker_train(out):
                 nd.local(parameter).mul_(1.5)
             nd.refresh_replica(replica, model, dist)
             moved, sampled = model(tokens), replica(tokens)
-        with nd.StopSignal() as stop:
+        with failures.StopSignal() as stop:
             asked = [stop.requested(dist)]
             if dist.rank == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             asked.append(stop.requested(dist))
         facts = {
+            "recomputed": recomputed,
             "losses": losses,
             "norms": norms,
             "unsharded": sum(not isinstance(p, DTensor) for p in reference.parameters()),
@@ -196,6 +205,12 @@ def test_two_processes_train_as_one(two):
     assert two[0]["norms"] == two[1]["norms"]  # bitwise: ranks must agree on skipping a step
 
 
+def test_recomputing_sharded_blocks_changes_no_bit(two):
+    """Activation checkpointing under FSDP2 trains to the same bits."""
+    for facts in two:
+        assert facts["recomputed"] == {"selective": True, "full": True}
+
+
 def test_an_error_on_one_rank_ends_all(both):
     """Ranks waiting in a collective end within seconds, with the failing rank's message."""
     (waiting, waiting_text), (failing, failing_text) = both[1]
@@ -242,8 +257,8 @@ def test_one_process_is_not_wrapped():
     nd.refresh_replica(model, model, dist)
     nd.microbatch_sync(model, False)
     nd.set_timeout(dist, 1)
-    with nd.raise_together(dist):
-        nd.cleanup(dist)
+    with failures.raise_together(dist):
+        pass
 
 
 def test_sums_of_one_process():
@@ -287,7 +302,7 @@ def test_clip_leaves_non_finite_gradients(value):
 def test_stop_signal_once_and_twice():
     """The first signal is a question, copies of it are ignored, a later one ends the process."""
     before = signal.getsignal(signal.SIGUSR1)
-    with nd.StopSignal() as stop:
+    with failures.StopSignal() as stop:
         assert not stop.requested(ALONE)
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGTERM)
