@@ -279,14 +279,18 @@ def test_clip_grad_norm():
     ]
     weights[0].grad = torch.tensor([1.0, 2.0, 2.0])
     weights[1].grad = torch.full((2, 2), 2.0)
-    assert nd.clip_grad_norm(weights, 6.0, ALONE) == 5.0
+    assert nd.clip_grad_norm(weights, 6.0, ALONE) == pytest.approx(5.0, rel=1e-7)
     assert weights[0].grad.tolist() == [1.0, 2.0, 2.0]
-    assert nd.clip_grad_norm(iter(weights), 1.0, ALONE) == 5.0
+    assert nd.clip_grad_norm(iter(weights), 1.0, ALONE) == pytest.approx(5.0, rel=1e-7)
     torch.testing.assert_close(weights[0].grad, torch.tensor([0.2, 0.4, 0.4]))
     assert nd.clip_grad_norm(weights[2:], 1.0, ALONE) == 0.0
     big = nn.Parameter(torch.zeros(2))
     big.grad = torch.tensor([3e30, 4e30])  # squares overflow fp32
     assert nd.clip_grad_norm([big], 1e31, ALONE) == pytest.approx(5e30, rel=1e-6)
+    large = nn.Parameter(torch.zeros(20_000, 64))  # one fp32 sum over all of it would be 1e-5 off
+    large.grad = torch.randn(20_000, 64, generator=torch.Generator().manual_seed(0))
+    exact = float(large.grad.double().norm())
+    assert nd.clip_grad_norm([large], 1e9, ALONE) == pytest.approx(exact, rel=1e-8)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
