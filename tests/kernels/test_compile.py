@@ -1,7 +1,8 @@
-"""The Triton source compiled for sm_90 without a GPU: registers, spills, what is compiled in.
+"""The Triton source compiled for sm_90 without a GPU: registers, spills, bytes, recompilation.
 
 In a process of its own: the other tests may have set TRITON_INTERPRET, and Triton reads it when a
-function is decorated.
+function is decorated. There a stand-in for the driver answers only which GPU to compile for, so
+that the launchers themselves run, up to the launch.
 """
 
 import importlib.util
@@ -13,57 +14,78 @@ import sys
 import pytest
 
 PROGRAM = r"""
-import json, pathlib, re, subprocess, sys, tempfile
-import triton
+import json, pathlib, re, subprocess, tempfile
+import torch
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
+from triton.runtime import driver
 from kernels import policy_loss_triton as source
+from kernels.rows import LossSettings, Rows, RowStats
 
-FLOATS = {"exponent_scale": "fp32", "temperature": "fp64", "clip_eps_low": "fp64",
-          "clip_eps_high": "fp64", "kl_coef": "fp64"}
-POINTERS = {"logits_ptr": "*bf16", "grad_ptr": "*bf16", "targets_ptr": "*i64", "ids_ptr": "*i64",
-            "clipped_ptr": "*i8", "status_ptr": "*i64", "upstream_ptr": "*fp32"}
-DIVISIBLE = ["logits_ptr", "grad_ptr", "logits_stride", "grad_stride", "vocab_size"]
+class Driver:
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device: 0
+    get_active_torch_device = lambda self: torch.device("cpu")
 
-def ptxas(ptx):
-    binary = get_ptxas(90).path  # a release may ship several: the one Triton itself takes
+driver.set_active(Driver())
+for kernel in (source.policy_loss_kernel, source.scale_kernel):
+    kernel.run = lambda *args, run=kernel.run, **kwargs: run(*args, **kwargs | {"warmup": True})
+
+def launch(kind, num_rows, vocab_size, settings, dtype=torch.bfloat16, stride=None):
+    logits_NV = torch.zeros(num_rows, stride or vocab_size, dtype=dtype)[:, :vocab_size]
+    ones_N, ids_N = torch.ones(num_rows), torch.zeros(num_rows, dtype=torch.int64)
+    rows = {
+        "policy_loss": Rows(ids_N, ones_N, ones_N, ones_N, ones_N, ids_N),
+        "cross_entropy": Rows(ids_N, ones_N),
+        "token_logprobs": Rows(ids_N),
+    }[kind]
+    stats = RowStats.new(logits_NV, num_rows, has_loss=rows.weights_N is not None)
+    grad_NV = None if rows.weights_N is None else logits_NV
+    source.launch_rows(logits_NV, rows, settings, stats, grad_NV, ids_N[:1])
+
+def compiled(kernel):
+    return list(kernel.device_caches[0][0].values())
+
+def report(kernel):
+    ptx, ttgir = compiled(kernel)[-1].asm["ptx"], compiled(kernel)[-1].asm["ttgir"]
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "kernel.ptx")
         path.write_text(ptx)
         arch = re.search(r"\.target (\w+)", ptx)[1]
-        command = [binary, "-v", f"--gpu-name={arch}", path, "-o", path.with_suffix(".cubin")]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
-
-def compile(kernel, constants, num_warps):
-    signature, attributes = {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = POINTERS.get(name, "*fp32")
-        else:
-            signature[name] = FLOATS.get(name, "i32")
-        if name in DIVISIBLE:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    ast = ASTSource(kernel, signature, constants, attributes)
-    target = GPUTarget("cuda", 90, 32)
-    return triton.compile(ast, target=target, options={"num_warps": num_warps}).asm["ptx"]
-
-flags = [p.name for p in source.policy_loss_kernel.params if p.is_constexpr]
-print(json.dumps({"constexpr": flags}))
-for vocab_size in (1024, 4096, 102400):
-    block, warps = source.block_and_warps(vocab_size)
-    constants = dict.fromkeys(flags, True) | {"BLOCK": block}
-    ptx = compile(source.policy_loss_kernel, constants, warps)
-    report = ptxas(ptx)
-    print(json.dumps({
-        "vocab_size": vocab_size, "block": block, "warps": warps,
-        "registers": int(re.search(r"Used (\d+) registers", report)[1]),
-        "spilled_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", report))),
-        "wide_loads": len(re.findall(r"ld\.global[\w.:]*\.v4\.b32", ptx)),
+        # A release may ship several assemblers: the one Triton itself takes for this GPU.
+        options = ["-v", f"--gpu-name={arch}", path, "-o", path.with_suffix(".cubin")]
+        command = [get_ptxas(90).path, *options]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    wide = lambda verb: re.findall(rf"{verb}\.global[\w.:]*\.v4\.b32", ptx)
+    return {
+        "warps": int(re.search(r'"ttg.num-warps" = (\d+)', ttgir)[1]),
+        "registers": int(re.search(r"Used (\d+) registers", usage)[1]),
+        "spilled_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", usage))),
+        "keeping": sum("evict_last" in x for x in wide("ld")),
+        "releasing": sum("evict_first" in x for x in wide("ld")),
+        "wide_stores": len(wide("st")),
         "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),
-    }))
+        "narrow_offsets": len(re.findall(r"arith.muli %\w+, %logits_stride.* : i32", ttgir)),
+    }
+
+rows = []
+for kind in ("policy_loss", "cross_entropy", "token_logprobs"):
+    for vocab_size in (1024, 102400, 151936):
+        source.policy_loss_kernel.device_caches.clear()
+        launch(kind, 4, vocab_size, LossSettings())
+        rows.append({"kind": kind, "vocab_size": vocab_size, **report(source.policy_loss_kernel)})
+print(json.dumps(rows))
+
+source.policy_loss_kernel.device_caches.clear()
+for num_rows in (1, 3, 16, 257):
+    for settings in [(0.2, 0.2, 0.0, 1.0), (0.1, 0.28, 0.04, 0.7), (0.0, 1.0, 1.0, 2.0)]:
+        launch("policy_loss", num_rows, 102400, LossSettings(*settings))
+launch("policy_loss", 2, 51200, LossSettings())
+launch("policy_loss", 2, 51200, LossSettings(), stride=51216)
+for num_rows in (2, 48, 100):
+    source.launch_scale(torch.zeros(num_rows, 4096), torch.ones(()))
+print(len(compiled(source.policy_loss_kernel)), len(compiled(source.scale_kernel)))
 """
 
 
@@ -82,22 +104,44 @@ def reports(tmp_path_factory):
         if "driver" in error.lower():
             pytest.skip(f"this Triton cannot compile for sm_90 without a driver: {error}")
         pytest.fail(result.stderr)
-    constexpr, *rows = map(json.loads, result.stdout.splitlines())
-    return constexpr["constexpr"], rows
+    rows, counts = result.stdout.splitlines()
+    return json.loads(rows), [int(count) for count in counts.split()]
 
 
 def test_no_spills_on_sm_90(reports):
-    """Every block size compiles for sm_90 without spilling, fits a program's registers into an SM
-    and loads 16 bytes at a time; nothing is atomic."""
-    for row in reports[1]:
+    """Every form and block compiles for sm_90 without spilling, its registers fit into an SM and
+    row offsets are 64 bits wide; nothing is atomic."""
+    assert len(reports[0]) == 9
+    for row in reports[0]:
         print(row)
         assert row["spilled_bytes"] == 0, row
         assert row["registers"] * 32 * row["warps"] <= 65536, row
-        assert row["wide_loads"] >= 2 and row["atomics"] == 0, row
+        assert row["atomics"] == row["narrow_offsets"] == 0, row
 
 
-def test_run_time_numbers_are_not_compiled_in(reports):
-    """Only switches and the block are compile-time: other lengths, temperatures, beta and eps
-    never compile again."""
-    switches = {"HAS_LOSS", "HAS_ADVANTAGES", "HAS_OLD", "HAS_REF", "HAS_IDS", "HAS_STATUS"}
-    assert set(reports[0]) == switches | {"WRITE_GRAD", "BLOCK"}
+def test_each_sweep_reads_once_16_bytes_at_a_time(reports):
+    """A block of 8 bf16 logits a thread is one load in sweep 1 (kept in the cache) and one in sweep
+    2 (released), each there three times (two before the loop, one in it), and one store; without
+    gradient there is no second sweep."""
+    for row in reports[0]:
+        print(row)
+        has_gradient = row["kind"] != "token_logprobs"
+        assert row["keeping"] == 3 and row["releasing"] == 3 * has_gradient, row
+        assert (row["wide_stores"] > 0) == has_gradient, row
+
+
+def test_one_row_of_a_large_vocabulary_fills_an_sm(reports):
+    """At V = 102,400 one program takes more than half of an SM's registers and threads: with a
+    second one there the rows in flight would not stay in the L2 cache between the sweeps. With one
+    sweep there is nothing to keep, and at least four rows share an SM."""
+    for row in reports[0]:
+        if row["vocab_size"] > 100_000 and row["releasing"]:
+            assert row["warps"] == 32 and row["registers"] > 32, row
+        if row["kind"] == "token_logprobs":
+            assert row["registers"] * 32 * row["warps"] * 4 <= 65536, row
+
+
+def test_nothing_compiles_again(reports):
+    """Other lengths, vocabularies of the same block, temperatures, clips and betas launch the
+    kernel that is there: one entry in its cache."""
+    assert reports[1] == [1, 1]
