@@ -2,12 +2,13 @@
 
     python -m nanomath.tokenizer --corpus corpus.jsonl --vocab_size 1024 --out runs/tokenizer
 
-A text becomes ids in three steps: added plain tokens such as <think> are cut out, the rest is split
-into pieces by a list of regexes, and `tiktoken` merges the bytes of each piece. Files have the
-Hugging Face layout (tokenizer.json), so the `tokenizers` package reads them and gives the same ids.
+A text becomes ids in three steps: added plain tokens such as <think> are cut out, the rest (in NFC
+where a model wants that) is split into pieces by a list of regexes, and `tiktoken` merges the bytes
+of each piece. Files have the Hugging Face layout (tokenizer.json): the `tokenizers` package gives
+the same ids, and the files of GPT-2, Llama 3, Qwen and DeepSeek load here with theirs.
 
-Control tokens (bos, eos, pad) are ids that no text can produce: a page that contains "<|eos|>" is
-spelled out in bytes. Chat templates and packing are for others.
+Control tokens (bos, eos, pad, those of chats) are ids that no text can produce: a page that
+contains "<|eos|>" is spelled out in bytes. Chat templates and packing are for others.
 """
 
 import heapq
@@ -15,17 +16,25 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-import regex
 import tiktoken
 
 from nanomath.config import one_line_errors, opt, parse, write_json
 from nanomath.jsonl import read_jsonl
 from nanomath.log import progress
-from nanomath.tokenizer_json import BOS, EOS, PAD, dump_layout, parse_layout, read_json
+from nanomath.tokenizer_json import (
+    BOS,
+    EOS,
+    PAD,
+    compile_split,
+    dump_layout,
+    load_parts,
+    read_json,
+)
 
 ADDED_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
 CONTROL_TOKENS = (EOS, BOS, PAD)  # the only one that is sampled comes first: sample_limit
@@ -52,7 +61,8 @@ class Tokenizer:
 
     ranks maps each token's bytes to its id, lower merged first; splits are regexes applied one
     after the other, each isolating its matches; added are plain tokens found in text, control
-    tokens are never produced from text. Build one with `train` or `load`.
+    tokens are never produced from text. bos may be None; add_bos is whether texts begin with it.
+    stop_ids end an output: eos first. Build one with `train` or `load`.
     """
 
     def __init__(
@@ -62,19 +72,22 @@ class Tokenizer:
         *,
         added: Mapping[str, int],
         control: Mapping[str, int],
-        bos: str = BOS,
+        bos: str | None = BOS,
         eos: str = EOS,
         pad: str = PAD,
+        add_bos: bool = True,
+        stop_ids: Sequence[int] = (),
         nfc: bool = False,
     ):
         self.ranks, self.splits = dict(ranks), tuple(splits)
         self.added, self.control, self.nfc = dict(added), dict(control), nfc
         self.names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
-        self.bos_id, self.eos_id, self.pad_id = control[bos], control[eos], control[pad]
+        self.bos_id, self.add_bos = None if bos is None else control[bos], add_bos
+        self.eos_id, self.pad_id = control[eos], control[pad]
+        self.stop_ids = tuple(dict.fromkeys((self.eos_id, *stop_ids)))
+        self.template = "plain"  # chat.py's: its use_template adds to stop_ids, too
         used = [*self.ranks.values(), *self.added.values(), *self.control.values()]
         self.vocab_size = max(used) + 1
-        self.stop_ids = (self.eos_id,)  # ids that end an output, and chat.py's template: its
-        self.template = "plain"  # use_template changes the two together
         self._bytes: list[bytes | None] = [None] * self.vocab_size
         for token, token_id in self.ranks.items():
             self._bytes[token_id] = token
@@ -82,9 +95,13 @@ class Tokenizer:
             self._bytes[token_id] = text.encode()
         for token_id in self.control.values():
             self._bytes[token_id] = b""
-        self._patterns = [regex.compile(f"({split})") for split in self.splits]
-        longest_first = sorted(self.added, key=len, reverse=True)
-        self._added = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        # Splitting ASCII takes half the time by patterns that need not know Unicode's versions.
+        self._patterns = {
+            is_ascii: [compile_split(split, is_ascii=is_ascii) for split in self.splits]
+            for is_ascii in (True, False)
+        }
+        longest_first = sorted([*self.added, *self.control], key=len, reverse=True)
+        self._whole = re.compile("|".join(map(re.escape, longest_first)))
         # One piece at a time goes in, so the engine's own pattern takes all of it; a pattern with
         # look-ahead there overflows its stack on a million spaces.
         self._engine = tiktoken.Encoding(
@@ -112,14 +129,14 @@ class Tokenizer:
         return [len(token or b"") for token in self._bytes]
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Return the ids of text, between bos and eos if asked.
+        """Return the ids of text, between bos (where texts begin with one) and eos if asked.
 
         Lone surrogates, which no file can hold, become U+FFFD.
         """
-        ids = [self.bos_id] if bos else []
-        for part in self._parts(text):
-            if part in self.added:
-                ids.append(self.added[part])
+        ids = [self.bos_id] if bos and self.add_bos else []
+        for part, token_id in self._parts(text):
+            if token_id is not None:
+                ids.append(token_id)
                 continue
             for piece in self._split(part):
                 piece_ids = self._cache.get(piece)
@@ -148,20 +165,26 @@ class Tokenizer:
             parts.append(token)
         return b"".join(parts)
 
-    def _parts(self, text: str) -> list[str]:
-        """Cut text at added tokens, which are kept whole; normalise what lies between."""
+    def _parts(self, text: str) -> Iterator[tuple[str, int | None]]:
+        """Cut text at tokens kept whole: those with their id, the rest, normalised, with None."""
         try:
             text.encode()
         except UnicodeEncodeError:
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        parts = self._added.split(text) if self.added else [text]
-        if self.nfc:
-            parts = [p if p in self.added else unicodedata.normalize("NFC", p) for p in parts]
-        return parts
+        start = 0
+        for found in self._whole.finditer(text):
+            if found[0] in self.added:  # else a control token's name: text like that around it
+                yield self._normalise(text[start : found.start()]), None
+                yield found[0], self.added[found[0]]
+                start = found.end()
+        yield self._normalise(text[start:]), None
+
+    def _normalise(self, text: str) -> str:
+        return unicodedata.normalize("NFC", text) if self.nfc else text
 
     def _split(self, text: str) -> list[str]:
         pieces = [text]
-        for pattern in self._patterns:
+        for pattern in self._patterns[text.isascii()]:
             pieces = [piece for part in pieces for piece in pattern.split(part) if piece]
         return pieces
 
@@ -190,8 +213,8 @@ class Tokenizer:
         blank = cls._assemble([], added_tokens)
         piece_counts: Counter[str] = Counter()
         for text in texts:
-            for part in blank._parts(text):
-                if part not in blank.added:
+            for part, token_id in blank._parts(text):
+                if token_id is None:
                     piece_counts.update(blank._split(part))
         if not piece_counts:
             raise ValueError("there is no text to train a tokenizer on")
@@ -214,35 +237,42 @@ class Tokenizer:
             control={name: ids[name] for name in CONTROL_TOKENS},
         )
 
+    @cached_property
+    def _layout(self) -> dict:
+        return dump_layout(
+            self.ranks,
+            self.splits,
+            self.added,
+            self.control,
+            nfc=self.nfc,
+            bos=self.names["bos_token"] if self.add_bos else None,
+        )
+
     def save(self, folder: str | os.PathLike) -> None:
-        """Write tokenizer.json (Hugging Face byte-level BPE) and tokenizer_config.json."""
+        """Write tokenizer.json (Hugging Face byte-level BPE), tokenizer_config.json and, of
+        generation_config.json, the ids that end an output."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        layout = dump_layout(self.ranks, self.splits, self.added, self.control, nfc=self.nfc)
         kind = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        write_json(folder / "tokenizer_config.json", {**kind, **self.names})
-        write_json(folder / "tokenizer.json", layout)  # last: where it is, the folder is complete
+        names = {"add_bos_token": self.add_bos, **self.names}
+        write_json(folder / "tokenizer_config.json", {**kind, **names})
+        write_json(folder / "generation_config.json", {"eos_token_id": list(self.stop_ids)})
+        # last: where it is, the folder is complete
+        write_json(folder / "tokenizer.json", self._layout)
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "Tokenizer":
-        """Read folder/tokenizer.json, with control tokens named by tokenizer_config.json if there.
+        """Read folder/tokenizer.json, with control tokens named by tokenizer_config.json and
+        stop_ids by generation_config.json where they are.
 
         Raises FileNotFoundError, or ValueError naming what cannot be represented exactly.
         """
-        path = Path(folder) / "tokenizer.json"
-        if not path.is_file():
+        if not (Path(folder) / "tokenizer.json").is_file():
             raise FileNotFoundError(
-                f"{path} is missing; make one with: python -m nanomath.tokenizer --out {folder}"
+                f"{Path(folder) / 'tokenizer.json'} is missing; make one with: "
+                f"python -m nanomath.tokenizer --out {folder}"
             )
-        layout = read_json(path)
-        config_path = path.with_name("tokenizer_config.json")
-        names = read_json(config_path) if config_path.is_file() else {}
-        try:
-            return cls(**parse_layout(layout, names))
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"{path}: not a complete tokenizer.json ({error!r})") from None
-        except (ValueError, regex.error) as error:
-            raise ValueError(f"{path}: {error}") from None
+        return cls(**load_parts(Path(folder)))
 
 
 def learn_merges(

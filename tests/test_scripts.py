@@ -156,7 +156,7 @@ def plain_algorithm_1(cfg, start_dir) -> torch.Tensor:
         prompts = [tokenizer.encode(problems[i].prompt, bos=True) for i in chosen]
         rollouts = sample_groups(  # l.6, l.7
             policy, prompts, cfg.group_size, max_new_tokens=cfg.max_new_tokens,
-            eos_ids=(tokenizer.eos_id,), temperature=cfg.temperature, seed=cfg.seed, step=step,
+            eos_ids=tokenizer.stop_ids, temperature=cfg.temperature, seed=cfg.seed, step=step,
             vocab_limit=tokenizer.sample_limit,
         )  # fmt: skip
         outputs = []  # (prompt, output tokens, advantage, log-probabilities of old and reference)

@@ -366,7 +366,7 @@ def test_command_prints_samples_of_a_checkpoint(tmp_path, capsys):
         [tokenizer.encode("1 +", bos=True)],
         3,
         max_new_tokens=5,
-        eos_ids=[tokenizer.eos_id],
+        eos_ids=tokenizer.stop_ids,
         vocab_limit=tokenizer.sample_limit,
     )
     for g in range(3):
