@@ -24,6 +24,10 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "test": ["pytest>=8", "hypothesis", "ruff", "transformers>=4.57", "tokenizers"],
+        "hub": ["huggingface_hub>=0.34"],  # nanomath.download of models
+        "test": [
+            *("pytest>=8", "hypothesis", "ruff", "transformers>=4.57", "tokenizers"),
+            "huggingface_hub>=0.34",
+        ],
     },
 )

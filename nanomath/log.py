@@ -23,6 +23,7 @@ def progress(
     initial: int = 0,
     desc: str = "",
     unit: str = "it",
+    unit_scale: bool = False,
     disable: bool = False,
 ) -> tqdm:
     """Return a tqdm bar on stderr; in a file or pipe it prints at most every ten seconds."""
@@ -33,6 +34,7 @@ def progress(
         initial=initial,
         desc=desc,
         unit=unit,
+        unit_scale=unit_scale,
         disable=disable,
         dynamic_ncols=interactive,
         mininterval=0.2 if interactive else 10.0,

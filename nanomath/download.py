@@ -1,0 +1,307 @@
+"""Download a model or a data set: the only code of this project that opens a connection.
+
+    python -m nanomath.download gsm8k --to data        # gsm8k_train.jsonl, gsm8k_test.jsonl
+    python -m nanomath.download math --to data         # math_test.jsonl
+    python -m nanomath.download Qwen/Qwen2.5-0.5B --to models/qwen --revision main
+
+The same command continues a download that was cut, and does nothing where all is there. A file gets
+its name only when its checksum is right. Of a model only the safetensors and JSON files at the top
+of its repository are taken, all of one commit: no pickles, no programs. huggingface_hub (extra
+[hub]) lists them, knows HF_ENDPOINT and the user's token; it does not load them, because it starts
+a cut file anew and compares no checksums. Data: NANOMATH_MIRROR, a URL, takes the place of
+https://raw.githubusercontent.com.
+"""
+
+import argparse
+import errno
+import fcntl
+import hashlib
+import http.client
+import os
+import re
+import shutil
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import urlsplit
+
+from tqdm import tqdm
+
+from nanomath.config import one_line_errors
+from nanomath.log import progress
+
+TIMEOUT_S = 30  # without a byte
+MAX_FAILURES = 4  # in a row, none of which brought a megabyte
+WAIT_S = 0.5  # before the first further try; doubles
+CHUNK = 1 << 20
+RETRIED = (408, 429, 500, 502, 503, 504)
+HINTS = {
+    401: "; a gated model needs `hf auth login` or HF_TOKEN",
+    403: "; access is refused: a gated model's page says how to get it",
+    404: "; it is not there (any more)",
+}
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """What to load and how to know it: digest is sha256, or (40 digits) git's name of a blob."""
+
+    name: str
+    url: str
+    size: int
+    digest: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+_GITHUB = "https://raw.githubusercontent.com"
+_GSM8K = f"{_GITHUB}/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c"
+DATA = {
+    "gsm8k": (
+        RemoteFile(
+            "gsm8k_train.jsonl",
+            f"{_GSM8K}/grade_school_math/data/train.jsonl",
+            4_166_206,
+            "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+        ),
+        RemoteFile(
+            "gsm8k_test.jsonl",
+            f"{_GSM8K}/grade_school_math/data/test.jsonl",
+            749_738,
+            "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+        ),
+    ),
+    "math": (  # the test set; the authors' own server is gone
+        RemoteFile(
+            "math_test.jsonl",
+            f"{_GITHUB}/microsoft/ToRA/main/src/data/math/test.jsonl",
+            4_101_364,
+            "3371949f33dd702d04b43fddd7d53a028de0aaca0e76abb1b875a050297b3aa4",
+        ),
+    ),
+}
+
+
+def data_files(name: str) -> list[RemoteFile]:
+    """Return the files of a data set, at NANOMATH_MIRROR if that is set."""
+    mirror = os.environ.get("NANOMATH_MIRROR", _GITHUB).rstrip("/")
+    if urlsplit(mirror).scheme not in ("http", "https"):
+        raise ValueError(f"NANOMATH_MIRROR={mirror}: wanted a URL, https://...")
+    return [
+        RemoteFile(file.name, mirror + file.url.removeprefix(_GITHUB), file.size, file.digest)
+        for file in DATA[name]
+    ]
+
+
+def model_files(name: str, revision: str) -> tuple[list[RemoteFile], str]:
+    """Return the safetensors and JSON files of a model on the hub, and the commit they are of.
+
+    Raises ValueError for a name that is none, a repository without safetensors, and what the hub
+    answers; ImportError without huggingface_hub.
+    """
+    part = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+    if not re.fullmatch(f"{part}/{part}", name) or not re.fullmatch(r"[\w./-]+", revision, re.A):
+        raise ValueError(
+            f"{name} at {revision}: a model is OWNER/NAME, with a branch, tag or commit as "
+            f"--revision; data sets are {', '.join(DATA)}"
+        )
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # no request but for the list
+    try:
+        from huggingface_hub import HfApi, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers
+    except ImportError:
+        raise ImportError(
+            "loading models needs huggingface_hub: pip install -e .[hub] -c constraints.txt"
+        ) from None
+    try:
+        info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=TIMEOUT_S)
+    except Exception as error:  # of whichever HTTP package this version of it is built on
+        first_line = next(filter(None, map(str.strip, str(error).split("\n"))), "")
+        raise ValueError(
+            f"{name} at {revision}: the hub does not list it ({type(error).__name__}: "
+            f"{first_line}){HINTS[401]}"
+        ) from None
+    headers = {k: v for k, v in build_hf_headers().items() if k.lower() == "authorization"}
+    files = [
+        RemoteFile(
+            file.rfilename,
+            hf_hub_url(name, file.rfilename, revision=info.sha),
+            file.size,
+            file.lfs.sha256 if file.lfs else file.blob_id,
+            headers,
+        )
+        for file in info.siblings or ()
+        if re.fullmatch(rf"{part}\.(safetensors|json)", file.rfilename)
+    ]
+    if not any(file.name.endswith(".safetensors") for file in files):
+        raise ValueError(
+            f"{name} at {revision} holds no .safetensors file, and no other kind is read; some "
+            "models have them under another revision, such as --revision refs/pr/1"
+        )
+    return sorted(files, key=lambda file: file.size), info.sha
+
+
+def fetch_all(files: Sequence[RemoteFile], folder: Path) -> None:
+    """Load files into folder, those apart that are there. Raises ValueError, OSError: see fetch."""
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = []
+    for file in files:
+        path = folder / file.name
+        if not path.exists():
+            missing.append(file)
+        elif _digest(path, file) != file.digest:
+            raise ValueError(f"{path} is another file; remove it, or give another --to")
+    needed = sum(file.size - _size(part_of(folder, file)) for file in missing)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(f"{folder}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
+    total = sum(file.size for file in missing)
+    with progress(total=total, desc="download", unit="B", unit_scale=True) as bar:
+        for file in missing:
+            fetch(file, folder, bar)
+
+
+def part_of(folder: Path, file: RemoteFile) -> Path:
+    """Return where a file is until it is whole; another version of it has another place."""
+    return folder / f".{file.name}.{file.digest[:12]}.part"
+
+
+def fetch(file: RemoteFile, folder: Path, bar: tqdm) -> None:
+    """Load one file, from where an earlier attempt stopped; try again where the connection fails.
+
+    Raises ValueError if what comes is not the file (nothing is kept of it) or the server refuses,
+    OSError if the connection keeps failing or the disk is full (what came is kept).
+    """
+    part = part_of(folder, file)
+    with open(part, "ab") as target:
+        try:
+            fcntl.flock(target, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{part} is being loaded by another process") from None
+        try:
+            bar.update(min(target.tell(), file.size))
+            _receive_all(file, target, bar)
+            target.flush()
+            os.fsync(target.fileno())
+            found = _digest(part, file)
+            if found != file.digest:
+                raise ValueError(
+                    f"{file.url}: the checksum is {found}, not {file.digest}: another file is "
+                    "there now, or it was damaged on the way; nothing of it was kept"
+                )
+        except BaseException as error:
+            if isinstance(error, ValueError) or target.tell() == 0:
+                part.unlink()
+            raise
+        os.replace(part, folder / file.name)
+
+
+def _receive_all(file: RemoteFile, target: BinaryIO, bar: tqdm) -> None:
+    failures = 0
+    while (start := target.tell()) < file.size:
+        problem: object = "the server closed the connection"
+        try:
+            _receive(file, target, bar)
+        except urllib.error.HTTPError as error:
+            error.close()
+            problem = f"HTTP status {error.code}"
+            if error.code not in RETRIED:
+                raise OSError(f"{file.url}: {problem}{HINTS.get(error.code, '')}") from None
+        except (OSError, http.client.HTTPException) as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise OSError(
+                    f"{target.name}: the disk is full; make room, and the same command continues"
+                ) from None
+            problem = error
+        if target.tell() >= file.size:
+            return
+        failures = 0 if target.tell() - start >= CHUNK else failures + 1
+        if failures == MAX_FAILURES:
+            raise OSError(
+                f"{file.url}: {problem}; {target.tell()} of {file.size} bytes are kept, and the "
+                "same command continues"
+            )
+        time.sleep(WAIT_S * 2**failures)
+
+
+def _receive(file: RemoteFile, target: BinaryIO, bar: tqdm) -> None:
+    """Append what one request brings."""
+    start = target.tell()
+    request = urllib.request.Request(file.url, headers={"User-Agent": "nanomath"})
+    for name, value in file.headers.items():
+        request.add_unredirected_header(name, value)
+    if start:
+        request.add_header("Range", f"bytes={start}-")
+    opener = urllib.request.build_opener(_Redirects)
+    with opener.open(request, timeout=TIMEOUT_S) as response:
+        if start and response.status == 200:  # the server knows no ranges: all of it comes again
+            target.truncate(0)
+            bar.update(-start)
+        elif start and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+            raise ValueError(f"{file.url}: the server sent another range than bytes {start}-")
+        while chunk := response.read1(CHUNK):
+            if target.tell() + len(chunk) > file.size:
+                raise ValueError(f"{file.url}: more than its {file.size} bytes came")
+            target.write(chunk)
+            target.flush()
+            bar.update(len(chunk))
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follow redirects, but never from https to less; a token stays with its host."""
+
+    def redirect_request(self, request, response, code, message, headers, url):
+        here, there = urlsplit(request.full_url), urlsplit(url)
+        if there.scheme not in ("https", here.scheme):
+            raise ValueError(f"{request.full_url}: redirected to {url}, which is not https")
+        new = super().redirect_request(request, response, code, message, headers, url)
+        if new is not None and here[:2] == there[:2] and request.has_header("Authorization"):
+            new.add_unredirected_header("Authorization", request.get_header("Authorization"))
+        return new
+
+
+def _digest(path: Path, file: RemoteFile) -> str:
+    is_git = len(file.digest) == 40
+    digest = hashlib.sha1(b"blob %d\0" % _size(path)) if is_git else hashlib.sha256()
+    with open(path, "rb") as source:
+        while chunk := source.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m nanomath.download",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", metavar="MODEL_OR_DATA", help=f"OWNER/NAME, or {', '.join(DATA)}")
+    parser.add_argument("--to", metavar="DIR", help="folder [data, or models/NAME]")
+    parser.add_argument(
+        "--revision", default="main", help="of a model: branch, tag or commit [main]"
+    )
+    args = parser.parse_args(argv)
+    with one_line_errors():
+        if args.name in DATA:
+            files, folder = data_files(args.name), Path(args.to or "data")
+            fetch_all(files, folder)
+            print(f"{folder}: {', '.join(file.name for file in files)}")
+            return
+        try:
+            files, commit = model_files(args.name, args.revision)
+        except ImportError as error:
+            raise SystemExit(f"error: {error}") from None
+        folder = Path(args.to or Path("models") / args.name.split("/")[1])
+        fetch_all(files, folder)
+        print(f"{folder}: {len(files)} files of {args.name}, commit {commit}")
+
+
+if __name__ == "__main__":
+    main()
