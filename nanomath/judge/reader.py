@@ -1,0 +1,459 @@
+r"""Reads an answer, LaTeX or plain text, English or Chinese, to an exact value.
+
+    answer  := part (";" part)*
+    part    := item (("," | "and" | "or") item)*
+    item    := side (("=" | "<" | ... | "\in" | ":") side)*
+    side    := sum ("\cup" sum)* [unit]
+    sum     := product (("+" | "-" | "\pm") product)*
+    product := factor (["*" | "/"] factor)*
+    factor  := signs primary ["!" | "%" | "\degree"] ["^" exponent]
+    primary := number | letter | command | "|" sum "|" | a bracket of items: (a), (a, b], \{a, b\}
+
+`read_value` never raises: a text that is not read has kind "text" and is compared as a string.
+Nothing is evaluated by Python; the caps, and the work limit of exact.py, bound the time.
+"""
+
+import re
+from fractions import Fraction
+from math import comb, factorial
+from typing import NamedTuple
+
+from nanomath.judge.exact import (
+    Algebra,
+    Exact,
+    Refused,
+    formal,
+    is_formal,
+    is_name,
+    number,
+    rational,
+    symbol,
+)
+from nanomath.judge.tokens import (
+    FUNCTIONS,
+    MAX_DIGITS,
+    Token,
+    normalise,
+    tokenize,
+    unit_of,
+    without_text_commands,
+)
+
+MAX_CHARS = 1000
+MAX_DEPTH = 30
+
+_PLAIN = re.compile(r"[-+]?\d{1,100}(?:\.\d{1,100})?")
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])|(?<![\d. ])\d{1,3}(?: \d{3})+$")
+_MIXED = re.compile(
+    r"(?<![\d.^_}])(\d{1,15})"
+    r"(?: ?\\frac ?\{(\d{1,15})\} ?\{(\d{1,15})\}(?!\^)| (\d{1,15})/(\d{1,15})(?![\d.^]))"
+)
+_CHOICE = re.compile(r"\(?([A-Z]|[A-J](?:[ ,]{0,2}[A-J]){1,9})\)?\.?")
+_CHOICE_TEXT = re.compile(r"(?:\(([A-J])\)|([A-J])[.):])\s*(?![-+*/^=<>,_\s]).+", re.DOTALL)
+_WORD = re.compile(r"[A-Z]{2,}|[A-Z][a-z]+|yes|no|true|false")
+
+
+class Value(NamedTuple):
+    """What an answer says. kind, and what goes with it:
+
+    number      exact; label the unit, "%" for percent
+    list        items in any order: "1, 2", "{1, 2}", "x = 1 or x = 2", "3 +- 2"
+    parts       items in order, the answers of several blanks: "5; 10"
+    tuple       items in order; label holds the brackets: "()" may also be an open interval
+    union       items in any order
+    matrix      rows as tuples
+    equation    two sides
+    chain       sides; label holds the relations, turned to "<"
+    ratio       items: "3:4"
+    choice      label: "AC"
+    text        label: what is not read, without spaces and case
+    """
+
+    kind: str
+    exact: Exact | None = None
+    items: tuple["Value", ...] = ()
+    label: str = ""
+
+
+def read_value(text: str, *, thousands: bool = True) -> Value:
+    """Read an answer; with thousands=False "1,234" is a list of two numbers."""
+    if len(text) > MAX_CHARS:
+        return Value("text", label=text.strip())
+    if _PLAIN.fullmatch(text):
+        return _scalar(number(Fraction(text)))
+    text = normalise(text)
+    shown = without_text_commands(text)
+    if match := _CHOICE.fullmatch(shown):
+        return Value("choice", label="".join(sorted(set(match[1]) - set(" ,"))))
+    if match := _CHOICE_TEXT.fullmatch(shown):
+        return Value("choice", label=match[1] or match[2])
+    try:
+        if _WORD.fullmatch(shown):
+            raise Refused("a word")
+        if thousands and text[:1] not in "([{\\":
+            text = _THOUSANDS.sub(lambda match: re.sub("[, ]", "", match[0]), text)
+        tokens = tokenize(_MIXED.sub(_mixed, text))
+        value = Reader(tokens, 1).answer()
+        if any(token.text in (r"\pm", r"\mp") for token in tokens):
+            value = _both_signs(value, Reader(tokens, -1).answer())
+        return value
+    except Refused:
+        label = re.sub(r"[\s$\"']|\.(?!\d)", "", shown.casefold().removeprefix("the "))
+        return Value("text", label=label)
+
+
+def _mixed(match: re.Match) -> str:
+    """Spell out "3 1/2" and "3\\frac12", where the fraction is proper."""
+    whole, top, bottom = match[1], match[2] or match[4], match[3] or match[5]
+    return f"({whole}+{top}/{bottom})" if 0 < int(top) < int(bottom) else match[0]
+
+
+def _both_signs(plus: Value, minus: Value) -> Value:
+    if plus.kind == minus.kind == "list" and len(plus.items) == len(minus.items):
+        new = [b for a, b in zip(plus.items, minus.items) if a != b]
+        return plus._replace(items=(*plus.items, *new))
+    return Value("list", items=(plus, minus))
+
+
+def _scalar(exact: Exact) -> Value:
+    return Value("number", exact)
+
+
+def _exact(value: Value) -> Exact:
+    if value.exact is None:
+        raise Refused(f"a {value.kind} in a sum")
+    return value.exact
+
+
+def _is_name(value: Value) -> bool:
+    return value.exact is not None and is_name(value.exact)
+
+
+def _whole(value: Value, low: int, high: int) -> int:
+    found = rational(_exact(value))
+    if found is None or found.denominator > 1 or not low <= found <= high:
+        raise Refused(f"not a whole number from {low} to {high}")
+    return int(found)
+
+
+_RELATIONS = ("=", r"\lt", r"\gt", r"\le", r"\ge", r"\ne", r"\in", ":")
+_TURNED = {r"\gt": r"\lt", r"\ge": r"\le"}
+_ENDS = {*_RELATIONS, ")", "]", "}", r"\}", ",", ";", "&", r"\cr", r"\end", r"\cup", ""}
+# Commands that begin no factor of an implicit product.
+_NO_FACTOR = _ENDS | {r"\pm", r"\mp", r"\degree", r"\cdot", r"\times", r"\div", r"\|"}
+_ACCENTS = {rf"\{name}" for name in ("overline", "bar", "vec", "hat", "dot", "ddot", "tilde")}
+
+
+class Reader:
+    """One reading of the tokens; sign is what a \\pm means in it. Raises Refused."""
+
+    def __init__(self, tokens: list[Token], sign: int):
+        self.tokens = [*tokens, Token("end", "")]
+        self.position = 0
+        self.depth = 0
+        self.signs = {"+": 1, "-": -1, r"\pm": sign, r"\mp": -sign}
+        self.algebra = Algebra()
+
+    @property
+    def here(self) -> Token:
+        return self.tokens[self.position]
+
+    def take(self, *texts: str) -> str | None:
+        """Take the next token if it is one of the texts, and not a word."""
+        token = self.here
+        if token.text in texts and token.kind not in ("word", "end"):
+            self.position += 1
+            return token.text
+        return None
+
+    def expect(self, *texts: str) -> str:
+        found = self.take(*texts)
+        if found is None:
+            raise Refused("syntax")
+        return found
+
+    def answer(self) -> Value:
+        parts = [self.part()]
+        while self.take(";"):
+            parts.append(self.part())
+        if self.here.kind != "end":
+            raise Refused("syntax")
+        return parts[0] if len(parts) == 1 else Value("parts", items=tuple(parts))
+
+    def part(self) -> Value:
+        items = self.items()
+        return items[0] if len(items) == 1 else Value("list", items=items)
+
+    def items(self) -> tuple[Value, ...]:
+        items = [self.item()]
+        while self.take(","):
+            self.take(",")  # "7, -2, and -5"
+            items.append(self.item())
+        return tuple(items)
+
+    # Relations
+
+    def item(self) -> Value:
+        sides, relations = [self.side()], []
+        while relation := self.take(*_RELATIONS):
+            relations.append(relation)
+            sides.append(self.side())
+        kinds = set(relations)
+        if not relations:
+            return sides[0]
+        if kinds == {":"}:
+            return Value("ratio", items=tuple(sides))
+        if kinds <= {"=", r"\in"}:
+            return self.equation(sides)
+        if kinds <= _TURNED.keys():
+            sides, relations = sides[::-1], [_TURNED[relation] for relation in relations[::-1]]
+        if not set(relations) <= {r"\lt", r"\le"} and kinds != {r"\ne"}:
+            raise Refused("relations")
+        chain = Value("chain", items=tuple(sides), label=" ".join(relations))
+        return _interval(sides, relations) or chain
+
+    def equation(self, sides: list[Value]) -> Value:
+        """Read "x = 5"; the steps of "x = 10/2 = 5" and of "2 + 3 = 5" are dropped if right."""
+        named = _is_name(sides[0])
+        last = sides[-1].exact
+        steps = [side.exact for side in sides[named:]]
+        if last and all(step and self.algebra.equal(step, last) for step in steps):
+            sides = [*sides[:named], sides[-1]]
+        if len(sides) == 1:
+            return sides[0]
+        if len(sides) > 2 or all(side.exact and rational(side.exact) is not None for side in sides):
+            raise Refused("several equations, or a wrong one")
+        return Value("equation", items=tuple(sides))
+
+    def side(self) -> Value:
+        currency = self.take("$") or ""
+        value = self.sum()
+        if self.here.text == r"\cup":
+            items = [value]
+            while self.take(r"\cup"):
+                items.append(self.sum())
+            return Value("union", items=tuple(items))
+        unit = self.unit()
+        return value._replace(label=unit or currency or value.label) if value.exact else value
+
+    def unit(self) -> str:
+        """Take %, a degree sign and words with their powers, up to the end of the item."""
+        sign = self.take("%", r"\degree")
+        if not self.words_ahead():
+            return (sign or "").replace(r"\degree", "degree")
+        self.take("(")
+        words, power = [], ""
+        while self.here.kind == "word" or self.here.text not in _ENDS - {"}"}:
+            token, before = self.here, self.tokens[self.position - 1].text
+            if token.kind == "number":
+                if before not in ("^", "{", "-") or len(token.text) > 1:
+                    raise Refused("another number after the unit")  # "5 feet 3 inches"
+                power = f"^{token.text}"
+            words += token.text.lower().split() if token.kind in ("word", "letter") else []
+            self.position += 1
+        self.take(")")
+        if len(words) > 12:
+            raise Refused("a sentence")
+        return (sign or "").replace(r"\degree", "degree") or unit_of(words, power)
+
+    def words_ahead(self) -> bool:
+        """Say whether words follow, as they are or in brackets: "9 apples", "9 (red apples)"."""
+        if self.here.text != "(" or self.here.kind == "word":
+            return self.here.kind == "word"
+        kinds = []
+        for token in self.tokens[self.position + 1 : self.position + 12]:
+            if token.text == ")":
+                break
+            kinds.append(token.kind)
+        return "word" in kinds and "number" not in kinds
+
+    # Arithmetic. What is no number (a set, a matrix) passes through where it stands alone.
+
+    def sum(self) -> Value:
+        value = self.product()
+        while sign := self.take(*self.signs):
+            total = self.algebra.add(_exact(value), _exact(self.product()), self.signs[sign])
+            value = _scalar(total)
+        return value
+
+    def product(self) -> Value:
+        value = self.factor()
+        while True:
+            if self.take("*", r"\cdot", r"\times") or self.starts_factor():
+                value = self.scaled(_exact(value), self.factor())
+            elif self.take("/", r"\div"):
+                value = self.scaled(self.algebra.divide(number(1), _exact(self.factor())), value)
+            else:
+                return value
+
+    def scaled(self, scale: Exact, value: Value) -> Value:
+        if value.kind in ("matrix", "tuple") and value.label in ("", "&"):
+            cells = tuple(self.scaled(scale, cell) for cell in value.items)
+            return value._replace(items=cells)
+        return _scalar(self.algebra.multiply(scale, _exact(value)))
+
+    def starts_factor(self) -> bool:
+        """Say whether a factor follows without a sign: 2x, 2(3), 2\\sqrt 3; never "2 3"."""
+        token = self.here
+        if token.kind == "letter" or token.text in ("(", "{"):
+            return not self.words_ahead()
+        return token.kind == "command" and token.text not in _NO_FACTOR
+
+    def factor(self) -> Value:
+        sign = 1
+        while taken := self.take(*self.signs):  # a loop: a row of signs costs no depth
+            sign *= self.signs[taken]
+        value = self.postfix(self.primary())
+        if self.take("^"):
+            inverse = self.take("-")
+            exponent = _exact(self.postfix(self.primary()))
+            if inverse:
+                exponent = self.algebra.multiply(number(-1), exponent)
+            value = self.postfix(_scalar(self.algebra.power(_exact(value), exponent)))
+        return value if sign == 1 else self.scaled(number(-1), value)
+
+    def postfix(self, value: Value) -> Value:
+        while self.here.text in ("!", "%", r"\degree") and self.here.kind != "word":
+            following = self.tokens[self.position + 1]
+            if self.take("!"):
+                inside = _exact(value)
+                n = rational(inside)
+                exact = n is not None and 0 <= n <= 100 and n.denominator == 1
+                value = _scalar(number(factorial(int(n))) if exact else formal("!", inside))
+            elif following.text in _ENDS or following.kind == "word":
+                break  # the unit of the whole
+            else:
+                unit = number(Fraction(1, 100)) if self.here.text == "%" else symbol("degree")
+                self.position += 1
+                value = self.scaled(unit, value)
+        return value
+
+    def primary(self) -> Value:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise Refused("too deep")
+        token = self.here
+        self.position += 1
+        if token.kind == "number":
+            value = self.number(token.text)
+        elif token.kind == "letter":
+            value = self.letter(token.text)
+        elif token.kind == "command":
+            value = self.command(token.text)
+        elif token.text in ("(", "[", "{") and token.kind == "symbol":
+            value = self.group(token.text)
+        elif token.text == "|":
+            inside = _exact(self.sum())
+            self.expect("|")
+            n = rational(inside)
+            value = _scalar(formal("abs", inside) if n is None else number(abs(n)))
+        else:
+            raise Refused("syntax")
+        self.depth -= 1
+        return value
+
+    def number(self, text: str) -> Value:
+        mantissa, _, power = text.lower().partition("e")
+        if power and abs(int(power)) > MAX_DIGITS:
+            raise Refused("exponent too large")
+        value = number(Fraction(mantissa.rstrip(".")) * Fraction(10) ** int(power or 0))
+        if self.take("_") and (base := rational(_exact(self.primary()))) != 10:
+            value = formal(f"base {base}", symbol(text))
+        return _scalar(value)
+
+    def letter(self, name: str) -> Value:
+        if self.take("_"):
+            start = self.position
+            self.primary()
+            index = "".join(token.text for token in self.tokens[start : self.position])
+            name += "_" + index.strip("{}")
+        while self.take("'"):
+            name += "'"
+        if name in ("f", "g", "h") and self.take("("):
+            arguments = self.items()
+            self.expect(")")
+            return _scalar(formal(name, *map(_exact, arguments)))
+        return _scalar(symbol(name))
+
+    def group(self, opening: str) -> Value:
+        """Read up to the closing bracket: a value in brackets, a tuple, an interval or a set."""
+        items = self.items()
+        closing = self.expect(*{"{": "}", r"\{": [r"\}"]}.get(opening, ")]"))
+        if opening == r"\{" or (opening == "{" and len(items) > 1):
+            return Value("list", items=items)
+        if len(items) == 1 and opening + closing in ("()", "{}"):
+            degrees = items[0].kind == "number" and items[0].label == "degree"
+            return self.scaled(symbol("degree"), items[0]) if degrees else items[0]
+        return Value("tuple", items=items, label=opening + closing)
+
+    def command(self, name: str) -> Value:
+        if name == r"\frac":
+            top = _exact(self.primary())
+            return _scalar(self.algebra.divide(top, _exact(self.primary())))
+        if name == r"\sqrt":
+            degree = 2
+            if self.take("["):
+                degree = _whole(self.sum(), 2, 64)
+                self.expect("]")
+            return _scalar(self.algebra.root(_exact(self.primary()), degree))
+        if name == r"\binom":
+            n = _whole(self.primary(), 0, 1000)
+            return _scalar(number(comb(n, _whole(self.primary(), 0, n))))
+        if name == r"\{":
+            return self.group(name)
+        if name == r"\begin":
+            return self.matrix()
+        if name[1:] in FUNCTIONS:
+            return self.function(name[1:])
+        if name in _ACCENTS:
+            return _scalar(formal(name, _exact(self.primary())))
+        if name in _NO_FACTOR:
+            raise Refused("syntax")
+        return self.letter(name[1:])  # a Greek letter, or a name that is not known
+
+    def function(self, name: str) -> Value:
+        if self.take("_"):
+            name += f"_{_exact(self.primary())}"
+        exponent = _exact(self.primary()) if self.take("^") else None
+        bracketed = self.here.text in ("(", "{")
+        value = self.postfix(self.primary())
+        while not bracketed and self.starts_factor() and self.here.text[1:] not in FUNCTIONS:
+            value = self.scaled(_exact(value), self.factor())  # sin 2x cos x: up to the cos
+        if not bracketed and self.take(r"\degree"):
+            value = self.scaled(symbol("degree"), value)
+        inside = [_exact(item) for item in (value.items or (value,))]
+        if name == "exp":
+            result = self.algebra.power(symbol("e"), inside[0])
+        else:
+            result = formal(name, *inside)
+        return _scalar(self.algebra.power(result, exponent) if exponent else result)
+
+    def matrix(self) -> Value:
+        rows, cells = [], []
+        while True:
+            if self.here.text != r"\end":  # a last line break may be followed by nothing
+                cells.append(self.side())
+            if self.take("&"):
+                continue
+            rows.append(Value("tuple", items=tuple(cells), label="&"))
+            cells = []
+            if not self.take(r"\cr"):
+                self.expect(r"\end")
+                return Value("matrix", items=tuple(row for row in rows if row.items))
+
+
+def _interval(sides: list[Value], relations: list[str]) -> Value | None:
+    """Return the interval that "x < 3" or "1 < x <= 2" says, with relations turned to "<"."""
+    variables = [_is_name(side) and not is_formal(side.exact) for side in sides]
+    infinity = symbol("infty")
+    if variables == [True, False]:
+        minus = Exact({term: -c for term, c in infinity.top.items()}, infinity.bottom)
+        sides, relations = [_scalar(minus), *sides], [r"\lt", *relations]
+    elif variables == [False, True]:
+        sides, relations = [*sides, _scalar(infinity)], [*relations, r"\lt"]
+    elif variables != [False, True, False]:
+        return None
+    if r"\ne" in relations:
+        return None
+    brackets = ("[" if relations[0] == r"\le" else "(") + ("]" if relations[1] == r"\le" else ")")
+    return Value("tuple", items=(sides[0], sides[2]), label=brackets)

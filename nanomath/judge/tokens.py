@@ -1,0 +1,156 @@
+r"""The text of an answer in one spelling, and its tokens: the letters and commands of LaTeX, plain
+text, English and Chinese. What they mean is reader.py's business.
+
+Every pattern here takes time linear in the text, or nearly: none can backtrack into itself.
+"""
+
+import re
+from typing import NamedTuple
+
+from nanomath.judge.exact import Refused
+
+MAX_DIGITS = 500
+
+_CHARACTERS = str.maketrans(
+    {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}  # full width
+    | {"\u3000": " ", "\xa0": " ", "\u2009": " ", "\u202f": " ", "−": "-", "–": "-", "—": "-"}
+    | {"×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "∕": "/", "⁄": "/"}
+    | {"√": r"\sqrt ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne "}
+    | {"∪": r"\cup ", "∈": r"\in ", "±": r"\pm ", "°": r"\degree ", "℃": r"\degree "}
+    | {"、": ",", "。": ".", "￥": "$", "¥": "$", "€": "$", "£": "$"}
+    | {power: f"^{{{i}}}" for i, power in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
+    | dict(zip("½⅓⅔¼¾⅕⅛", (" 1/2", " 1/3", " 2/3", " 1/4", " 3/4", " 1/5", " 1/8")))
+)
+_REWRITES = [
+    (re.compile(pattern.replace("END", "(?![a-zA-Z])")), replacement)
+    for pattern, replacement in (
+        (r"\\\\(?:\[[^\]]{0,9}\])?", r"\\cr "),
+        (r"\\[dtc]fracEND", r"\\frac"),
+        (r"\\frac ?(\d)", r"\\frac{\1}"),  # TeX takes one digit: \frac12, \frac1{10}, \frac{1}2
+        (r"(\\frac ?\{[^{}]{0,50}\}) ?(\d)", r"\1{\2}"),
+        (r"\\(?:left|right|[bB]igg?[lr]?)END\.?", ""),
+        (r"\\(?:displaystyle|limits|textstyle|bf|it|rm)END", " "),
+        (r"\^ ?(?:\\circ|\{ ?\\circ ?\})END", r"\\degree "),
+        (r"\^ ?(?:\\prime|\{ ?\\prime ?\})END", "'"),
+        (r"(?<=\d)(?:, ?\\!|\{,\}|\\,)\s?(?=\d{3}(?!\d))", ""),  # thousands
+        (r"\\!", ""),
+        (r"\\[,;: ]|~|\\q?quadEND", " "),
+        (r"\\([$%])", r"\1"),
+        (r"\b([apAP])\.[mM]\b\.?", r"\1m"),
+        (r"\\([lgn])e[q]END", r"\\\1e"),
+        (r"\\([lg])eqslantEND", r"\\\1e"),
+    )
+]
+_ROOT = re.compile(r"√\s?(?:\((\d{1,50})\)|(\d{1,50}))")
+_TEXT = r"\\(?:text(?:bf|it|rm)?|mbox|math(?:rm|bf|it|bb|cal)|operatorname|boldsymbol)\s?"
+_TEXT_COMMAND = re.compile(_TEXT + r"\{([^{}]*)\}")
+
+
+def normalise(text: str) -> str:
+    """Return the text in one spelling: what `is_strict` compares, and the reader reads."""
+    text = _ROOT.sub(r"\\sqrt{\1\2}", text).translate(_CHARACTERS)
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    text = " ".join(text.split())
+    for _ in range(3):  # $...$, \(...\), **...** around, and a full stop
+        text = text.strip(" *").removesuffix(".").strip(" *")
+        for start, end in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
+            if text.startswith(start) and text.endswith(end) and len(text) >= len(start + end):
+                text = text[len(start) : len(text) - len(end)]
+    return text.strip()
+
+
+def without_text_commands(text: str) -> str:
+    return _TEXT_COMMAND.sub(r"\1", text).strip()
+
+
+class Token(NamedTuple):
+    kind: str  # number, letter, word, command, symbol, or end
+    text: str
+
+
+_TOKEN = re.compile(
+    r"(?P<space>\s+)|(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?(?![eE]?\d))"
+    rf"|(?P<text>{_TEXT}\{{(?P<inner>[^{{}}]*)\}})"
+    r"|(?P<matrix>\\(?:begin|end)\s?\{[pb]?(?:matrix|array)\}(?:\{[lcr|]*\})?)"
+    r"|(?P<command>\\(?:[a-zA-Z]+|[{}|]))|(?P<letters>[a-zA-Z]+)|(?P<cjk>[\u4e00-\u9fff]+)"
+    r"|(?P<symbol>\*\*|<=|>=|!=|[-+*/^_=<>()\[\]{},;:|!'%$&.])|(?P<bad>.)",
+    re.DOTALL,
+)
+_SPELLINGS = {"**": "^", "<=": r"\le", ">=": r"\ge", "!=": r"\ne", "<": r"\lt", ">": r"\gt"}
+FUNCTIONS = frozenset(
+    ("sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh")
+    + ("tanh", "ln", "log", "lg", "exp", "max", "min")
+)
+_PLAIN_COMMANDS = {name: name for name in (*FUNCTIONS, "sqrt", "pi", "infty")} | {
+    "infinity": "infty", "inf": "infty", "oo": "infty", "U": "cup", "union": "cup",
+}  # fmt: skip
+_JOINING = dict.fromkeys(("and", "or", "和", "或", "与"), ",") | {"percent": "%"}
+_POWERS = {"square": "^2", "sq": "^2", "squared": "^2", "cubic": "^3"}
+# Units that must agree where both answers give one; other words after a number are ignored.
+_UNITS = {
+    name: names.split()[0]
+    for names in (
+        "cm centimeter centimetre 厘米", "mm millimeter millimetre 毫米", "m meter metre 米",
+        "km kilometer kilometre 千米", "ft foot feet", "inch in inche", "mile mi", "yard yd",
+        "g gram gm 克", "kg kilogram 千克", "lb pound", "$ dollar usd 元", "cent",
+        "second sec s 秒", "minute min 分钟", "hour hr h 小时", "day 天", "week", "year 年",
+        "am a.m.", "pm p.m.", "liter litre l 升", "ml", "mph", "degree",
+    )
+    for name in names.split()
+}  # fmt: skip
+
+
+def tokenize(text: str) -> list[Token]:
+    """Return the tokens of a normalised text, without spaces. Raises Refused."""
+    tokens: list[Token] = []
+    spaced = False
+    for match in _TOKEN.finditer(text):
+        kind, piece = match.lastgroup, match[0]
+        if kind == "bad" or (kind == "number" and len(piece) > MAX_DIGITS):
+            raise Refused("character" if kind == "bad" else "number too long")
+        after_number = bool(tokens) and tokens[-1].kind == "number"
+        if piece == "$":  # "18$"; elsewhere it only marks math or an amount
+            tokens += [Token("word", "$")] if after_number and not spaced else []
+        elif kind in ("text", "inner"):
+            tokens += _text_tokens(piece, (match["inner"] or "").strip())
+        elif kind in ("letters", "cjk"):
+            tokens += _letter_tokens(piece, spaced, after_number)
+        elif kind == "matrix":
+            tokens.append(Token("command", piece[:4] if piece.startswith(r"\end") else r"\begin"))
+        elif kind != "space":
+            tokens.append(Token(kind, _SPELLINGS.get(piece, piece)))
+        spaced = kind == "space"
+    return tokens
+
+
+def _text_tokens(command: str, inner: str) -> list[Token]:
+    if inner in _JOINING:
+        return [Token("symbol", _JOINING[inner])]
+    if re.fullmatch(r"[-+]?[\d.,/:]{1,50}( ?[apAP][mM])?", inner):
+        return tokenize(inner)
+    # \mathbf{x} and \mathrm{e} are letters; \mathrm{m} and \text{m} are words, and may be units.
+    roman = command.startswith((r"\text", r"\mbox", r"\mathrm", r"\op"))
+    if len(inner) == 1 and (not roman or (inner in "ied" and command.startswith(r"\mathrm"))):
+        return [Token("letter", inner)]
+    return [Token("word", inner)] if inner else []
+
+
+def _letter_tokens(piece: str, spaced: bool, after_number: bool) -> list[Token]:
+    if piece in _JOINING:
+        return [Token("symbol", _JOINING[piece])]
+    if piece in _PLAIN_COMMANDS:
+        return [Token("command", "\\" + _PLAIN_COMMANDS[piece])]
+    # Words stand apart or are long; "3qr" and "xy" are products.
+    is_unit = piece.lower().removesuffix("s") in _UNITS and len(piece) > 1
+    is_word = len(piece) > 3 or (len(piece) == 3 and (spaced or piece.istitle() or piece == "not"))
+    if is_word or piece[0] > "\x7f" or (is_unit and (spaced or after_number)):
+        return [Token("word", piece)]
+    return [Token("letter", letter) for letter in piece]
+
+
+def unit_of(words: list[str], power: str) -> str:
+    """Return the unit that words after a number name, as "cm^2"; "" for none that is known."""
+    known = [_UNITS.get(word) or _UNITS.get(word.removesuffix("s")) for word in words]
+    power = power or "".join(_POWERS.get(word, "") for word in words)
+    return next((unit for unit in known if unit), "") + power
