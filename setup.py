@@ -29,5 +29,6 @@ setup(
             *("pytest>=8", "hypothesis", "ruff", "transformers>=4.57", "tokenizers"),
             "huggingface_hub>=0.34",
         ],
+        "peers": ["math-verify[antlr4_13_2]>=0.9"],
     },
 )

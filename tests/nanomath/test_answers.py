@@ -1,6 +1,7 @@
 r"""The judge of answers: what it finds, what it reads, what it calls equal, and how long it takes.
 
-Time is the thread's own CPU time. The sweeps over public benchmarks need NANOMATH_DATA; their
+Time is the thread's own CPU time, the best of three where the first is slow: a garbage collection
+may fall into any of them. The sweeps over public benchmarks need NANOMATH_DATA; their
 rewrites and near-misses are made by dev/judge.py, which prints every exception.
 """
 
@@ -16,6 +17,17 @@ from nanomath.judge.reader import MAX_CHARS, read_value
 
 DATA = os.environ.get("NANOMATH_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="NANOMATH_DATA is not set: no benchmark files")
+
+
+def cpu_seconds(function, *arguments) -> float:
+    best = 1.0
+    for _ in range(3):
+        start = time.thread_time()
+        function(*arguments)
+        best = min(best, time.thread_time() - start)
+        if best < 0.05:
+            break
+    return best
 
 
 def pairs_of(text: str) -> list[tuple[str, str]]:
@@ -75,10 +87,8 @@ def test_extraction_looks_at_the_end():
 def test_extraction_of_a_megabyte_is_quick(text):
     """Patterns repeated over a megabyte cost under 50 ms."""
     completion = text * (1_000_000 // len(text))
-    start = time.thread_time()
-    extract_answer(completion)
-    extract_answer("The answer is $" + completion)
-    assert time.thread_time() - start < 0.1
+    assert cpu_seconds(extract_answer, completion) < 0.05
+    assert cpu_seconds(extract_answer, "The answer is $" + completion) < 0.05
 
 
 # ---------------------------------------------------------------------------------- equivalence
@@ -284,10 +294,8 @@ BOMBS = [
 def test_bombs(bomb):
     """A comparison with a hostile answer ends within 50 ms, right: it equals itself only."""
     for other, equal in ((bomb + " ", True), ("1", None), (bomb.replace("1", "2") + "+7", None)):
-        start = time.thread_time()
-        verdict = is_equivalent(bomb, other)
-        assert time.thread_time() - start < 0.05
-        assert equal is None or verdict is equal
+        assert cpu_seconds(is_equivalent, bomb, other) < 0.05
+        assert equal is None or is_equivalent(bomb, other) is equal
 
 
 _FRAGMENTS = r"""
@@ -326,11 +334,10 @@ def test_fuzz(count):
     previous, worst, num_read = "1", 0.0, 0
     for _ in range(count):
         text = random_text(rng)
-        start = time.thread_time()
-        extract_answer(text)
-        verdict = is_equivalent(text, previous)
-        worst = max(worst, time.thread_time() - start)
-        assert verdict == is_equivalent(previous, text), (text, previous)
+        worst = max(worst, cpu_seconds(extract_answer, text))
+        worst = max(worst, cpu_seconds(is_equivalent, text, previous))
+        symmetric = is_equivalent(text, previous) == is_equivalent(previous, text)
+        assert symmetric, (text, previous)
         assert is_equivalent(text, f" {text}") == bool(text.strip()), text
         num_read += read_value(text).kind != "text"
         previous = text
