@@ -3,7 +3,7 @@
 A small fixed set. The template that a checkpoint brings is a Jinja program and is never run; the
 layouts below give the same ids (tests compare them with the published programs):
 
-    plain         the text alone, after bos; what a base model continues
+    plain         the text alone, after bos if the tokenizer begins texts so; for base models
     deepseekmath  DeepSeek-LLM chat, DeepSeekMath Instruct and RL: "User: ...", "Assistant: ..."
     chatml        <|im_start|>role ... <|im_end|>: Qwen and others. Qwen2 and 2.5 begin with a
                   system message of their own where a chat has none: here one has to give it
@@ -24,7 +24,8 @@ from typing import Any
 @dataclass(frozen=True)
 class Template:
     """Layouts of a chat: {} is a message's text, <|...|> a control token, <bos> and <eos> those of
-    the tokenizer. An answer is given after `start`, the turns before it, and `cue`."""
+    the tokenizer, <bos?> its bos if it begins texts with one. An answer is given after `start`, the
+    turns before it, and `cue`."""
 
     start: str
     system: str
@@ -41,7 +42,7 @@ def _turn(opening: str, closing: str) -> dict[str, str]:
 
 
 TEMPLATES = {
-    "plain": Template("<bos>", "{}", "{}", "{}<eos>", cue="", end="<eos>"),
+    "plain": Template("<bos?>", "{}", "{}", "{}<eos>", cue="", end="<eos>"),
     "deepseekmath": Template(
         "<bos>",
         system="{}\n\n",
@@ -64,7 +65,7 @@ TEMPLATES = {
         strip=True,
     ),
 }
-_CONTROL = re.compile(r"(<\|\w+\|>|<bos>|<eos>)")
+_CONTROL = re.compile(r"(<\|\w+\|>|<bos\??>|<eos>)")
 
 
 def use_template(tokenizer: Any, name: str) -> None:
@@ -74,17 +75,15 @@ def use_template(tokenizer: Any, name: str) -> None:
     """
     template = TEMPLATES[name]
     layouts = template.start + template.user + template.assistant
-    lacking = {
-        token for token in _CONTROL.findall(layouts) if _control_id(token, tokenizer) is None
-    }
-    if lacking:
+    named = {*_CONTROL.findall(layouts)} - {"<bos?>"}
+    if lacking := {token for token in named if not _control_ids(token, tokenizer)}:
         raise ValueError(
             f"the chat template {name} needs control tokens that this tokenizer lacks: "
             f"{' '.join(sorted(lacking))}; give another --chat_template"
         )
     tokenizer.template = name
-    end_id = _control_id(template.end, tokenizer)
-    tokenizer.stop_ids = tuple(dict.fromkeys([*tokenizer.stop_ids, end_id]))
+    end_ids = _control_ids(template.end, tokenizer)
+    tokenizer.stop_ids = tuple(dict.fromkeys([*tokenizer.stop_ids, *end_ids]))
 
 
 def chat_ids(
@@ -140,11 +139,14 @@ def _encode(turns: Sequence[tuple[str, str]], tokenizer: Any) -> list[int]:
             if not _CONTROL.fullmatch(piece):
                 text += piece.replace("{}", content)
                 continue
-            ids += [*tokenizer.encode(text), _control_id(piece, tokenizer)]
+            ids += [*tokenizer.encode(text), *_control_ids(piece, tokenizer)]
             text = ""
     return ids + tokenizer.encode(text)
 
 
-def _control_id(token: str, tokenizer: Any) -> int | None:
+def _control_ids(token: str, tokenizer: Any) -> list[int]:
+    if token == "<bos?>":
+        return tokenizer.encode("", bos=True)
     own = {"<bos>": tokenizer.bos_id, "<eos>": tokenizer.eos_id}
-    return own[token] if token in own else tokenizer.control.get(token)
+    token_id = own[token] if token in own else tokenizer.control.get(token)
+    return [] if token_id is None else [token_id]

@@ -220,6 +220,28 @@ def test_plain_is_the_text_alone():
         assert answer_ids(tokenizer, text) == tokenizer.encode(text, eos=True)
 
 
+def test_bos_is_the_tokenizers_or_the_templates(family, tmp_path):
+    """Plain text begins with bos where the tokenizer adds one; a template that names bos has it
+    always, and is refused where there is none."""
+    name, _, folder = family
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    bos, eos = FAMILIES[name][1][:2]
+    for names in ({"bos_token": bos, "add_bos_token": True}, {"bos_token": bos}, {}):
+        config = {"eos_token": eos, "add_bos_token": False, **names}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        tokenizer = Tokenizer.load(tmp_path)
+        use_template(tokenizer, "plain")
+        expected = [tokenizer.control[bos]] * ("add_bos_token" in names)
+        assert prompt_ids(tokenizer, "ab") == [*expected, *tokenizer.encode("ab")]
+        if names or name == "chatml":
+            use_template(tokenizer, name)
+            starts_with_bos = prompt_ids(tokenizer, "ab")[0] == tokenizer.control[bos]
+            assert starts_with_bos == (name != "chatml")
+        else:
+            with pytest.raises(ValueError, match=f"chat template {name} .* lacks: <bos>"):
+                use_template(tokenizer, name)
+
+
 def test_wrong_use_is_named():
     """Missing control tokens are named all together; so are a role and a content unknown here."""
     tokenizer = Tokenizer.train(["ab ab ab"], 264)
