@@ -17,7 +17,7 @@ Read in this order (the order of the paper, then down into each part):
     train_grpo.py      Algorithm 1
     grpo.py            advantages, the objective (Eq. 3, 4), the update
     ../kernels/        the loss over the vocabulary: reference.py first, then the fused forms
-    sampler.py         groups of outputs; model.py under it: the Transformer and its cache
+    sampler.py         groups of outputs; under it model.py, the Transformer, and its cache.py
     rewards.py         what an output is worth; tasks/countdown.py, judge/equation.py: who says so
     judge/answers.py   is this the right answer? exact.py its numbers, tokens.py, reader.py its eyes
     optim.py, data.py  one weighted step; packed examples and token shards (jsonl.py reads lines)
@@ -32,6 +32,6 @@ Read in this order (the order of the paper, then down into each part):
     config.py, log.py  command lines; what a run writes
 
 Imports run one way: kernels -> config, dist, failures, lock, log, tokenizer, chat, judge, corpus
--> model, data, optim -> sampler, checkpoint, rewards, tasks -> grpo, evaluation, run -> the
-scripts. This file imports none.
+-> model, data, optim -> cache, sampler, checkpoint, rewards, tasks -> grpo, evaluation, run ->
+the scripts. This file imports none.
 """

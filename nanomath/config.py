@@ -38,14 +38,16 @@ def opt(
     low: float | None = None,
     high: float | None = None,
     may_change: bool = False,
+    short: str | None = None,
 ) -> Any:
     """Declare one hyper-parameter: its default, and a help text with unit and source.
 
     low and high are inclusive bounds. may_change marks what a resumed run may have different
     (paths, threads, how often to print): everything else is fixed for the life of a run folder.
+    short is a one-letter flag beside the field's name.
     """
     meta = {"help": help, "choices": choices, "low": low, "high": high, "may_change": may_change}
-    return dataclasses.field(default=default, metadata=meta)
+    return dataclasses.field(default=default, metadata=meta | {"short": short})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +154,9 @@ def _add_argument(parser: _Parser, field: dataclasses.Field, hint: Any, default:
         )
         parser.set_defaults(**{field.name: default})
         return
+    short = [f"-{field.metadata['short']}"] if field.metadata["short"] else []
     parser.add_argument(
+        *short,
         f"--{field.name}",
         type=_reader(kind, optional),
         nargs="+" if many else None,

@@ -112,7 +112,10 @@ def make_batch(
 
     num_prompts is the global P, shared out over world_size ranks. G of a group is the number of
     its outputs that have a reward; the others get weight 0. P counts every sampled question.
+    Raises ValueError for outputs that greedy, top-k or top-p choice took from another distribution.
     """
+    if not rollouts.from_policy:
+        raise ValueError("outputs drawn greedily, by top-k or by top-p are not the policy's own")
     sequences, prompt_lengths, response_lengths, logp = [], [], [], []
     group_size = rollouts.lengths_PG.shape[1]
     lengths_PG = rollouts.lengths_PG.tolist()

@@ -2,19 +2,24 @@
 
 Pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases. The order of the
 file is the order of a forward pass: configuration, norm, rotary, attention, feed-forward, block,
-Transformer; the key/value cache stands beside the attention it serves. Parameter names map one to
-one to Llama's. What this file leaves to others: sharding (dist.py applies it from outside), losses
-(kernels, as `head_fn`), choosing tokens (sampler.py), reading weights (checkpoint.py).
+Transformer. Parameter names map one to one to Llama's. What this file leaves to others: sharding
+(dist.py applies it from outside), losses (kernels, as `head_fn`), keys and values kept while
+sampling (cache.py, whose cache is passed in), choosing tokens (sampler.py), reading weights
+(checkpoint.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from nanomath.cache import GroupCache
 
 
 @dataclass(frozen=True)
@@ -118,136 +123,6 @@ def attend(query_BTHE: Tensor, key_BTKE: Tensor, value_BTKE: Tensor, mask: Tenso
         enable_gqa=query_BTHE.shape[2] != key_BTKE.shape[2],
     )
     return out_BHTE.transpose(1, 2)
-
-
-class GroupCache:
-    """Keys and values of P prompts, each held once, and of R samples drawn from them.
-
-    Life: `Transformer.forward(prompts_PT, cache=cache)` fills the prompts (padding on the right;
-    `prompt_lengths` says what is real); `start(prompt_of_row)` opens rows, any number per prompt;
-    each `forward(tokens_R1, cache=cache)` then adds one token per row; `keep` drops rows; `start`
-    again opens new rows on the same prompts. A row of length n stands at position
-    prompt_length + n, so nothing depends on how far the batch was padded.
-    """
-
-    def __init__(self, cfg: ModelConfig, prompt_lengths: Sequence[int], device: torch.device):
-        self.num_kv_heads, self.scale = cfg.num_kv_heads, cfg.head_size**-0.5
-        self.prompt_lengths_P = torch.tensor(prompt_lengths, device=device)
-        self.prompt_keys: list[Tensor] = []  # per layer [P*K, E, Tp]: ready for a batched product
-        self.prompt_values: list[Tensor] = []  # per layer [P*K, Tp, E]
-        self.own_keys: list[Tensor] = []  # per layer [R*K, capacity, E]
-        self.own_values: list[Tensor] = []
-        self.bias_P1T: Tensor | None = None  # 0 on a prompt, -inf on its padding; None: no padding
-        self.prompt_of_row_R: Tensor | None = None  # None until the prompts are in
-        self.num_own = 0  # tokens each row holds
-
-    def start(self, prompt_of_row_R: Tensor) -> None:
-        """Open one row per entry of `prompt_of_row_R` (indices of prompts), without tokens."""
-        self.num_own, self.own_keys, self.own_values = 0, [], []
-        self._place(prompt_of_row_R)
-
-    def keep(self, rows: Tensor) -> None:
-        """Keep the rows with these indices, in this order, and free the others."""
-        num_kv = self.num_kv_heads
-        for caches in (self.own_keys, self.own_values):
-            for layer, cache in enumerate(caches):
-                by_row = cache.view(-1, num_kv, *cache.shape[1:])
-                caches[layer] = by_row.index_select(0, rows).flatten(0, 1)
-        self._place(self.prompt_of_row_R[rows])
-
-    def _place(self, prompt_of_row_R: Tensor) -> None:
-        """Give each row a slot of its prompt: cells [P, K, slot] lay out the shared product."""
-        device, num_kv = prompt_of_row_R.device, self.num_kv_heads
-        self.prompt_of_row_R = prompt_of_row_R
-        self.base_positions_R = self.prompt_lengths_P[prompt_of_row_R]
-        own_RP = prompt_of_row_R[:, None] == torch.arange(len(self.prompt_lengths_P), device=device)
-        slot_R1 = own_RP.cumsum(0).gather(1, prompt_of_row_R[:, None]) - 1
-        num_slots = int(slot_R1.max()) + 1
-        kv_heads = torch.arange(num_kv, device=device)
-        self.cell_of_row = (prompt_of_row_R[:, None] * num_kv + kv_heads) * num_slots + slot_R1
-        self.cell_of_row = self.cell_of_row.flatten()  # [R*K] -> index into P*K*slots
-        # The way back; an empty slot repeats row 0, and nobody reads the result.
-        num_cells = own_RP.shape[1] * num_kv * num_slots
-        self.row_of_cell = torch.zeros(num_cells, dtype=torch.long, device=device)
-        self.row_of_cell[self.cell_of_row] = torch.arange(len(self.cell_of_row), device=device)
-
-    def positions(self, num_rows: int, num_tokens: int) -> Tensor:
-        """Return the positions [B, T] of the tokens that the next forward pass adds."""
-        if self.prompt_of_row_R is None:
-            return torch.arange(num_tokens, device=self.prompt_lengths_P.device).expand(
-                num_rows, -1
-            )
-        return (self.base_positions_R + self.num_own)[:, None]
-
-    def advance(self) -> None:
-        """Count the token that every layer has just stored."""
-        self.num_own += self.prompt_of_row_R is not None
-
-    def attend(
-        self, layer: int, query_BTHE: Tensor, key_BTKE: Tensor, value_BTKE: Tensor
-    ) -> Tensor:
-        """Store keys and values of `layer` and return the attention [B, T, H, E]."""
-        if self.prompt_of_row_R is not None:
-            return self._decode(layer, query_BTHE, key_BTKE, value_BTKE)
-        num_prompts, num_tokens = key_BTKE.shape[:2]
-        if layer == 0:
-            padded = (
-                torch.arange(num_tokens, device=key_BTKE.device) >= self.prompt_lengths_P[:, None]
-            )
-            if bool(padded.any()):
-                bias_PT = torch.zeros_like(padded, dtype=key_BTKE.dtype)
-                bias_PT.masked_fill_(padded, float("-inf"))
-                self.bias_P1T = bias_PT.repeat_interleave(self.num_kv_heads, 0)[:, None]
-        # Contiguous [P*K, Tp, E] and its transpose: each is read once per step and layer.
-        self.prompt_keys.append(key_BTKE.permute(0, 2, 3, 1).flatten(0, 1).contiguous())
-        self.prompt_values.append(value_BTKE.transpose(1, 2).flatten(0, 1).contiguous())
-        # Right padding comes after every real token, so causal attention never sees it.
-        return attend(query_BTHE, key_BTKE, value_BTKE, None)
-
-    def _decode(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        num_rows, _, num_heads, width = query.shape
-        num_kv, n = self.num_kv_heads, self.num_own
-        per_kv = num_heads // num_kv
-        prompt_keys, prompt_values = self.prompt_keys[layer], self.prompt_values[layer]
-        num_prompt, cells = prompt_values.shape[1], prompt_values.shape[0]
-        own_keys = self._store(self.own_keys, layer, key)
-        own_values = self._store(self.own_values, layer, value)
-        query = (query * self.scale).view(num_rows * num_kv, per_kv * width)
-
-        # Scores against the shared prompt: one product for all queries of a group.
-        grouped = query.index_select(0, self.row_of_cell).view(cells, -1, width)
-        if self.bias_P1T is None:
-            shared = torch.bmm(grouped, prompt_keys)
-        else:
-            shared = torch.baddbmm(self.bias_P1T, grouped, prompt_keys)
-        shared = shared.view(-1, per_kv * num_prompt).index_select(0, self.cell_of_row)
-        # Scores against the row's own tokens; then one softmax over both.
-        own = torch.bmm(query.view(-1, per_kv, width), own_keys.transpose(1, 2))
-        scores = torch.cat((shared.view(-1, per_kv, num_prompt), own), -1)
-        scores[:, :, num_prompt + n + 1 :] = float("-inf")  # capacity not yet used
-        shared, own = scores.softmax(-1).split((num_prompt, own.shape[-1]), -1)
-
-        out = torch.bmm(own, own_values)
-        shared = shared.flatten(1).index_select(0, self.row_of_cell).view(cells, -1, num_prompt)
-        shared_out = torch.bmm(shared, prompt_values).view(-1, per_kv * width)
-        out += shared_out.index_select(0, self.cell_of_row).view_as(out)
-        return out.view(num_rows, 1, num_heads, width)
-
-    def _store(self, caches: list[Tensor], layer: int, new_R1KE: Tensor) -> Tensor:
-        """Append one token per row.
-
-        Attention reads the whole capacity, which is never more than 15 tokens ahead: a batched
-        product that skips a gap behind every row defeats the prefetcher and takes 3 times as long.
-        Growing by 16 copies every token once per 16 steps, a small part of reading it in each.
-        """
-        n, width = self.num_own, new_R1KE.shape[-1]
-        rows = new_R1KE.numel() // width
-        if layer == len(caches):
-            caches.append(new_R1KE.new_zeros(rows, 16, width))
-        elif n == caches[layer].shape[1]:
-            caches[layer] = F.pad(caches[layer], (0, 0, 0, 16))
-        caches[layer][:, n] = new_R1KE.reshape(rows, width)
-        return caches[layer]
 
 
 class Attention(nn.Module):
@@ -365,8 +240,6 @@ class Transformer(nn.Module):
         rope = rotary_table(self.cfg, positions_BT, hidden_BTD.dtype)
         for block in self.blocks:
             hidden_BTD = block(hidden_BTD, rope, mask, cache)
-        if cache is not None:
-            cache.advance()
         hidden_BTD = self.final_norm(hidden_BTD)
         if head_fn is None:
             return self.head(hidden_BTD)

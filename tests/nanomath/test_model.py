@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nanomath.model import MODEL_PRESETS, GroupCache, ModelConfig, Transformer
+from nanomath.model import MODEL_PRESETS, ModelConfig, Transformer
 
 SMALL = ModelConfig(
     vocab_size=61, num_layers=2, width=24, num_heads=4, num_kv_heads=2, ffn_width=40, max_context=64
@@ -120,37 +120,6 @@ def test_causal_and_relative():
     shifted = model(tokens_BT, positions_BT=torch.arange(30, 50)[None])
     torch.testing.assert_close(shifted, logits, rtol=0, atol=1e-4)  # fp32 angles
     assert not torch.equal(shifted, logits)
-
-
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_cache_equals_full_pass(kv_heads):
-    """Decoding token by token behind shared prompts equals the full pass, also after `keep`."""
-    cfg = dataclasses.replace(SMALL, num_kv_heads=kv_heads)
-    model = small_model(cfg)
-    lengths = [5, 9, 1]
-    prompts = [random_tokens(1, n, seed=n)[0] for n in lengths]
-    padded = torch.stack([F.pad(prompt, (0, 9 - len(prompt)), value=60) for prompt in prompts])
-    prompt_of_row = torch.tensor([1, 0, 0, 2, 1, 0])  # unequal groups, in no order
-    own = random_tokens(6, 40, seed=99)
-    cache = GroupCache(cfg, lengths, torch.device("cpu"))
-    with torch.no_grad():
-        prefill = model(padded, cache=cache)
-        for p, prompt in enumerate(prompts):
-            full = model(prompt[None])[0]
-            torch.testing.assert_close(prefill[p, : lengths[p]], full, rtol=0, atol=1e-12)
-        for _ in range(2):  # a cache serves several waves of rows
-            cache.start(prompt_of_row)
-            rows = torch.arange(6)
-            for t in range(40):  # past the first capacity, and past its doubling
-                logits = model(own[rows, t : t + 1], cache=cache)[:, 0]
-                for i, row in enumerate(rows.tolist()):
-                    text = torch.cat([prompts[prompt_of_row[row]], own[row, : t + 1]])
-                    full = model(text[None])[0, -1]
-                    torch.testing.assert_close(logits[i], full, rtol=0, atol=1e-12)
-                if t in (3, 20):
-                    kept = torch.tensor([0, 2, 3, 5] if t == 3 else [3, 1])
-                    cache.keep(kept)
-                    rows = rows[kept]
 
 
 def test_head_fn_equals_logits():

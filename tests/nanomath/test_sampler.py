@@ -1,6 +1,7 @@
 """The group sampler against full forward passes, a cache-free loop and exact distributions."""
 
 import dataclasses
+import itertools
 import math
 import random
 
@@ -11,7 +12,7 @@ from nanomath import sampler
 from nanomath.checkpoint import save
 from nanomath.dist import setup
 from nanomath.model import ModelConfig, Transformer
-from nanomath.sampler import choose_tokens, sample_groups, uniform_noise
+from nanomath.sampler import choose_tokens, sample_groups, stream_keys, uniform_noise
 from nanomath.tokenizer import Tokenizer
 
 CFG = ModelConfig(
@@ -146,15 +147,17 @@ def test_uniform_noise_is_splitmix64():
         return x ^ (x >> 31)
 
     assert splitmix(0) == 0xE220A8397B1DCDAF  # the published first output for seed 0
-    uniform_TR = uniform_noise(-1, 2**63 + 5, [3, 2**70, -9], [0, 1, 2**31], 4)
-    for r, (prompt, index) in enumerate([(3, 0), (2**70, 1), (-9, 2**31)]):
+    prompts, samples = [3, 2**70, -9], [0, 2**31]
+    keys_PG = stream_keys(-1, 2**63 + 5, prompts, samples)
+    for p, g in itertools.product(range(3), range(2)):
         key = 0
-        for counter in (-1, 2**63 + 5, prompt, index):
+        for counter in (-1, 2**63 + 5, prompts[p], samples[g]):
             key = splitmix((key + counter) & mask)
         for t in range(4):
             expected = (splitmix((key + t * 0x9E3779B97F4A7C15) & mask) >> 11) * 2.0**-53
-            assert float(uniform_TR[t, r]) == expected
-    many = uniform_noise(0, 0, [p for p in range(40) for _ in range(25)], list(range(25)) * 40, 50)
+            assert float(uniform_noise(keys_PG[p, g], torch.tensor(t))) == expected
+    keys_R = stream_keys(0, 0, range(40), range(25)).flatten()
+    many = uniform_noise(keys_R, torch.arange(50)[:, None])
     counts = torch.histc(many.float(), bins=64, min=0, max=1).double()
     expected = many.numel() / 64
     assert float(((counts - expected) ** 2 / expected).sum()) < 63 + 5 * math.sqrt(126)
