@@ -122,7 +122,7 @@ def model_files(name: str, revision: str) -> tuple[list[RemoteFile], str]:
         first_line = next(filter(None, map(str.strip, str(error).split("\n"))), "")
         raise ValueError(
             f"{name} at {revision}: the hub does not list it ({type(error).__name__}: "
-            f"{first_line}){HINTS[401]}"
+            f"{first_line}); see that the name and the network are right{HINTS[401]}"
         ) from None
     headers = {k: v for k, v in build_hf_headers().items() if k.lower() == "authorization"}
     files = [
