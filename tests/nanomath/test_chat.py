@@ -187,12 +187,12 @@ def test_sampling_stops_where_the_turn_ends(family, monkeypatch):
     class Called(BaseException):
         pass
 
-    def sample_groups(model, prompts, *args, eos_ids, vocab_limit, **settings):
+    def sample(model, prompts, *args, eos_ids, vocab_limit, **settings):
         calls.append((prompts, tuple(eos_ids), vocab_limit))
         raise Called
 
-    monkeypatch.setattr(sampler, "sample_groups", sample_groups)
-    monkeypatch.setattr(evaluation, "sample_groups", sample_groups)
+    monkeypatch.setattr(sampler, "sample_stream", sample)
+    monkeypatch.setattr(evaluation, "sample_groups", sample)
     monkeypatch.setattr(sampler, "load_model", lambda *args, **kwargs: (None, tokenizer, {}))
     cfg = sampler.Config("x", prompt=problem.prompt, chat_template=name, device="cpu")
     with pytest.raises(Called):
