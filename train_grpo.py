@@ -23,7 +23,6 @@ from nanomath.dist import (
     copy_weights,
     make_replica,
     refresh_replica,
-    shard,
 )
 from nanomath.evaluation import greedy_accuracy
 from nanomath.grpo import (
@@ -210,12 +209,18 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock) -> None:
     """Run Algorithm 1 with outcome rewards (Sec. 4.1.2, 4.1.4)."""
     with one_line_errors():
         check(cfg, dist)
-        policy, tokenizer, _ = load_model(cfg.init, device=dist.device)  # Alg. 1 l.1
+        policy, tokenizer, _ = load_model(  # Alg. 1 l.1
+            cfg.init,
+            dist,
+            activation_checkpointing=cfg.activation_checkpointing,
+            compile=cfg.compile,
+        )
+        if tokenizer is None:
+            raise ValueError(f"--init {cfg.init} holds no tokenizer.json: texts cannot be encoded")
         use_template(tokenizer, cfg.chat_template)
-        reference, _, _ = load_model(cfg.init, device=dist.device)
+        reference, _, _ = load_model(cfg.init, dist, compile=cfg.compile)
         model_cfg = policy.cfg
-        policy = shard(policy, dist, cfg.activation_checkpointing, cfg.compile)
-        reference = shard(reference.requires_grad_(False), dist, compile=cfg.compile)
+        reference.requires_grad_(False)
         # On one CPU the policy samples for itself; else a whole copy does, refreshed before use.
         sampling_model = make_replica(policy, dist)
         optimizer = make_adamw(policy, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0)

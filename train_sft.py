@@ -13,7 +13,7 @@ from nanomath.chat import TEMPLATES, use_template
 from nanomath.checkpoint import load_model
 from nanomath.config import RunConfig, one_line_errors, opt, parse
 from nanomath.data import PackedExamples, encode_examples
-from nanomath.dist import Dist, shard
+from nanomath.dist import Dist
 from nanomath.jsonl import read_examples
 from nanomath.lock import RunLock
 from nanomath.log import plot_metrics
@@ -77,7 +77,14 @@ PRESETS = {
 
 def train(cfg: SFTConfig, dist: Dist, lock: RunLock) -> None:
     with one_line_errors():
-        model, tokenizer, _ = load_model(cfg.init, device=dist.device)
+        model, tokenizer, _ = load_model(
+            cfg.init,
+            dist,
+            activation_checkpointing=cfg.activation_checkpointing,
+            compile=cfg.compile,
+        )
+        if tokenizer is None:
+            raise ValueError(f"--init {cfg.init} holds no tokenizer.json: texts cannot be encoded")
         model_cfg = model.cfg
         use_template(tokenizer, cfg.chat_template)
         context = min(cfg.context, model_cfg.max_context)
@@ -85,7 +92,6 @@ def train(cfg: SFTConfig, dist: Dist, lock: RunLock) -> None:
         packed = PackedExamples(examples, context, seed=cfg.seed, pad_id=tokenizer.pad_id)
         if dist.is_main:
             print(packed.summary(), flush=True)
-        model = shard(model, dist, cfg.activation_checkpointing, cfg.compile)
         optimizer = make_adamw(
             model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
         )

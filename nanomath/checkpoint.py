@@ -38,7 +38,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nanomath.dist import Dist, broadcast_json, gather_json, local
+from nanomath.dist import Dist, broadcast_json, gather_json, local, shard
 from nanomath.lock import RunLock
 from nanomath.model import ModelConfig, Transformer
 from nanomath.tokenizer import Tokenizer
@@ -103,16 +103,7 @@ class _Stored:
 
     def read(self, name: str, like: Tensor, dist: Dist) -> Tensor:
         """Return the rows that this rank holds of a tensor sharded as `like` is."""
-        if not self.shape(name):
-            return self.pieces[name][0][...].clone()  # a view would keep the whole file mapped
-        first, count = 0, len(local(like))
-        if isinstance(like, DTensor):  # FSDP2 cuts like torch.chunk, the last ranks get less
-            first = min(len(like), -(-len(like) // dist.world_size) * dist.rank)
-        parts = []
-        for piece in self.pieces[name]:
-            parts.append(piece[max(first, 0) : max(first + count, 0)])
-            first -= piece.get_shape()[0]
-        return torch.cat(parts)
+        return read_rows(self.pieces[name], like, dist)
 
     def check(self, wanted: dict[str, Tensor]) -> None:
         """Raise ValueError unless names and shapes are those wanted."""
@@ -124,6 +115,20 @@ class _Stored:
                     f"{self.where}/{name} has shape {stored} in the checkpoint but {here} in this "
                     f"model; use the model settings of the checkpoint, or another --run_dir"
                 )
+
+
+def read_rows(pieces: list, like: Tensor, dist: Dist) -> Tensor:
+    """Return this rank's rows of a tensor sharded as `like` is, from its slices in files."""
+    if not pieces[0].get_shape():
+        return pieces[0][...].clone()  # a view would keep the whole file mapped
+    first, count = 0, len(local(like))
+    if isinstance(like, DTensor):  # FSDP2 cuts like torch.chunk, the last ranks get less
+        first = min(len(like), -(-len(like) // dist.world_size) * dist.rank)
+    parts = []
+    for piece in pieces:
+        parts.append(piece[max(first, 0) : max(first + count, 0)])
+        first -= piece.get_shape()[0]
+    return torch.cat(parts)
 
 
 # ---------------------------------------------------------------------------- writing
@@ -369,34 +374,70 @@ def _restore_optimizer(optimizer, trained: dict[str, Tensor], moments: _Stored, 
     optimizer.load_state_dict({**optimizer.state_dict(), "state": numbered})
 
 
+def empty_model(cfg: ModelConfig, dist: Dist, dtype: torch.dtype, **sharding: str) -> Transformer:
+    """Build a model on dist's device, sharded over its ranks, whose weights hold no values yet.
+
+    No rank ever holds more than its own rows. sharding: options of `dist.shard`.
+    """
+    with torch.device("meta"):
+        model = Transformer(cfg).to(dtype)
+    if dist.mesh is None:
+        model.to_empty(device=dist.device)
+    model = shard(model, dist, **sharding)
+    if dist.mesh is not None:
+        model.to_empty(device=dist.device)
+    if cfg.tied_head:
+        model.head.weight = model.embedding.weight  # to_empty made two of one
+    return model
+
+
 @torch.no_grad()
 def load_model(
     path: str | Path,
+    dist: Dist | None = None,
     *,
-    device: str | torch.device,
+    device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     module: str | None = None,
+    **sharding: str,
 ) -> tuple[Transformer, Tokenizer | None, dict]:
-    """Build the model a checkpoint holds, unsharded, and its tokenizer; return them and the state.
+    """Build the model that a folder holds and its tokenizer; return them and the run's state.
 
-    path: a run folder (its newest sound checkpoint), a checkpoints folder or one step folder.
-    dtype: of the weights, None = as stored. module: which one, None = policy, else model.
+    path: a run folder (its newest sound checkpoint), a checkpoints folder, one step folder, or a
+    Hugging Face folder (hf.py; its state is {}). dist: shard over its ranks, all of which must
+    call, with the options `sharding` of `dist.shard`; None: the whole model on `device`. dtype: of
+    the weights; None = as stored, fp32 from a Hugging Face folder. module: which one, None =
+    policy, else model.
     """
-    alone = Dist(0, 0, 1, torch.device(device))
-    folder = _find(Path(path), alone)
+    dist = dist or Dist(0, 0, 1, torch.device(device))
+    if is_hf_folder(path := Path(path)):
+        from nanomath.hf import load_hf  # it reads and writes by the means of this file
+
+        return (*load_hf(path, dist, dtype=dtype or torch.float32, **sharding), {})
+    folder = _find(path, dist)
     names = {file.name.rpartition("-")[0] for file in folder.glob("*.safetensors")} - {OPTIM}
     name = module or ("policy" if "policy" in names else "model")
     if name not in names:
         raise ValueError(f"{folder} holds no module {name}: {sorted(names)}")
     cfg = ModelConfig(**json.loads((folder / "config.json").read_text()))
-    with torch.random.fork_rng([]), torch.device(device):
-        model = Transformer(cfg)
-    stored, wanted = _Stored(folder, name), _module_tensors(model)
+    stored = _Stored(folder, name)
+    model = empty_model(
+        cfg, dist, dtype or stored.pieces["embedding.weight"][0][:0].dtype, **sharding
+    )
+    wanted = _module_tensors(model)
     stored.check(wanted)
     for key, tensor in wanted.items():
-        tensor.data = stored.read(key, tensor, alone).to(device=device, dtype=dtype)
+        local(tensor).copy_(stored.read(key, tensor, dist))
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
     return model, tokenizer, json.loads((folder / "state.json").read_text())
+
+
+def is_hf_folder(path: Path) -> bool:
+    """Return True for a folder in Hugging Face's layout, even one whose config.json is damaged."""
+    config = path / "config.json"
+    if not config.is_file() or (path / "COMMIT").exists():
+        return False
+    return b'"model_type"' in (text := config.read_bytes()) or b'"architectures"' in text
 
 
 def _find(path: Path, dist: Dist) -> Path:

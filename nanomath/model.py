@@ -1,15 +1,16 @@
 """The Transformer of DeepSeek-LLM (Sec. 2.2, 2.3): a Llama, in one readable file.
 
-Pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases. The order of the
-file is the order of a forward pass: configuration, norm, rotary, attention, feed-forward, block,
-Transformer. Parameter names map one to one to Llama's. What this file leaves to others: sharding
-(dist.py applies it from outside), losses (kernels, as `head_fn`), keys and values kept while
-sampling (cache.py, whose cache is passed in), choosing tokens (sampler.py), reading weights
-(checkpoint.py).
+Pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU; Qwen2's bias on queries, keys
+and values and Qwen3's norm of queries and keys are switches. The order of the file is the order of
+a forward pass: configuration, norm, rotary, attention, feed-forward, block, Transformer. Parameter
+names map one to one to Llama's. What this file leaves to others: sharding (dist.py applies it from
+outside), losses (kernels, as `head_fn`), keys and values kept while sampling (cache.py, whose cache
+is passed in), choosing tokens (sampler.py), reading weights (checkpoint.py, hf.py).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -37,6 +38,14 @@ class ModelConfig:
     rms_eps: float = 1e-6
     max_context: int = 4096
     tied_head: bool = False  # the head is the embedding
+    qkv_bias: bool = False  # Qwen2
+    qk_norm: bool = False  # Qwen3: RMSNorm of every query and key head, before the rotation
+    # Rotary frequencies are divided by rope_factor: all of them (linear scaling, DeepSeek-Coder),
+    # or, where rope_original_context is given (Llama 3), only the slow ones.
+    rope_factor: float = 1.0
+    rope_original_context: int | None = None
+    rope_low_freq: float = 1.0  # turns in the original context: fewer are divided,
+    rope_high_freq: float = 4.0  # more are left alone, between them both are mixed
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "ffn_width")
@@ -55,6 +64,15 @@ class ModelConfig:
             )
         if self.head_size % 2:
             raise ValueError(f"ModelConfig: head width {self.head_size} is odd; rotary needs pairs")
+        for name in ("rope_theta", "rms_eps", "rope_factor", "rope_low_freq", "rope_high_freq"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"ModelConfig.{name} is {value}; it must be finite and > 0")
+        if self.rope_high_freq <= self.rope_low_freq:
+            raise ValueError(
+                f"ModelConfig: rope_high_freq {self.rope_high_freq} must be more than "
+                f"rope_low_freq {self.rope_low_freq}"
+            )
 
     @property
     def head_size(self) -> int:
@@ -65,6 +83,8 @@ class ModelConfig:
     def num_parameters(self) -> int:
         """Count the parameters without building the model; a tied head counts once."""
         attention = 2 * self.width * self.head_size * (self.num_heads + self.num_kv_heads)
+        attention += self.head_size * (self.num_heads + 2 * self.num_kv_heads) * self.qkv_bias
+        attention += 2 * self.head_size * self.qk_norm
         block = attention + 3 * self.width * self.ffn_width + 2 * self.width
         embeddings = self.vocab_size * self.width * (1 if self.tied_head else 2)
         return embeddings + self.num_layers * block + self.width
@@ -92,14 +112,30 @@ class RMSNorm(nn.Module):
         return normed.to(x.dtype) * self.weight
 
 
+def rotary_frequencies(cfg: ModelConfig, device: torch.device) -> Tensor:
+    """Return the angle per position of each feature pair, fp32 [E/2], to the bit as Llama's."""
+    pairs = torch.arange(0, cfg.head_size, 2, device=device).float() / cfg.head_size
+    freqs = 1.0 / cfg.rope_theta**pairs
+    if cfg.rope_original_context is None:
+        return freqs / cfg.rope_factor
+    # Llama 3: a pair that turns often in the original context stays, one that hardly turns is
+    # slowed down as in linear scaling.
+    context, low, high = cfg.rope_original_context, cfg.rope_low_freq, cfg.rope_high_freq
+    lengths = 2 * math.pi / freqs  # positions per turn
+    share = (context / lengths - low) / (high - low)
+    mixed = (1 - share) * freqs / cfg.rope_factor + share * freqs
+    slowed = torch.where(lengths > context / low, freqs / cfg.rope_factor, mixed)
+    return torch.where(lengths < context / high, freqs, slowed)
+
+
 def rotary_table(cfg: ModelConfig, positions_BT: Tensor, dtype: torch.dtype):
     """Return cos and signed sin, each [B, T, 1, E], for `rotate`; once per forward pass.
 
     The angles are fp32 whatever the model's dtype: bf16 cannot tell position 257 from 258. They are
     computed from the positions, not kept in a buffer, so no `.to(bfloat16)` can round them.
     """
-    pairs = torch.arange(0, cfg.head_size, 2, device=positions_BT.device).float() / cfg.head_size
-    angles = positions_BT[:, :, None, None].float() * (1.0 / cfg.rope_theta**pairs)
+    freqs = rotary_frequencies(cfg, positions_BT.device)
+    angles = positions_BT[:, :, None, None].float() * freqs
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
@@ -131,10 +167,12 @@ class Attention(nn.Module):
         self.layer, self.head_size = layer, cfg.head_size
         query_width, kv_width = cfg.num_heads * cfg.head_size, cfg.num_kv_heads * cfg.head_size
         # Three products, not one fused: equal within 10% at these sizes, and Llama's own names.
-        self.q_proj = nn.Linear(cfg.width, query_width, bias=False)
-        self.k_proj = nn.Linear(cfg.width, kv_width, bias=False)
-        self.v_proj = nn.Linear(cfg.width, kv_width, bias=False)
+        self.q_proj = nn.Linear(cfg.width, query_width, bias=cfg.qkv_bias)
+        self.k_proj = nn.Linear(cfg.width, kv_width, bias=cfg.qkv_bias)
+        self.v_proj = nn.Linear(cfg.width, kv_width, bias=cfg.qkv_bias)
         self.o_proj = nn.Linear(query_width, cfg.width, bias=False)
+        self.q_norm = RMSNorm(cfg.head_size, cfg.rms_eps) if cfg.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(cfg.head_size, cfg.rms_eps) if cfg.qk_norm else nn.Identity()
 
     def forward(
         self,
@@ -143,8 +181,10 @@ class Attention(nn.Module):
         mask: Tensor | None,
         cache: GroupCache | None,
     ) -> Tensor:
-        query_BTHE = rotate(self.q_proj(x_BTD).unflatten(-1, (-1, self.head_size)), rope)
-        key_BTKE = rotate(self.k_proj(x_BTD).unflatten(-1, (-1, self.head_size)), rope)
+        query_BTHE = self.q_proj(x_BTD).unflatten(-1, (-1, self.head_size))
+        key_BTKE = self.k_proj(x_BTD).unflatten(-1, (-1, self.head_size))
+        query_BTHE = rotate(self.q_norm(query_BTHE), rope)
+        key_BTKE = rotate(self.k_norm(key_BTKE), rope)
         value_BTKE = self.v_proj(x_BTD).unflatten(-1, (-1, self.head_size))
         if cache is None:
             out_BTHE = attend(query_BTHE, key_BTKE, value_BTKE, mask)
@@ -192,15 +232,15 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int, *, std: float = 0.02) -> None:
-        """Draw every matrix from normal(0, std), norms 1; the same for a seed on every device.
+        """Draw matrices from normal(0, std), norms 1, biases 0; a seed's are alike on every device.
 
         DeepSeek-LLM draws with std 0.006 (arXiv:2401.02954 section 2.3) at widths of 2048 and more;
         the default 0.02 (GPT-2) suits the widths of 128 to 1024 that are trained from nothing here.
         """
         generator = torch.Generator().manual_seed(seed)
-        for parameter in self.parameters():  # a tied head appears once
+        for name, parameter in self.named_parameters():  # a tied head appears once
             if parameter.ndim == 1:
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             else:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
