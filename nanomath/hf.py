@@ -77,7 +77,10 @@ def read_config(path: str | Path) -> ModelConfig:
     for key, allowed in FIXED.items():
         if config.get(key, allowed[0]) not in allowed:
             raise ValueError(f"{path}: {key} is {config[key]!r}; only {allowed[0]!r} is supported")
-    if {*map(str, config.get("layer_types") or [])} - {"full_attention"}:
+    layer_types = config.get("layer_types") or []
+    if layer_types != ["full_attention"] * len(
+        layer_types if isinstance(layer_types, list) else []
+    ):
         raise ValueError(f"{path}: layer_types: only full_attention is supported")
     if type(config.setdefault("tie_word_embeddings", False)) is not bool:
         raise ValueError(f"{path}: tie_word_embeddings must be true or false")
