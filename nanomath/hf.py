@@ -427,10 +427,11 @@ def _write_about(
     about: str,
 ) -> None:
     """Write everything but the weights."""
+    write_json(folder / "config.json", config)
     if tokenizer is not None:
         tokenizer.save(folder)
-    write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", _special_ids(tokenizer))
+        ids = {**_special_ids(tokenizer), "eos_token_id": list(tokenizer.stop_ids)}
+        write_json(folder / "generation_config.json", ids)
     card = f"""---
 library_name: transformers
 pipeline_tag: text-generation

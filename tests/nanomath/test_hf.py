@@ -274,15 +274,16 @@ def test_export_from_the_command_line_is_complete(tmp_path, tokenizer, monkeypat
     }  # fmt: skip
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert theirs.dtype == torch.bfloat16
-    assert theirs.generation_config.eos_token_id == tokenizer.eos_id
+    assert theirs.generation_config.eos_token_id == list(tokenizer.stop_ids)
+    assert theirs.config.eos_token_id == tokenizer.eos_id
     for name, parameter in model.named_parameters():
         stored = theirs.get_parameter(hf.llama_name(name))
         assert torch.equal(stored, parameter.bfloat16()), name
     text = "Numbers: 7 8\nTarget: 15 für ÷ 中文 <think>"
     ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")(text)["input_ids"]
-    assert ids == tokenizer.encode(text)
+    assert ids == tokenizer.encode(text, bos=True)
     masters, again = hf.load_hf(tmp_path / "out")
-    assert again.encode(text) == ids
+    assert again.encode(text, bos=True) == ids and again.stop_ids == tokenizer.stop_ids
     for name, parameter in masters.named_parameters():  # bf16 files, fp32 weights
         assert parameter.dtype == torch.float32
         assert torch.equal(parameter, model.get_parameter(name).bfloat16().float()), name
@@ -502,9 +503,8 @@ FILE_CASES = {
         "holds neither model.safetensors nor .*never read",
     ),
     "larger tokenizer": (
-        lambda f: Tokenizer.train(["x y z 1 2 3 abc abd"] * 9, 300).save(f)
-        or edit(f / "tokenizer.json", lambda t: t["added_tokens"][-1].update(id=400)),
-        "tokenizer.json has ids up to 400, but the vocab_size of config.json is 300",
+        lambda f: edit(f / "config.json", lambda config: config.update(vocab_size=200)),
+        "tokenizer.json has ids up to 2.., but the vocab_size of config.json is 200",
     ),
 }  # fmt: skip
 
