@@ -25,7 +25,8 @@ from nanomath import dist as nd
 from nanomath import hf
 from nanomath.config import parse
 from nanomath.failures import raise_together
-from nanomath.model import GroupCache, ModelConfig, Transformer
+from nanomath.model import ModelConfig, Transformer
+from nanomath.sampler import sample_groups
 from nanomath.tokenizer import Tokenizer
 
 spec = importlib.util.spec_from_file_location(
@@ -166,24 +167,21 @@ def test_unequal_lengths_equal_transformers(family):
             assert torch.equal(ours(alone), theirs(alone).logits)
 
 
-def test_cache_equals_full_pass(family):
-    """In float64, decoding behind shared prompts equals the full pass of every family."""
+def test_cached_decoding_equals_the_full_pass(family):
+    """In float64, decoding behind shared prompts gives the full pass's log-probabilities."""
     _, folder = family
     ours, _ = hf.load_hf(folder, dtype=torch.float64)
-    vocab = ours.cfg.vocab_size
-    prompts = [tokens(1, length, vocab, seed=length)[0] for length in (5, 19)]
-    padded = torch.stack([F.pad(prompt, (0, 19 - len(prompt))) for prompt in prompts])
-    own = tokens(3, 30, vocab, seed=9)
-    prompt_of_row = [1, 0, 1]
-    cache = GroupCache(ours.cfg, [5, 19], torch.device("cpu"))
-    with torch.no_grad():
-        ours(padded, cache=cache)
-        cache.start(torch.tensor(prompt_of_row))
-        steps = [ours(own[:, t : t + 1], cache=cache)[:, 0] for t in range(30)]
-        for row, prompt in enumerate(prompt_of_row):
-            full = ours(torch.cat([prompts[prompt], own[row]])[None])[0, -30:]
-            decoded = torch.stack([step[row] for step in steps])
-            torch.testing.assert_close(decoded, full, rtol=0, atol=1e-11)
+    prompts = [
+        tokens(1, length, ours.cfg.vocab_size, seed=length)[0].tolist() for length in (5, 19)
+    ]
+    rollouts = sample_groups(ours, prompts, 2, max_new_tokens=30, eos_ids=())
+    for prompt, tokens_GT, logp_GT in zip(prompts, rollouts.tokens_PGT, rollouts.logp_PGT):
+        for own, logp in zip(tokens_GT, logp_GT):
+            with torch.no_grad():
+                full = ours(torch.tensor([prompt + own.tolist()]))[0, len(prompt) - 1 : -1]
+            expected = full.log_softmax(-1).gather(-1, own[:, None])[:, 0]
+            assert logp.dtype == torch.float64 and len(logp) == 30
+            torch.testing.assert_close(logp, expected, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("max_file_bytes", [10**9, 20_000])
