@@ -2,10 +2,12 @@
 
     python evaluate.py --preset cpu --checkpoint runs/grpo --out runs/eval-grpo.json
     python evaluate.py --checkpoint runs/grpo --compare runs/eval-sft.json --out runs/eval-grpo.json
+    python evaluate.py --checkpoint models/qwen --tasks gsm8k math --data data --num_samples 64
     torchrun --nproc_per_node 8 evaluate.py --preset gpu --checkpoint runs/grpo
 
-Writes the figures to --out, and beside it whole outputs with their rewards (.samples.txt). Finished
-chunks are kept in a folder beside it (.parts): the same command continues an interrupted
+Writes the figures to --out, and beside it whole outputs with their judgements (.samples.txt) and
+Pass@K and Maj@K against K (.png); with several tasks, files of each: eval-gsm8k.json for eval.json.
+Finished chunks are kept in a folder beside it (.parts): the same command continues an interrupted
 evaluation, on any number of processes, and a finished one is only printed. A checkpoint with other
 weights or a changed setting starts anew.
 """
@@ -26,35 +28,48 @@ from nanomath.chat import TEMPLATES, use_template
 from nanomath.checkpoint import load_model
 from nanomath.config import one_line_errors, opt, parse, to_json, write_json
 from nanomath.dist import Dist, barrier, setup
-from nanomath.evaluation import TASKS, chunks, compare, evaluate_chunk, summarise
+from nanomath.evaluation import (
+    TASKS,
+    chunks,
+    compare,
+    draw_at_k,
+    evaluate_chunk,
+    summarise,
+)
 from nanomath.failures import raise_together
 from nanomath.lock import RunInUse, run_lock
 from nanomath.log import printable, progress
-from nanomath.tasks import Problem, countdown, encode_prompt
+from nanomath.tasks import Problem, benchmarks, countdown, encode_prompt
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     checkpoint: str = opt("runs/speedrun-cpu/grpo", "run folder or checkpoint to evaluate")
-    task: str = opt("countdown", "which problems", choices=(*TASKS,))
+    tasks: tuple[str, ...] = opt(
+        ("countdown",), "which problems; jsonl: your own, --problems", choices=(*TASKS,)
+    )
     out: str = opt("", "JSON file of the figures; empty: CHECKPOINT/evaluation-TASK.json")
     compare: str | None = opt(
         None, "figures of another checkpoint on the same problems, to subtract"
     )
     # Problems
     num_problems: int | None = opt(
-        None, "held-out problems at most; none: 1000 generated ones, or all of --data's", low=1
+        None, "problems at most of each task; none: all of a file's, 1000 generated ones", low=1
     )
+    data: str = opt("", "folder of the benchmark files; empty: NANOMATH_DATA, else data")
+    few_shot: bool = opt(False, "benchmarks: worked examples first, for base models")
+    problems: str | None = opt(
+        None,
+        'your own JSONL: rows of {"question": .., "answer": ..} for jsonl, for countdown of '
+        '{"nums": [..], "target": n}: its held-out ones',
+    )
+    all_rows: bool = opt(False, "countdown --problems: the rows of the training split too")
     problem_seed: int = opt(0, "seed of the problems; train_grpo.py evaluates on seed 0", low=0)
     num_numbers: tuple[int, ...] = opt((3, 4), "numbers per Countdown problem", low=2, high=5)
     max_number: int = opt(99, "largest given number", low=1)
     max_target: int = opt(100, "largest target", low=1)
     chat_template: str = opt("plain", "how a prompt is put, chat.py", choices=(*TEMPLATES,))
     prompt_style: str = opt("short", "prompt wording", choices=countdown.STYLES)
-    data: str | None = opt(
-        None, 'JSONL of rows {"nums": [..], "target": n} instead: its held-out rows'
-    )
-    all_rows: bool = opt(False, "with --data: the rows of the training split too")
     # Sampling
     num_samples: int = opt(
         8, "samples per problem n, for Pass@K and Maj@K up to n", low=0, high=1000
@@ -89,12 +104,26 @@ PRESETS = {
 }
 
 # What does not change the figures: it may differ when an evaluation is continued.
-NOT_IN_HASH = ("checkpoint", "out", "compare", "shown_problems", "device", "threads")
+NOT_IN_HASH = (
+    *("checkpoint", "tasks", "out", "compare", "data", "problems"),
+    *("shown_problems", "device", "threads"),
+)
 
 
-def load_problems(cfg: EvalConfig) -> tuple[list[Problem], list[str]]:
-    """Return the held-out problems, generated or of --data, and what is to be said about them."""
-    if cfg.data is None:
+def load_problems(cfg: EvalConfig, task: str) -> tuple[list[Problem], list[str]]:
+    """Return a task's problems, and what is to be said about them."""
+    if task != "countdown":
+        if task == "jsonl":
+            if cfg.problems is None:
+                raise ValueError(
+                    "--tasks jsonl needs --problems: your JSONL of question and answer"
+                )
+            problems = benchmarks.read_own(cfg.problems, few_shot=cfg.few_shot)
+        else:
+            folder = cfg.data or os.environ.get("NANOMATH_DATA") or "data"
+            problems = benchmarks.read_benchmark(task, folder, few_shot=cfg.few_shot)
+        return problems[: cfg.num_problems], []
+    if cfg.problems is None:
         problems = countdown.generate(
             cfg.num_problems or 1000,
             split="heldout",
@@ -105,11 +134,11 @@ def load_problems(cfg: EvalConfig) -> tuple[list[Problem], list[str]]:
             style=cfg.prompt_style,
         )
         return problems, []
-    found, bad = countdown.read_jsonl(cfg.data, style=cfg.prompt_style)
+    found, bad = countdown.read_jsonl(cfg.problems, style=cfg.prompt_style)
     problems = [problem for problem in found if cfg.all_rows or is_heldout(problem)]
     if not problems:
         raise ValueError(
-            f"{cfg.data}: all {len(found)} problems are of the training split; "
+            f"{cfg.problems}: all {len(found)} problems are of the training split; "
             "--all_rows evaluates on them"
         )
     return problems[: cfg.num_problems], data_notes(cfg, len(found), len(problems), bad)
@@ -120,18 +149,18 @@ def is_heldout(problem: Problem) -> bool:
 
 
 def data_notes(cfg: EvalConfig, num_found: int, num_kept: int, bad: list[str]) -> list[str]:
-    """Return lines that say which rows of --data are left out, and why."""
+    """Return lines that say which rows of --problems are left out, and why."""
     notes = [printable(line) for line in bad[:5]]
     if bad:
-        notes.append(f"{cfg.data}: {len(bad)} bad rows left out")
+        notes.append(f"{cfg.problems}: {len(bad)} bad rows left out")
     if num_kept < num_found:
         notes.append(
-            f"{cfg.data}: {num_found - num_kept} of {num_found} problems left out, "
+            f"{cfg.problems}: {num_found - num_kept} of {num_found} problems left out, "
             "of the training split (--all_rows keeps them)"
         )
     if cfg.num_problems is not None and cfg.num_problems < num_kept:
         notes.append(
-            f"{cfg.data}: {num_kept - cfg.num_problems} of {num_kept} problems left out, "
+            f"{cfg.problems}: {num_kept - cfg.num_problems} of {num_kept} problems left out, "
             f"after the first {cfg.num_problems} (--num_problems)"
         )
     return notes
@@ -145,7 +174,7 @@ def evaluation_hash(cfg: EvalConfig, model: torch.nn.Module, problems: list[Prob
     settings = {key: value for key, value in to_json(cfg).items() if key not in NOT_IN_HASH}
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8)
     for problem in problems:
-        digest.update(f"{problem.id} {problem.prompt} {problem.payload}".encode())
+        digest.update(f"{problem.id} {problem.task} {problem.prompt} {problem.payload}".encode())
     for name, tensor in model.state_dict().items():
         start = tensor.flatten()[:64].double().cpu()
         digest.update(f"{name} {tuple(tensor.shape)} {start.tolist()}".encode())
@@ -175,7 +204,7 @@ def all_records(
     bar = progress(
         total=len(problems),
         initial=len(problems) - left,
-        desc="evaluate",
+        desc=problems[0].task,
         unit="problem",
         disable=not dist.is_main,
     )
@@ -216,7 +245,7 @@ def sample_pages(records: list[dict[str, Any]]) -> str:
         for title, output in outputs:
             ending = "finished" if output["finished"] else "truncated"
             lines += [
-                f"{title}: equation {int(output['correct'])}, format {int(output['format'])}, "
+                f"{title}: correct {int(output['correct'])}, format {int(output['format'])}, "
                 f"{output['length']} tokens, {ending}",
                 quoted(output["text"]),
             ]
@@ -245,8 +274,14 @@ def table(result: dict[str, Any]) -> str:
                 f"{kind.split('_')[0]} outputs: {about['mean_tokens']:.1f} tokens, "
                 f"{100 * about['truncated']:.1f}% truncated, "
                 f"{100 * about['format_failures']:.1f}% without the format, "
-                f"{100 * about['unreadable']:.1f}% without a readable answer"
+                f"{100 * about['unreadable']:.1f}% without a readable answer, "
+                f"{100 * about['strict']:.1f}% right as a string"
             )
+    for key, groups in result["groups"].items():
+        lines += [f"by {key}:"]
+        for label, means in groups.items():
+            shown = [f"{name} {100 * means[name]:.1f}%" for name in headline(result)]
+            lines.append(f"  {label}: {means['problems']} problems, {', '.join(shown)}")
     for name, gain in result.get("difference", {}).items():
         lines.append(
             f"{name} against {result['compared_with']}: {100 * gain['value']:+.1f} points "
@@ -254,6 +289,29 @@ def table(result: dict[str, Any]) -> str:
             f"better on {gain['wins']} problems, worse on {gain['losses']}"
         )
     return "\n".join(lines)
+
+
+def headline(result: dict[str, Any]) -> list[str]:
+    """Return the metrics that stand for all: greedy, and those of one sample and of all."""
+    ks = dict.fromkeys((1, result["num_samples"])) if result["num_samples"] else ()
+    return ["greedy", *(f"pass@{k}" for k in ks), *(f"maj@{k}" for k in ks if k > 1)]
+
+
+def overview(results: dict[str, dict[str, Any]]) -> str:
+    """Return one line per task."""
+    names = headline(next(iter(results.values())))
+    rows = [["", "problems", *names]]
+    for task, result in results.items():
+        values = [f"{100 * result['metrics'][name]['value']:.1f}%" for name in names]
+        rows.append([task, str(result["num_problems"]), *values])
+    return "\n".join("".join(f"{cell:>13}" for cell in row) for row in rows)
+
+
+def task_path(path: str, task: str, tasks: tuple[str, ...]) -> Path:
+    """Return a task's file: the path itself, or with several tasks its own beside it."""
+    if len(tasks) == 1:
+        return Path(path)
+    return Path(path).with_name(f"{Path(path).stem}-{task}.json")
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
@@ -269,22 +327,28 @@ def read_result(path: Path) -> dict[str, Any] | None:
     return result
 
 
-def prepare(cfg: EvalConfig, dist: Dist) -> tuple[torch.nn.Module, Any, dict, list[Problem]]:
-    """Load the model, its tokenizer and state, and the problems; raise what the user can mend."""
+def prepare(
+    cfg: EvalConfig, dist: Dist
+) -> tuple[torch.nn.Module, Any, dict, dict[str, list[Problem]]]:
+    """Load the model, its tokenizer and state, and the problems of each task; raise what the user
+    can mend, before anything is sampled."""
     model, tokenizer, state = load_model(cfg.checkpoint, device=dist.device)
     if tokenizer is None:
         raise ValueError(f"{cfg.checkpoint} holds no tokenizer.json: its outputs cannot be read")
     use_template(tokenizer, cfg.chat_template)
-    problems, notes = load_problems(cfg)
-    if dist.is_main:
-        for note in notes:
-            print(f"note: {note}")
-    longest = max(len(encode_prompt(tokenizer, problem)) for problem in problems)
-    if longest >= model.cfg.max_context:
-        raise ValueError(
-            f"a prompt has {longest} tokens and the model's context {model.cfg.max_context}: "
-            "give --prompt_style short"
-        )
+    problems = {}
+    for task in dict.fromkeys(cfg.tasks):
+        problems[task], notes = load_problems(cfg, task)
+        if dist.is_main:
+            for note in notes:
+                print(f"note: {note}")
+        longest = max(len(encode_prompt(tokenizer, problem)) for problem in problems[task])
+        if longest >= model.cfg.max_context:
+            shorter = "--prompt_style short" if task == "countdown" else "another model"
+            raise ValueError(
+                f"a prompt of {task} has {longest} tokens and the model's context "
+                f"{model.cfg.max_context}: give {shorter}"
+            )
     return model, tokenizer, state, problems
 
 
@@ -304,14 +368,40 @@ def folder_lock(folder: Path, dist: Dist) -> Iterator[None]:
 
 
 def run(cfg: EvalConfig, dist: Dist) -> None:
-    """Evaluate, or continue, or show what is finished."""
-    out = Path(cfg.out or f"{cfg.checkpoint}/evaluation-{cfg.task}.json")
+    """Evaluate, or continue, or show what is finished; one task after the other."""
     with one_line_errors():
-        other = read_result(Path(cfg.compare)) if cfg.compare else None
-        if cfg.compare and other is None:
-            raise FileNotFoundError(f"--compare {cfg.compare}: no such file")
-        result = read_result(out)
+        files, others = {}, {}
+        for task in cfg.tasks:
+            default = f"{cfg.checkpoint}/evaluation-{task}.json"
+            files[task] = task_path(cfg.out, task, cfg.tasks) if cfg.out else Path(default)
+            read_result(files[task])  # another file there is refused before anything is sampled
+            if cfg.compare:
+                path = task_path(cfg.compare, task, cfg.tasks)
+                if (other := read_result(path)) is None:
+                    raise FileNotFoundError(f"--compare {path}: no such file")
+                others[task] = {**other, "file": str(path)}
         model, tokenizer, state, problems = prepare(cfg, dist)
+    results = {}
+    for task, out in files.items():
+        result = run_task(cfg, model, tokenizer, state, problems[task], out, dist)
+        if result is not None:
+            results[task] = show(cfg, result, others.get(task), out)
+    if len(results) > 1:
+        print(overview(results))
+
+
+def run_task(
+    cfg: EvalConfig,
+    model: torch.nn.Module,
+    tokenizer: Any,
+    state: dict,
+    problems: list[Problem],
+    out: Path,
+    dist: Dist,
+) -> dict[str, Any] | None:
+    """Return one task's figures, evaluated now or read from its file; None on the other ranks."""
+    with one_line_errors():
+        result = read_result(out)
         config_hash = evaluation_hash(cfg, model, problems)
     if result is None or result.get("config_hash") != config_hash:
         folder = out.with_name(out.name + ".parts")
@@ -329,14 +419,25 @@ def run(cfg: EvalConfig, dist: Dist) -> None:
                 ]
                 write_json(out, result)
                 shutil.rmtree(folder, ignore_errors=True)  # last: until here a kill loses nothing
-    if not dist.is_main:
-        return
+    return result if dist.is_main else None
+
+
+def show(
+    cfg: EvalConfig, result: dict[str, Any], other: dict[str, Any] | None, out: Path
+) -> dict[str, Any]:
+    """Print one task's figures, with the difference to another checkpoint's, and draw them."""
+    drawn = {result["checkpoint"]: result}
     if other is not None:
         with one_line_errors():
-            result |= {"difference": compare(other, result), "compared_with": cfg.compare}
+            difference = compare(other, result)
+        result |= {"difference": difference, "compared_with": other["file"]}
+        drawn = {other["file"]: other, **drawn}
         write_json(out, result)
+    if result["num_samples"]:
+        draw_at_k(drawn, out.with_suffix(".png"))
     print(table(result))
     print(f"figures: {out}")
+    return result
 
 
 def main() -> None:

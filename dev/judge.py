@@ -19,6 +19,7 @@ from pathlib import Path
 
 from nanomath.judge.answers import extract_answer, is_equivalent
 from nanomath.judge.reader import read_value
+from nanomath.tasks.benchmarks import BENCHMARKS, read_benchmark
 
 # The forms in which an answer is given; the judge must find it in each.
 FORMS = (
@@ -59,23 +60,9 @@ def gsm8k_golds(data: str | os.PathLike) -> list[str]:
 
 
 def other_golds(data: str | os.PathLike) -> dict[str, list[str]]:
-    """Return the golds of the other benchmarks, by file."""
-    fields = {
-        "cmath_test": "answer",
-        "gaokao_mathcloze": "answer",
-        "gaokao_mathqa": "label",
-        "mgsm_zh": "answer",
-        "sat_test": "Answer",
-        "mmlu_stem_test": "answer",
-        "asdiv_test": "answer",
-        "svamp_test": "Answer",
-        "mawps_test": "target",
-        "ocw_test": "answer",
-    }
-    return {
-        name: [str(row[field]).strip() for row in rows(data, f"{name}.jsonl")]
-        for name, field in fields.items()
-    }
+    """Return the golds of the other benchmarks, by name."""
+    names = [name for name in BENCHMARKS if name not in ("math", "gsm8k")]
+    return {name: [p.payload["answer"] for p in read_benchmark(name, data)] for name in names}
 
 
 # ------------------------------------------------------------------------- rewrites, near-misses

@@ -19,6 +19,7 @@ Read in this order (the order of the paper, then down into each part):
     ../kernels/        the loss over the vocabulary: reference.py first, then the fused forms
     sampler.py         groups of outputs; under it model.py, the Transformer, and its cache.py
     rewards.py         what an output is worth; tasks/countdown.py, judge/equation.py: who says so
+    tasks/benchmarks.py   GSM8K, MATH, CMATH, ... and your own questions and answers
     judge/answers.py   is this the right answer? exact.py its numbers, tokens.py, reader.py its eyes
     optim.py, data.py  one weighted step; packed examples and token shards (jsonl.py reads lines)
     corpus/            Sec. 2.1: pages, classifier, domains, decontamination, recall (the loop)

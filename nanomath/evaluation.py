@@ -14,6 +14,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from math import comb
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -21,11 +22,17 @@ import numpy as np
 import torch
 
 from nanomath.dist import Dist, all_reduce_sum
+from nanomath.log import new_figure, save_figure
 from nanomath.rewards import format_reward
 from nanomath.sampler import Rollouts, sample_groups
-from nanomath.tasks import Problem, countdown, encode_prompt
+from nanomath.tasks import Problem, benchmarks, countdown, encode_prompt
 
-TASKS: dict[str, ModuleType] = {"countdown": countdown}  # each has is_correct and answer_class
+# Each module has is_correct, answer_class and same_answer.
+TASKS: dict[str, ModuleType] = {
+    "countdown": countdown,
+    **dict.fromkeys((*benchmarks.BENCHMARKS, "jsonl"), benchmarks),
+}
+GROUPS = ("level", "type", "grade", "topic")  # of a problem's payload: figures are given by them
 MAX_SAMPLES = 1000  # the subset counts below stay within float64
 
 
@@ -221,6 +228,8 @@ def _sample(
     seed: int,
 ) -> list[list[dict[str, Any]]]:
     """Return each problem's outputs as {"text", "length" in tokens, "finished"}."""
+    is_benchmark = bool(problems) and TASKS[problems[0].task] is benchmarks
+    stops = {"stop": benchmarks.STOPS, "tokenizer": tokenizer} if is_benchmark else {}
     rollouts: Rollouts = sample_groups(
         model,
         [encode_prompt(tokenizer, problem) for problem in problems],
@@ -231,6 +240,7 @@ def _sample(
         seed=seed,
         prompt_ids=[problem.id for problem in problems],
         vocab_limit=tokenizer.sample_limit,
+        **stops,
     )
     columns = (rollouts.tokens_PGT, rollouts.lengths_PG, rollouts.finished_PG)
     return [
@@ -243,18 +253,22 @@ def _sample(
 
 
 def judge_outputs(problem: Problem, outputs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add to each output of one problem "correct", "format" and its "class" for the vote."""
+    """Add to each output of one problem "correct", "strict" (as the same string), "format" (an
+    answer is there, in Countdown in its tags) and its "class" for the vote."""
     judge = TASKS[problem.task]
-    classes = group_answers([judge.answer_class(problem, output["text"]) for output in outputs])
-    return [
-        {
-            **output,
-            "correct": bool(judge.is_correct(problem, output["text"])),
-            "format": format_reward(problem, output["text"]) == 1.0,
-            "class": label,
-        }
-        for output, label in zip(outputs, classes, strict=True)
-    ]
+    answers = [judge.answer_class(problem, output["text"]) for output in outputs]
+    judged = []
+    for output, answer, label in zip(
+        outputs, answers, group_answers(answers, judge.same_answer), strict=True
+    ):
+        text = output["text"]
+        correct = bool(judge.is_correct(problem, text))
+        strict, is_formatted = correct, format_reward(problem, text) == 1.0
+        if judge is benchmarks:
+            strict, is_formatted = benchmarks.is_strictly_correct(problem, text), answer is not None
+        marks = {"correct": correct, "strict": strict, "format": is_formatted, "class": label}
+        judged.append({**output, **marks})
+    return judged
 
 
 # -------------------------------------------------------------------------------------- figures
@@ -278,9 +292,9 @@ def problem_metrics(row: dict[str, Any], ks: Sequence[int]) -> dict[str, float]:
 def summarise(records: Sequence[dict[str, Any]], *, seed: int = 0) -> dict[str, Any]:
     """Return the figures of evaluate_chunk's records, as JSON.
 
-    "metrics": greedy, pass@K and maj@K with 95% intervals; "greedy_outputs" and "sampled_outputs":
-    tokens, and the shares truncated, without the format and without a readable answer; "problems":
-    per problem what the metrics were computed from.
+    "metrics": greedy, pass@K and maj@K with 95% intervals; "groups": their means by GROUPS;
+    "greedy_outputs" and "sampled_outputs": tokens, and the shares truncated, without the format,
+    without a readable answer and strictly right; "problems": what the metrics were computed from.
     """
     if not records:
         raise ValueError("no problems to evaluate")
@@ -304,14 +318,32 @@ def summarise(records: Sequence[dict[str, Any]], *, seed: int = 0) -> dict[str, 
         column = [value[name] for value in values]
         low, high = bootstrap_interval(column, seed=seed)
         metrics[name] = {"value": float(np.mean(column)), "low": low, "high": high}
+    parts = [key for key in GROUPS if key in rows[0]]
     return {
         "task": records[0]["task"],
         "num_problems": len(records),
         "num_samples": num_samples,
         "metrics": metrics,
+        "groups": {key: _by_group([row[key] for row in rows], values) for key in parts},
         "greedy_outputs": _describe([record["greedy"] for record in records]),
         "sampled_outputs": _describe([s for record in records for s in record["samples"]]),
         "problems": rows,
+    }
+
+
+def _by_group(
+    labels: Sequence[str], values: Sequence[dict[str, float]]
+) -> dict[str, dict[str, float]]:
+    """Return the mean of every metric, and the number of problems, for each label."""
+    groups: dict[str, list[dict[str, float]]] = {}
+    for label, value in sorted(zip(labels, values, strict=True), key=lambda pair: pair[0]):
+        groups.setdefault(label, []).append(value)
+    return {
+        label: {
+            "problems": len(members),
+            **{name: float(np.mean([member[name] for member in members])) for name in members[0]},
+        }
+        for label, members in groups.items()
     }
 
 
@@ -324,12 +356,13 @@ def _describe(outputs: Sequence[dict[str, Any]]) -> dict[str, float]:
         "truncated": sum(not output["finished"] for output in outputs) / count,
         "format_failures": sum(not output["format"] for output in outputs) / count,
         "unreadable": sum(output["class"] is None for output in outputs) / count,
+        "strict": sum(output["strict"] for output in outputs) / count,
     }
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Return the paired difference of each metric that two summaries of the same problems share."""
-    same = ("id", "nums", "target")
+    same = ("id", "nums", "target", "answer")
     keys = [[[row.get(key) for key in same] for row in s["problems"]] for s in (before, after)]
     if keys[0] != keys[1]:
         raise ValueError("the two evaluations are not of the same problems: nothing to pair")
@@ -339,3 +372,22 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> dict[str, dict[str
         name: paired_difference(*([value[name] for value in side] for side in values))
         for name in values[0][0]
     }
+
+
+def draw_at_k(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Draw Pass@K and Maj@K of summaries, by label, against K with their intervals (Figure 7)."""
+    figure, axes = new_figure(2)
+    for axis, kind in zip(axes, ("pass", "maj"), strict=True):
+        for label, result in results.items():
+            metrics = result["metrics"]
+            names = [name for name in metrics if name.startswith(f"{kind}@")]
+            ks = [int(name.split("@")[1]) for name in names]
+            axis.plot(ks, [metrics[n]["value"] for n in names], marker="o", label=label)
+            low, high = ([metrics[n][end] for n in names] for end in ("low", "high"))
+            axis.fill_between(ks, low, high, alpha=0.15)
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("K")
+        axis.set_title(f"{kind.capitalize()}@K, 95% intervals")
+        axis.legend()
+        axis.grid(alpha=0.3)
+    save_figure(figure, path)

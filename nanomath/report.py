@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nanomath.config import one_line_errors, opt, parse
-from nanomath.evaluation import compare
+from nanomath.evaluation import compare, draw_at_k
 from nanomath.log import new_figure, printable, read_metrics, save_figure
 
 MODELS = ("base", "sft", "grpo")
@@ -133,21 +133,7 @@ def draw(run: Path, evals: dict[str, dict]) -> None:
     line(axes[2], grpo, "kl", "GRPO: KL to the reference (nats per token)")
     save_figure(figure, run / "plots" / "grpo.png")
 
-    figure, axes = new_figure(2)
-    for axis, kind in zip(axes, ("pass", "maj"), strict=True):
-        for model in MODELS:
-            metrics = evals[model]["metrics"]
-            names = [name for name in metrics if name.startswith(f"{kind}@")]
-            ks = [int(name.split("@")[1]) for name in names]
-            axis.plot(ks, [metrics[n]["value"] for n in names], marker="o", label=model)
-            low, high = ([metrics[n][end] for n in names] for end in ("low", "high"))
-            axis.fill_between(ks, low, high, alpha=0.15)
-        axis.set_xscale("log", base=2)
-        axis.set_xlabel("K")
-        axis.set_title(f"{kind.capitalize()}@K on held-out problems, 95% intervals")
-        axis.legend()
-        axis.grid(alpha=0.3)
-    save_figure(figure, run / "plots" / "pass_and_maj_at_k.png")
+    draw_at_k({model: evals[model] for model in MODELS}, run / "plots" / "pass_and_maj_at_k.png")
 
 
 def line(axis, rows: list[dict], name: str, title: str) -> None:

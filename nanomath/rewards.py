@@ -1,10 +1,11 @@
 """Reward functions, and how they are summed into one reward per completion.
 
 A reward function takes (problem, completion text) and returns a number, or None where it cannot
-judge. Built in, both worth 1.0 or 0.0:
+judge. Built in, each worth 1.0 or 0.0:
 
     format      the completion is <think>...</think>, then <answer>...</answer>, and nothing else
-    equation    the answer is right; accuracy means this one alone
+    equation    Countdown's answer is right
+    answer      the answer equals the reference, as a value (judge/answers.py)
 
 Your own: `--rewards my_file.py:my_function`. A function that raises, or returns no finite number,
 has no reward for that completion: None, which is not 0. The failures of a call are counted and
@@ -21,7 +22,8 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from nanomath.tasks import Problem, countdown
+from nanomath.judge.answers import is_readable
+from nanomath.tasks import Problem, benchmarks, countdown
 
 RewardFunction = Callable[[Problem, str], float | None]
 
@@ -49,7 +51,20 @@ def equation_reward(problem: Problem, completion: str) -> float | None:
     return float(countdown.is_correct(problem, completion))
 
 
-BUILT_IN: dict[str, RewardFunction] = {"format": format_reward, "equation": equation_reward}
+def answer_reward(problem: Problem, completion: str) -> float | None:
+    """Return 1.0 if the completion's answer equals the reference (judge/answers.py), else 0.0;
+    None where there is no reference, or none that is read."""
+    gold = problem.payload.get("answer")
+    if not isinstance(gold, str) or not is_readable(gold):
+        return None
+    return float(benchmarks.is_correct(problem, completion))
+
+
+BUILT_IN: dict[str, RewardFunction] = {
+    "format": format_reward,
+    "equation": equation_reward,
+    "answer": answer_reward,
+}
 
 
 def compute_rewards(

@@ -144,12 +144,12 @@ def test_samples_cannot_forge_lines_or_drive_a_terminal():
     record = {"id": 4, "payload": {}, "prompt": "P\n", "greedy": output, "samples": []}
     page = evaluate.sample_pages([record])
     assert "    | a\\x1b[2J\\x0db\n    | problem 7 {}" in page
-    assert "greedy: equation 0, format 0, 3 tokens, truncated" in page
+    assert "greedy: correct 0, format 0, 3 tokens, truncated" in page
     assert [line for line in page.split("\n") if line.startswith("problem")] == ["problem 4 {}"]
 
 
 def test_data_file(run_folder, dist, capsys):
-    """--data evaluates on all held-out rows of a file, on those of the training split only if
+    """--problems evaluates on all held-out rows of a file, on those of the training split only if
     asked to, on fewer only if asked to; what is left out is counted, bad rows are named."""
     data = run_folder.parent / "rows.jsonl"
     rows = [{"nums": [a, b], "target": a + b} for a in range(1, 31) for b in range(a, 31)]
@@ -157,7 +157,7 @@ def test_data_file(run_folder, dist, capsys):
     assert 20 < len(heldout) < 100
     lines = [json.dumps(row) for row in [{"nums": [1, 2], "target": 50}, *rows]]
     data.write_text("\n".join(lines))
-    cfg = config(run_folder, data=str(data), num_problems=None, num_samples=1, max_new_tokens=2)
+    cfg = config(run_folder, problems=str(data), num_problems=None, num_samples=1, max_new_tokens=2)
     cfg = dataclasses.replace(cfg, chunk_problems=64)
 
     def evaluated(**changes):
@@ -179,19 +179,85 @@ def test_data_file(run_folder, dist, capsys):
     assert "of the training split" not in printed
 
 
+@pytest.fixture
+def benchmark_files(run_folder):
+    """A folder with two GSM8K rows, two MATH rows and a user's file of three."""
+    folder = run_folder.parent
+    gsm8k = [{"question": "1+1?", "answer": "So.\n#### 2"}, {"question": "?", "answer": "#### 3"}]
+    math = [
+        {"problem": "a", "solution": r"\boxed{\frac12}", "level": "Level 1", "type": "Algebra"},
+        {"problem": "b", "solution": r"\boxed{7}", "level": "Level 5", "type": "Geometry"},
+    ]
+    own = [{"question": f"q{i}", "answer": str(i)} for i in range(3)]
+    for name, rows in (("gsm8k_test", gsm8k), ("math_test", math), ("own", own)):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text)
+    return folder
+
+
+def test_several_tasks(run_folder, benchmark_files, dist, monkeypatch, capsys):
+    """Each task has files of its own and a line in the last table; adding one keeps the others;
+    the difference to another checkpoint is paired task by task."""
+    paths = {"data": str(benchmark_files), "problems": str(benchmark_files / "own.jsonl")}
+    cfg = config(run_folder, num_samples=2, max_new_tokens=3, **paths)
+    tasks = ("gsm8k", "math", "jsonl")
+    evaluate.run(dataclasses.replace(cfg, tasks=tasks[:2]), dist)
+    counts = counted_chunks(monkeypatch)
+    cfg = dataclasses.replace(cfg, tasks=tasks)
+    evaluate.run(cfg, dist)
+    assert counts == [3]  # the new task alone
+    last = capsys.readouterr().out.splitlines()[-4:]
+    assert [line.split()[:2] for line in last[1:]] == [
+        ["gsm8k", "2"],
+        ["math", "2"],
+        ["jsonl", "3"],
+    ]
+    for task in tasks:
+        file = benchmark_files / f"figures-{task}.json"
+        result = json.loads(file.read_text())
+        assert (result["task"], result["num_samples"]) == (task, 2)
+        assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+        assert "prompt" not in result["problems"][0]
+    result = json.loads((benchmark_files / "figures-math.json").read_text())
+    assert {label: row["problems"] for label, row in result["groups"]["level"].items()} == {
+        "Level 1": 1,
+        "Level 5": 1,
+    }
+    assert set(result["groups"]) == {"level", "type"}
+    other = dataclasses.replace(cfg, out=str(benchmark_files / "b.json"), compare=cfg.out)
+    evaluate.run(other, dist)
+    for task in tasks:
+        difference = json.loads((benchmark_files / f"b-{task}.json").read_text())["difference"]
+        assert difference["pass@2"]["value"] == 0.0
+    with pytest.raises(SystemExit, match="not of the same problems"):
+        evaluate.run(dataclasses.replace(other, num_problems=1), dist)
+
+
+def test_missing_benchmark_names_its_source(run_folder, dist, tmp_path):
+    """A benchmark file that is not there ends with its path, its source and the flag."""
+    for task, source in (("gsm8k", "python -m nanomath.download gsm8k"), ("cmath", "QwenLM")):
+        cfg = config(run_folder, tasks=(task,), data=str(tmp_path / "empty"))
+        with pytest.raises(
+            SystemExit, match=f"{task}_test.jsonl: no such file; .*{source}.*--data"
+        ):
+            evaluate.run(cfg, dist)
+    with pytest.raises(SystemExit, match="--tasks jsonl needs --problems"):
+        evaluate.run(config(run_folder, tasks=("jsonl",)), dist)
+
+
 def test_command_line_takes_all_of_a_file():
-    """No preset but smoke limits the rows of --data; without --data there are 1000 problems."""
+    """No preset but smoke limits the rows of --problems; without it there are 1000 problems."""
     for name in ("", "gpu", "countdown_qwen_3b", "cpu"):
         cfg = parse(evaluate.EvalConfig, evaluate.PRESETS, ["--preset", name] if name else [])
         assert cfg.num_problems is None
-    assert len(evaluate.load_problems(cfg)[0]) == 1000
+    assert len(evaluate.load_problems(cfg, "countdown")[0]) == 1000
 
 
 def test_data_without_heldout_rows_is_refused(run_folder, dist):
     """A file of the training split alone is no evaluation set, unless --all_rows says so."""
     data = run_folder.parent / "rows.jsonl"
     data.write_text('{"nums": [1, 2], "target": 3}\n')
-    cfg = config(run_folder, data=str(data))
+    cfg = config(run_folder, problems=str(data))
     with pytest.raises(SystemExit, match="all 1 problems are of the training split; --all_rows"):
         evaluate.run(cfg, dist)
     evaluate.run(dataclasses.replace(cfg, all_rows=True), dist)
@@ -202,7 +268,7 @@ def test_data_without_heldout_rows_is_refused(run_folder, dist):
     [
         ({"checkpoint": "none"}, "no checkpoint under .*none; make one with"),
         ({"compare": "none.json"}, "--compare none.json: no such file"),
-        ({"data": "none.jsonl"}, "none.jsonl: no such file"),
+        ({"problems": "none.jsonl"}, "none.jsonl: no such file"),
         ({"max_number": 1, "max_target": 2}, "widen the ranges"),
     ],
 )
@@ -239,13 +305,14 @@ def test_presets_hold_enough_heldout_problems(name):
     """Every preset's ranges hold held-out problems (a part of them is drawn)."""
     cfg = parse(evaluate.EvalConfig, evaluate.PRESETS, ["--preset", name])
     few = dataclasses.replace(cfg, num_problems=50)
-    assert len(evaluate.load_problems(few)[0]) == 50
+    assert len(evaluate.load_problems(few, "countdown")[0]) == 50
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(run_folder, dist):
-    """torchrun with two processes writes the same figures and samples as one process."""
-    one = config(run_folder)
+def test_two_processes_equal_one(run_folder, benchmark_files, dist):
+    """torchrun with two processes writes the same figures and samples as one process, for two
+    tasks one after the other."""
+    one = config(run_folder, tasks=("countdown", "math"), data=str(benchmark_files))
     evaluate.run(one, dist)
     two = run_folder.parent / "two.json"
     flags = "--preset smoke --threads 1 --device cpu --num_problems 10 --num_samples 2"
@@ -253,11 +320,14 @@ def test_two_processes_equal_one(run_folder, dist):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", "2", "evaluate.py", *flags.split()]
     command += ["--checkpoint", str(run_folder), "--out", str(two)]
+    command += ["--tasks", "countdown", "math", "--data", str(benchmark_files)]
     subprocess.run(command, cwd=ROOT, env=dict(os.environ), check=True, timeout=120)
-    results = [json.loads(path.read_text()) for path in (Path(one.out), two)]
-    assert results[0].pop("config_hash") == results[1].pop("config_hash")
-    for result in results:
-        result.pop("settings")
-    assert results[0] == results[1]
-    samples = [Path(p).with_suffix(".samples.txt").read_text() for p in (one.out, two)]
-    assert samples[0] == samples[1]
+    for task in one.tasks:
+        paths = [evaluate.task_path(str(base), task, one.tasks) for base in (one.out, two)]
+        results = [json.loads(path.read_text()) for path in paths]
+        assert results[0].pop("config_hash") == results[1].pop("config_hash")
+        for result in results:
+            result.pop("settings")
+        assert results[0] == results[1]
+        samples = [path.with_suffix(".samples.txt").read_text() for path in paths]
+        assert samples[0] == samples[1]

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from nanomath.judge.exact import Algebra, Refused, is_name, number
 from nanomath.judge.reader import MAX_CHARS, Value, read_value
-from nanomath.judge.tokens import normalise
+from nanomath.judge.tokens import normalise, without_text_commands
 
 # ----------------------------------------------------------------------------------- extraction
 
@@ -140,6 +140,13 @@ def is_strict(prediction: str, reference: str) -> bool:
         return prediction.strip() == reference.strip()
     a, b = (re.sub(r"\s", "", normalise(text)) for text in (prediction, reference))
     return a == b != ""
+
+
+def is_readable(reference: str) -> bool:
+    """Say whether a reference can be judged by: it has a value, or is made of words alone."""
+    words = without_text_commands(reference)
+    is_words = re.fullmatch(r"[A-Za-z\u4e00-\u9fff .,'-]{1,100}", words) is not None
+    return is_words or read_value(reference).kind != "text"
 
 
 def same_value(a: Value, b: Value) -> bool:

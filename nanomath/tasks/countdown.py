@@ -21,6 +21,7 @@ Left to others: the format reward (rewards.py), Pass@K and Maj@K (evaluation.py)
 import dataclasses
 import hashlib
 import json
+import operator
 import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
@@ -304,6 +305,9 @@ def answer_class(problem: Problem, completion: str) -> tuple[Fraction, bool] | N
     if reading.value is None:
         return None
     return reading.value, sorted(reading.numbers) == sorted(problem.payload["nums"])
+
+
+same_answer = operator.eq
 
 
 # --------------------------------------------------------------------------------- command line

@@ -1,0 +1,224 @@
+"""Benchmarks of questions with one answer, and any JSONL of question and answer.
+
+The files are read in the layouts their projects publish them in, from one folder (--data); a
+missing one names its source. The prompts are this project's own: zero-shot, for tuned
+models, asks for \\boxed{}; few-shot, for base models, shows four worked examples that end with
+"The answer is ...". The judge is judge/answers.py.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanomath.jsonl import read_jsonl
+from nanomath.judge.answers import extract_answer, is_equivalent, is_strict, same_value
+from nanomath.judge.reader import Value, read_value
+from nanomath.tasks import Problem
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A file and its fields; answer may be a solution that ends with #### or a \\boxed{}."""
+
+    file: str
+    question: str
+    answer: str
+    source: str
+    body: str = ""  # a field that comes before the question
+    options: str = ""  # a field of choices, that come after it
+    groups: tuple[str, ...] = ()  # fields that figures are also given by
+    chinese: bool = False
+
+
+_DEEPSEEK = "github.com/deepseek-ai/DeepSeek-Math, evaluation/datasets"
+_TORA = "github.com/microsoft/ToRA, src/data"
+_QWEN = "github.com/QwenLM/Qwen2.5-Math, evaluation/data"
+BENCHMARKS = {
+    "gsm8k": Benchmark(
+        "gsm8k_test.jsonl", "question", "answer", "`python -m nanomath.download gsm8k`"
+    ),
+    "math": Benchmark(
+        *("math_test.jsonl", "problem", "solution", "`python -m nanomath.download math`"),
+        groups=("level", "type"),
+    ),
+    "cmath": Benchmark(
+        "cmath_test.jsonl", "question", "answer", _QWEN, groups=("grade",), chinese=True
+    ),
+    "mgsm_zh": Benchmark("mgsm_zh.jsonl", "messages", "answer", _DEEPSEEK, chinese=True),
+    "gaokao_cloze": Benchmark(
+        "gaokao_mathcloze.jsonl", "question", "answer", _DEEPSEEK, chinese=True
+    ),
+    "gaokao_qa": Benchmark(
+        "gaokao_mathqa.jsonl", "question", "label", _DEEPSEEK, options="options", chinese=True
+    ),
+    "sat": Benchmark("sat_test.jsonl", "question", "Answer", _DEEPSEEK, options="options"),
+    "mmlu_stem": Benchmark(
+        *("mmlu_stem_test.jsonl", "question", "answer", _DEEPSEEK),
+        options="options",
+        groups=("topic",),
+    ),
+    "ocw": Benchmark("ocw_test.jsonl", "problem", "answer", _DEEPSEEK),
+    "asdiv": Benchmark("asdiv_test.jsonl", "question", "answer", _TORA, body="body"),
+    "svamp": Benchmark("svamp_test.jsonl", "Question", "Answer", _TORA, body="Body"),
+    "mawps": Benchmark("mawps_test.jsonl", "input", "target", _QWEN),
+}
+
+_ZERO_SHOT = (
+    "{}\nReason step by step, and put the final answer inside \\boxed{{}}.\n",
+    "{}\n请一步一步地推理,并把最后的答案写在 \\boxed{{}} 里。\n",
+)
+_ASK_FOR_LETTER = ("The answer is the letter of one option.", "答案是选项的字母。")
+_QUESTION = ("Question: {}\nAnswer:", "问题:{}\n解答:")
+# Where a base model begins the next question after a few-shot answer.
+STOPS = tuple("\n" + layout.partition("{}")[0] for layout in _QUESTION)
+# Written for this project: whole numbers, a fraction, a root, a set.
+_EXAMPLES = (
+    (
+        "A shelf has 4 rows of 12 jars. Mia takes away 8 jars and fills half of the rest. How many "
+        "jars does she fill?",
+        "There are 4 * 12 = 48 jars. After 8 are taken away, 48 - 8 = 40 are left. Half of them is "
+        "40 / 2 = 20. The answer is 20.",
+    ),
+    (
+        "A bag holds 3 red and 5 blue marbles. Two are drawn without putting any back. What is the "
+        "probability that both are red?",
+        "The first is red with probability $\\frac{3}{8}$ and then the second with probability "
+        "$\\frac{2}{7}$. Together $\\frac{3}{8} \\cdot \\frac{2}{7} = \\frac{3}{28}$. The answer "
+        "is $\\frac{3}{28}$.",
+    ),
+    (
+        "What is the diagonal of a rectangle with sides 2 and 6?",
+        "By Pythagoras it is $\\sqrt{2^2 + 6^2} = \\sqrt{40} = 2\\sqrt{10}$. The answer is "
+        "$2\\sqrt{10}$.",
+    ),
+    (
+        "Find all $x$ with $x^2 - x = 12$.",
+        "$x^2 - x - 12 = (x - 4)(x + 3)$, which is 0 for $x = 4$ and for $x = -3$. The answer is "
+        "$-3, 4$.",
+    ),
+)
+_CHINESE_EXAMPLES = (
+    (
+        "食堂运来6袋大米,每袋25千克,吃掉了40千克,还剩多少千克?",
+        "一共运来 6 × 25 = 150 千克。吃掉40千克后还剩 150 - 40 = 110 千克。答案是110。",
+    ),
+    (
+        "一本书有120页,小华第一天看了全书的1/4,第二天看了全书的1/3,两天一共看了全书的几分之几?",
+        "两天一共看了 1/4 + 1/3 = 3/12 + 4/12 = 7/12。答案是7/12。",
+    ),
+    (
+        "一个长方形的长是8.5厘米,宽是4厘米,它的周长是多少厘米?",
+        "周长是 2 × (8.5 + 4) = 2 × 12.5 = 25 厘米。答案是25。",
+    ),
+    (
+        "已知 $x>0$ 且 $x^2=18$,求 $x$。",
+        "因为 $x>0$,所以 $x=\\sqrt{18}=3\\sqrt{2}$。答案是$3\\sqrt{2}$。",
+    ),
+)
+
+
+def make_prompt(question: str, *, few_shot: bool = False, chinese: bool = False) -> str:
+    if not few_shot:
+        return _ZERO_SHOT[chinese].format(question)
+    examples = _CHINESE_EXAMPLES if chinese else _EXAMPLES
+    layout = _QUESTION[chinese]
+    shown = "".join(f"{layout.format(asked)} {answer}\n\n" for asked, answer in examples)
+    return shown + layout.format(question)
+
+
+def read_benchmark(
+    name: str, folder: str | os.PathLike, *, few_shot: bool = False
+) -> list[Problem]:
+    """Read a benchmark's problems. Raises FileNotFoundError, which names the source, ValueError."""
+    benchmark = BENCHMARKS[name]
+    path = Path(folder) / benchmark.file
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file; it comes from {benchmark.source}; --data names its folder"
+        )
+    problems = []
+    for number, row in read_jsonl(path):
+        question, gold = _question(benchmark, row), gold_answer(row.get(benchmark.answer))
+        if not question or not gold:
+            raise ValueError(f"{path}:{number}: no {benchmark.question} or {benchmark.answer}")
+        groups = {key: str(row[key]) for key in benchmark.groups if key in row}
+        prompt = make_prompt(question, few_shot=few_shot, chinese=benchmark.chinese)
+        problems.append(Problem(number, name, prompt, {"answer": gold, **groups}))
+    return problems
+
+
+def _question(benchmark: Benchmark, row: dict) -> str:
+    question = row.get(benchmark.question)
+    if isinstance(question, list):  # messages: the user's first
+        question = question[0].get("content")
+    options = row.get(benchmark.options)
+    if isinstance(options, list):
+        marked = all(re.match(r"\(?[A-J]\)", str(option)) for option in options)
+        marks = [""] * len(options) if marked else [f"({letter}) " for letter in "ABCDEFGHIJ"]
+        options = "\n".join(f"{mark}{option}" for mark, option in zip(marks, options))
+    asked = _ASK_FOR_LETTER[benchmark.chinese] if options else None
+    return "\n".join(
+        str(part) for part in (row.get(benchmark.body), question, options, asked) if part
+    )
+
+
+def read_own(
+    path: str | os.PathLike, *, few_shot: bool = False, task: str = "jsonl"
+) -> list[Problem]:
+    """Read a user's JSONL of question (or problem) and answer (or solution)."""
+    problems = []
+    for number, row in read_jsonl(path):
+        question = row.get("question") or row.get("problem")
+        gold = gold_answer(row.get("answer", row.get("solution")))
+        if not isinstance(question, str) or not gold:
+            raise ValueError(
+                f"{path}:{number}: wanted question (or problem) and answer (or solution), "
+                f"found {sorted(row)[:8]}"
+            )
+        chinese = re.search("[\u4e00-\u9fff]", question) is not None
+        prompt = make_prompt(question, few_shot=few_shot, chinese=chinese)
+        problems.append(Problem(number, task, prompt, {"answer": gold}))
+    return problems
+
+
+def gold_answer(field: object) -> str | None:
+    """Return the answer that a field holds: itself, or the end of a worked solution."""
+    if isinstance(field, int | float | str):
+        text = str(field)
+        found = extract_answer(text)
+        return found.answer if found.rule in ("####", "boxed") else text.strip()
+    return None
+
+
+# ----------------------------------------------------------------------------------------- judge
+
+
+def find_answer(completion: str) -> str | None:
+    """Return the answer of a completion, None without one.
+
+    What comes after the beginning of another question (STOPS) does not count.
+    """
+    for stop in STOPS:
+        completion = completion.partition(stop)[0]
+    return extract_answer(completion).answer or None
+
+
+def is_correct(problem: Problem, completion: str) -> bool:
+    answer = find_answer(completion)
+    return answer is not None and is_equivalent(answer, problem.payload["answer"])
+
+
+def is_strictly_correct(problem: Problem, completion: str) -> bool:
+    """Say whether the answer is the reference's very string, spacing and spelling apart."""
+    answer = find_answer(completion)
+    return answer is not None and is_strict(answer, problem.payload["answer"])
+
+
+def answer_class(problem: Problem, completion: str) -> Value | None:
+    """Return what Maj@K counts as one answer, to be compared with same_answer; None: no vote."""
+    answer = find_answer(completion)
+    return None if answer is None else read_value(answer)
+
+
+same_answer = same_value
