@@ -4,8 +4,9 @@
 give other ids here than there is refused by name, never approximated. Encoding is tokenizer.py's.
 """
 
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import regex
@@ -122,30 +123,22 @@ def _starts_with(bos: str, bos_id: int) -> dict:
     }
 
 
-def _merged(text: bytes, ranks: Mapping[bytes, int]) -> Iterator[list[bytes]]:
-    """Yield the parts of text after each merge, from single bytes on, as tiktoken merges them."""
-    parts, never = [text[i : i + 1] for i in range(len(text))], len(ranks) << 32
-    while True:
-        yield parts
-        rank, at = min(
-            (
-                (ranks.get(left + right, never), index)
-                for index, (left, right) in enumerate(zip(parts, parts[1:]))
-            ),
-            default=(never, 0),
-        )
-        if rank == never:
-            return
-        parts = [*parts[:at], parts[at] + parts[at + 1], *parts[at + 2 :]]
-
-
 def last_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
     """Return the two tokens whose merge makes `token`, or None if merging its bytes ends elsewhere.
 
     The pair is unique: wherever a text holds these bytes between two borders that no merge crosses,
     the merges inside are the ones made here.
     """
-    return next((tuple(parts) for parts in _merged(token, ranks) if len(parts) == 2), None)
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        rank, at = min(
+            (ranks.get(left + right, len(ranks) << 32), index)
+            for index, (left, right) in enumerate(zip(parts, parts[1:]))
+        )
+        if rank == len(ranks) << 32:
+            return None
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return (parts[0], parts[1]) if len(parts) == 2 else None
 
 
 def _spell(token: bytes) -> str:
@@ -212,19 +205,19 @@ def _parse_layout(layout: dict) -> tuple[dict, str | None]:
         _expect(model.get(key), allowed, f"model.{key}")
     for key in ("truncation", "padding"):
         _expect(layout.get(key), (None,), key)
-    normalizer = layout.get("normalizer")
-    steps = (
-        normalizer["normalizers"] if normalizer and "normalizers" in normalizer else [normalizer]
-    )
+    normalizer = layout.get("normalizer") or {"normalizers": []}
+    steps = normalizer.get("normalizers", [normalizer])
     for step in steps:
-        _expect(step and step["type"], (None, "NFC"), "normalizer")
-    nfc = any(steps)
+        _expect(step["type"], ("NFC",), "normalizer")
+    nfc = bool(steps)
     _expect((layout.get("decoder") or {}).get("type"), ("ByteLevel",), "decoder")
     added, control = _parse_added(layout["added_tokens"], model["vocab"], nfc=nfc)
-    apart = {*added.values(), *control.values()}
-    ranks = {_unspell(text): i for text, i in model["vocab"].items() if i not in apart}
-    if len({*ranks.values()}) < len(ranks):
-        raise ValueError("model.vocab gives one id to two tokens")
+    whole = {**added, **control}
+    ranks = {_unspell(text): i for text, i in model["vocab"].items() if text not in whole}
+    if len({*ranks.values(), *whole.values()}) < len(ranks) + len(whole):
+        raise ValueError("two tokens have one id")
+    if model.get("ignore_merges") and len(ranks) < len(model["vocab"]):
+        raise ValueError("with model.ignore_merges, added tokens in model.vocab would match twice")
     _check_merges(ranks, model["merges"], ignore_merges=bool(model.get("ignore_merges")))
     splits = _parse_splits(layout["pre_tokenizer"])
     processor = layout.get("post_processor") or {}
@@ -258,18 +251,15 @@ def _parse_added(tokens: list, vocab: Mapping[str, int], *, nfc: bool) -> tuple[
                 f"give it {expected}"
             )
         ids[text] = token_id
-    if len({*ids.values()}) < len(ids):
-        raise ValueError("two added tokens have one id")
-    plain = {token["content"] for token in tokens if not token["special"]}
     # The tokenizers package looks for tokens marked `normalized` in a second pass over the text.
-    for first in (token["content"] for token in tokens if not token["normalized"]):
-        for second in (token["content"] for token in tokens if token["normalized"]):
-            if _overlap(first, second) or _overlap(second, first):
-                raise ValueError(f"added tokens {first!r} and {second!r} overlap in two passes")
-    return (
-        {text: i for text, i in ids.items() if text in plain},
-        {text: i for text, i in ids.items() if text not in plain},
-    )
+    passes = [
+        [t["content"] for t in tokens if bool(t["normalized"]) is mark] for mark in (False, True)
+    ]
+    for first, second in itertools.product(*passes):
+        if _overlap(first, second) or _overlap(second, first):
+            raise ValueError(f"added tokens {first!r} and {second!r} overlap in two passes")
+    control = {token["content"]: token["id"] for token in tokens if token["special"]}
+    return {text: i for text, i in ids.items() if text not in control}, control
 
 
 def _overlap(first: str, second: str) -> bool:
@@ -279,7 +269,7 @@ def _overlap(first: str, second: str) -> bool:
 
 
 def _parse_stop_ids(value: int | list | None, parts: dict) -> list[int]:
-    stop_ids = [] if value is None else value if isinstance(value, list) else [value]
+    stop_ids = value if isinstance(value, list) else [] if value is None else [value]
     known = {i for kind in ("ranks", "added", "control") for i in parts[kind].values()}
     for token_id in stop_ids:
         if type(token_id) is not int or token_id not in known:
@@ -344,32 +334,26 @@ def _check_merges(
 ) -> None:
     """Refuse merges that tiktoken, which knows tokens but no pairs, would apply differently.
 
-    tiktoken makes a token by its last merge and by no other pair: the two agree when each of these
-    is listed after no product with a higher id. Other pairs may be listed (Llama 3 lists each
-    way to cut a token in two); one of the same product, listed before, differs where both stand
-    side by side: x y z with xy = yz.
+    tiktoken makes a token by its last merge and by no other pair (see last_merge): the two agree
+    when that pair is listed, after no merge that makes a higher id. Other pairs, of which Llama 3
+    lists all, are then never the next merge.
     """
     missing = [byte for byte in _IN_TEXT if bytes([byte]) not in ranks]
     if missing:
         raise ValueError(f"{len(missing)} of 256 bytes are not in the vocabulary: {missing[:16]}")
-    listed, highest = {}, -1
-    for order, merge in enumerate(merges):
+    before, highest = {}, -1  # the highest id made before a pair
+    for merge in merges:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         pair = (_unspell(left), _unspell(right))
         if not {*pair, pair[0] + pair[1]} <= ranks.keys():
             raise ValueError(f"the parts or product of merge {merge!r} are not in the vocabulary")
-        listed[pair] = (order, highest)
+        before[pair] = highest
         highest = max(highest, ranks[pair[0] + pair[1]])
     for token, token_id in ranks.items():
         pair = last_merge(token, ranks) if len(token) > 1 else None
         if len(token) < 2 or (pair is None and ignore_merges):
             continue
-        order, highest = listed.get(pair, (0, len(ranks) << 32))
-        rest = token[len(pair[1]) :] if pair and token.startswith(pair[1]) else b""
-        twin = listed.get((pair[1], rest), (order, 0)) if rest else (order, 0)
-        if highest > token_id or (
-            twin[0] < order and [*pair, rest] in _merged(token + rest, ranks)
-        ):
+        if before.get(pair, token_id + 1) > token_id:
             raise ValueError(
                 f"token {_spell(token)!r} (id {token_id}) is not made by a merge listed in the "
                 "order of the ids"
