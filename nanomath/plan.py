@@ -1,0 +1,364 @@
+"""Will it fit, and how long will it take: memory, FLOPs, time and communication as plain formulas.
+
+    python -m nanomath.plan --preset deepseekmath_7b --num_gpus 8 --gpu_memory_gb 80
+
+Prints a column each for pretraining, SFT and GRPO: what one GPU holds when it holds most, the
+seconds of a step, the bytes it receives, and what to change where it does not fit. The bytes are
+those of nanomath's own code, without torch.compile, which keeps less (tests/nanomath/test_plan.py
+measures them); rates such as `--mfu` are inputs.
+
+Sources: states of 16 bytes per parameter, ZeRO (arXiv:1910.02054 section 3.1); FLOPs, PaLM
+(arXiv:2204.02311 appendix B) with causal attention counted once; activations, in the manner of
+Korthikanti et al. (arXiv:2205.05198 section 4) for the tensors that autograd keeps here; decoding
+time from bytes read, Pope et al. (arXiv:2211.05102 section 2.1). Shape letters: __init__.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from nanomath.config import one_line_errors, opt, parse
+from nanomath.model import MODEL_PRESETS, ModelConfig
+
+PEAK_FLOPS = 989e12  # H100 SXM, dense bf16 (NVIDIA's data sheet)
+STAGES = ("pretrain", "sft", "grpo")
+POLICIES = ("none", "selective", "full")
+HEAD_CHUNK_ROWS = {"cuda": 8192, "cpu": 256}  # kernels/linear.py
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    num_layers: int = opt(24, "transformer blocks L", low=1)
+    width: int = opt(2048, "model width D", low=1)
+    num_heads: int = opt(16, "query heads H", low=1)
+    num_kv_heads: int = opt(16, "key and value heads K", low=1)
+    ffn_width: int = opt(5504, "feed-forward width F", low=1)
+    vocab_size: int = opt(102_400, "vocabulary V", low=1)
+    tied_head: bool = opt(False, "the head is the embedding")
+    context: int = opt(4096, "tokens per row, pretraining and SFT, Sec. 2.2 and 3", low=1)
+    pretrain_rows: int = opt(1024, "rows per step, all GPUs: 4M tokens, Sec. 2.2", low=1)
+    sft_rows: int = opt(256, "packed rows per step, all GPUs, Sec. 3", low=1)
+    questions: int = opt(16, "GRPO questions per step P, all GPUs, Sec. 4.2", low=1)
+    group_size: int = opt(64, "GRPO outputs per question G, Sec. 4.2", low=1)
+    prompt_tokens: int = opt(256, "tokens of the longest prompt", low=1)
+    max_new_tokens: int = opt(1024, "tokens per output at most, Sec. 4.2", low=1)
+    mean_new_tokens: int = opt(512, "tokens per output on average, for the time", low=1)
+    kl: bool = opt(True, "GRPO keeps a reference model (kl_coef > 0), Sec. 4.2")
+    micro_batch_size: int = opt(8, "rows of one forward and backward pass", low=1)
+    activation_checkpointing: str = opt("none", "see activations.py", choices=POLICIES)
+    device: str = opt("cuda", "cuda: bf16 under FSDP2; cpu: fp32", choices=("cuda", "cpu"))
+    num_gpus: int = opt(8, "GPUs (or processes on CPUs) W", low=1)
+    gpus_per_node: int = opt(8, "GPUs joined by NVLink", low=1)
+    gpu_memory_gb: float = opt(80.0, "memory of a GPU, GB of 1e9 bytes", low=0.0)
+    reserve: float = opt(0.08, "share of it for CUDA, NCCL and fragments", low=0.0, high=0.9)
+    mfu: float = opt(0.5, "share of the peak that training reaches", low=0.01, high=1.0)
+    mbu: float = opt(0.6, "share of the memory bandwidth that decoding reaches", low=0.01, high=1.0)
+    peak_tflops: float = opt(PEAK_FLOPS / 1e12, "peak of a GPU: H100 SXM, dense bf16", low=0.001)
+    memory_tb_per_s: float = opt(3.35, "memory bandwidth of a GPU: H100 SXM", low=0.001)
+    nvlink_gb_per_s: float = opt(450.0, "per GPU and direction: H100 SXM", low=0.001)
+    network_gb_per_s: float = opt(50.0, "per GPU between nodes: 400 Gb/s InfiniBand", low=0.001)
+
+    @property
+    def model(self) -> ModelConfig:
+        return ModelConfig(
+            self.vocab_size, self.num_layers, self.width, self.num_heads, self.num_kv_heads,
+            self.ffn_width, tied_head=self.tied_head,
+        )  # fmt: skip
+
+    @property
+    def sharded(self) -> bool:
+        return self.device == "cuda" or self.num_gpus > 1
+
+    @property
+    def compute_bytes(self) -> int:
+        return 2 if self.device == "cuda" else 4
+
+
+def _shape(name: str) -> dict[str, int]:
+    names = ("num_layers", "width", "num_heads", "num_kv_heads", "ffn_width", "vocab_size")
+    return {field: getattr(MODEL_PRESETS[name], field) for field in names}
+
+
+PRESETS = {
+    "deepseek_llm_1b3": _shape("deepseek_llm_1b3"),
+    "deepseekmath_7b": {**_shape("deepseek_llm_7b"), "pretrain_rows": 2560},  # Sec. 2.3
+}
+
+
+# ---------------------------------------------------------------------------- FLOPs
+
+
+def flops_per_token(model: ModelConfig, context: int) -> float:
+    """Return the FLOPs of a forward and backward pass per token of rows of `context` tokens.
+
+    2 per weight forward and 4 backward (the embedding is looked up, not multiplied), and as much
+    for the two products of attention, whose causal half is counted.
+    """
+    multiplied = model.num_parameters - model.num_layers * 2 * model.width - model.width
+    if not model.tied_head:
+        multiplied -= model.vocab_size * model.width
+    attention = model.num_layers * model.num_heads * model.head_size * context  # 2 * 2 * T / 2 / 2
+    return 6.0 * (multiplied + attention)
+
+
+# ---------------------------------------------------------------------------- memory
+
+
+def kept_bytes(model: ModelConfig, policy: str, size: int) -> float:
+    """Return the bytes that one block keeps per token until its backward pass.
+
+    size: bytes of a number, 4 for fp32 and 2 for bf16, where norms keep their input in fp32.
+    """
+    width, ffn = model.width, model.ffn_width
+    heads = model.num_heads * model.head_size  # H E
+    kv_heads = model.num_kv_heads * model.head_size  # K E
+    log_sums = 4 * model.num_heads  # of attention, fp32
+    if policy == "full":  # the input
+        return size * width
+    if policy == "selective":  # the input and every product: q, k, v, attention, o, gate, up, down
+        return size * (3 * width + 2 * heads + 2 * kv_heads + 2 * ffn) + log_sums
+    # Two norms: input (fp32), normalised, scaled. Attention: q, k, v, its output. SwiGLU: gate, up,
+    # SiLU(gate), their product.
+    norms = 2 * (4 + 2 * size) * width + 8
+    return norms + size * (2 * heads + 2 * kv_heads + 4 * ffn) + log_sums
+
+
+def state_bytes(cfg: PlanConfig, stage: str) -> dict[str, float]:
+    """Return what is held between steps, bytes per GPU by kind."""
+    parameters = cfg.model.num_parameters
+    share = parameters / cfg.num_gpus
+    state = {"weights, fp32": 4 * share, "optimizer": 8 * share}
+    if stage == "grpo":
+        state["reference"] = 4 * share * cfg.kl
+        state["sampling replica"] = cfg.compute_bytes * parameters * cfg.sharded
+    return state
+
+
+def micro_batch(cfg: PlanConfig, stage: str) -> tuple[int, int, int, int]:
+    """Return rows of a micro-batch, tokens of a row, tokens of a row with loss, micro-batches."""
+    rows = {
+        "pretrain": cfg.pretrain_rows,
+        "sft": cfg.sft_rows,
+        "grpo": cfg.questions * cfg.group_size,
+    }[stage]
+    mine = math.ceil(rows / cfg.num_gpus)
+    length, trained = cfg.context, cfg.context
+    if stage == "grpo":
+        length, trained = cfg.prompt_tokens + cfg.max_new_tokens, cfg.max_new_tokens
+    size = min(cfg.micro_batch_size, mine)
+    return size, length, trained, math.ceil(mine / size)
+
+
+def training_moments(cfg: PlanConfig, stage: str) -> list[dict[str, float]]:
+    """Return bytes per GPU by kind, above the state, at the moments that may hold most.
+
+    They are the head (the last block's results and the logits' chunk), the start of the backward
+    pass (all activations) and its end (all gradients). Between, gradients come as activations go.
+    """
+    model, size = cfg.model, cfg.compute_bytes
+    rows, length, trained, num_micro = micro_batch(cfg, stage)
+    tokens, head_rows = rows * length, rows * trained
+    policy = cfg.activation_checkpointing
+    table = model.vocab_size * model.width
+    block = (model.num_parameters - model.width - table * (2 - model.tied_head)) / model.num_layers
+    all_gradients = 4.0 * model.num_parameters / cfg.num_gpus
+    # FSDP2 keeps whole fp32 gradients on every GPU until the step's last micro-batch reduces them.
+    held = (4.0 * model.num_parameters if cfg.sharded else all_gradients) * (num_micro > 1)
+    gathered = 0.0
+    if cfg.sharded:  # the root stays gathered; of the blocks the current and the next one
+        gathered = size * (table * (2 - model.tied_head) + 2 * block)
+    head_gradient = 4.0 * table  # fp32, whole
+    kept = kept_bytes(model, policy, size) * tokens * model.num_layers
+    kept += (4 + 2 * size) * model.width * tokens  # the final norm
+    one_block = kept_bytes(model, "none", size) * tokens
+    recomputed = one_block * (policy != "none")
+    gradient_of_hidden = size * model.width * head_rows
+    if stage == "sft":  # segments: which token sees which, one bias for all layers
+        kept += size * rows * length**2
+    if stage == "grpo":  # response positions are picked out of the rows
+        kept += size * model.width * head_rows
+    chunk_rows = min(HEAD_CHUNK_ROWS[cfg.device], head_rows)
+    chunk = size * chunk_rows * model.vocab_size
+    # In a block's backward pass: gradients of SiLU, gate, up; of its input twice.
+    passing = size * tokens * (2 * model.ffn_width + 2 * model.width)
+    block_gradient = 8.0 * block * cfg.sharded  # whole, and the buffer it is reduced from, fp32
+    new_table = head_gradient * (num_micro > 1)  # the embedding's, before it is added
+    common = {"weights, gathered": gathered}
+    return [
+        {
+            "gradients": held + head_gradient,
+            "activations": kept + gradient_of_hidden,
+            "logits chunk": chunk,
+            **common,
+        },
+        {
+            "gradients": held + head_gradient + block_gradient,
+            "activations": kept + recomputed + passing,
+            **common,
+        },
+        {
+            "gradients": max(held, all_gradients) + new_table + block_gradient,
+            "activations": one_block + passing,
+            **common,
+        },
+    ]
+
+
+def sampling_bytes(cfg: PlanConfig) -> dict[str, float]:
+    """Return bytes per GPU of cache and logits when all outputs are sampled at once."""
+    model = cfg.model
+    prompts = math.ceil(cfg.questions / cfg.num_gpus)
+    rows = prompts * cfg.group_size
+    per_token = 2 * model.num_layers * model.num_kv_heads * model.head_size * cfg.compute_bytes
+    # A prompt's keys and values are held once for its group. Logits: themselves, their
+    # probabilities, and those summed, in fp32.
+    return {
+        "cache": per_token * (prompts * cfg.prompt_tokens + rows * cfg.max_new_tokens),
+        "logits chunk": 12.0 * rows * model.vocab_size,
+    }
+
+
+def memory(cfg: PlanConfig, stage: str) -> dict[str, float]:
+    """Return bytes per GPU by kind at the moment of the step that holds most."""
+    moments = training_moments(cfg, stage)
+    if stage == "grpo":
+        sampling = sampling_bytes(cfg)
+        # The sampler takes turns with fewer outputs where not all fit.
+        left = usable(cfg) - sum(state_bytes(cfg, stage).values()) - sampling["logits chunk"]
+        if cfg.device == "cuda":
+            sampling["cache"] = min(sampling["cache"], max(left, 0.0))
+        moments.append(sampling)
+    return state_bytes(cfg, stage) | max(moments, key=lambda moment: sum(moment.values()))
+
+
+def usable(cfg: PlanConfig) -> float:
+    return cfg.gpu_memory_gb * 1e9 * (1 - cfg.reserve)
+
+
+def advice(cfg: PlanConfig, stage: str) -> str:
+    """Say whether the stage fits, and if not what is the smallest change after which it does."""
+
+    def fits(other: PlanConfig) -> bool:
+        return sum(memory(other, stage).values()) <= usable(cfg)
+
+    if fits(cfg):
+        return "fits"
+    sizes = [cfg.micro_batch_size >> shift for shift in range(cfg.micro_batch_size.bit_length())]
+    start = POLICIES.index(cfg.activation_checkpointing)
+    gpus = [cfg.num_gpus << doubling for doubling in range(8)]
+    for num_gpus in gpus:
+        for size in sizes:
+            for policy in POLICIES[start:]:
+                changes = {
+                    "num_gpus": num_gpus,
+                    "micro_batch_size": size,
+                    "activation_checkpointing": policy,
+                }
+                other = replace(cfg, **changes)
+                if fits(other):
+                    flags = [f"--{k} {v}" for k, v in changes.items() if v != getattr(cfg, k)]
+                    return "NO; fits with " + " ".join(flags)
+    return "NO; shorten --context, or a smaller model"
+
+
+# ---------------------------------------------------------------------------- time
+
+
+def step_times(cfg: PlanConfig, stage: str) -> dict[str, float]:
+    """Return seconds of a step by phase, and of its communication, which overlaps with them."""
+    model, rows = cfg.model, {"pretrain": cfg.pretrain_rows, "sft": cfg.sft_rows}
+    speed = cfg.num_gpus * cfg.peak_tflops * 1e12 * cfg.mfu
+    if stage != "grpo":
+        flops, tokens = flops_per_token(model, cfg.context), rows[stage] * cfg.context
+        times = {"training": tokens * flops / speed}
+    else:
+        length = cfg.prompt_tokens + cfg.mean_new_tokens
+        tokens = cfg.questions * cfg.group_size * length
+        flops = flops_per_token(model, length)
+        times = {"sampling": sampling_seconds(cfg), "training": tokens * flops / speed}
+        times["reference"] = cfg.kl * times["training"] / 3  # forward only
+    if cfg.activation_checkpointing == "full":
+        times["training"] *= 4 / 3
+    times["communication"] = sum(communication_bytes(cfg, stage).values()) / bandwidth(cfg)
+    return times
+
+
+def sampling_seconds(cfg: PlanConfig) -> float:
+    """Decoding waits for memory: every step reads the weights and what the cache holds by then."""
+    model, prompts = cfg.model, math.ceil(cfg.questions / cfg.num_gpus)
+    table = 0 if model.tied_head else model.vocab_size * model.width
+    weights = cfg.compute_bytes * (model.num_parameters - table)
+    per_token = 2 * model.num_layers * model.num_kv_heads * model.head_size * cfg.compute_bytes
+    mean = cfg.mean_new_tokens
+    own = prompts * cfg.group_size * mean**2 / 2  # 1 + 2 + ... + mean, per row
+    shared = prompts * cfg.prompt_tokens * cfg.max_new_tokens
+    read = weights * cfg.max_new_tokens + per_token * (own + shared)
+    return read / (cfg.memory_tb_per_s * 1e12 * cfg.mbu)
+
+
+def communication_bytes(cfg: PlanConfig, stage: str) -> dict[str, float]:
+    """Return the bytes a GPU receives per step (ring: a share (W - 1) / W of each tensor).
+
+    FSDP2 gathers the weights for the forward and again for the backward pass of every micro-batch,
+    and reduces fp32 gradients once a step (ZeRO-3, arXiv:1910.02054 section 7).
+    """
+    if not cfg.sharded:
+        return {"gather": 0.0, "reduce": 0.0}
+    ring = (cfg.num_gpus - 1) / cfg.num_gpus
+    weights = cfg.compute_bytes * cfg.model.num_parameters * ring
+    num_micro = micro_batch(cfg, stage)[3]
+    gathers = 2 * num_micro
+    if stage == "grpo":  # the replica, and the reference's forward passes
+        gathers += 1 + cfg.kl * num_micro
+    return {"gather": gathers * weights, "reduce": 4.0 * cfg.model.num_parameters * ring}
+
+
+def bandwidth(cfg: PlanConfig) -> float:
+    inside = cfg.num_gpus <= cfg.gpus_per_node
+    return 1e9 * (cfg.nvlink_gb_per_s if inside else cfg.network_gb_per_s)
+
+
+# ---------------------------------------------------------------------------- the page
+
+
+def report(cfg: PlanConfig) -> str:
+    """Return the whole plan as text."""
+    model = cfg.model
+    lines = [
+        f"{model.num_parameters / 1e9:.2f}B parameters, "
+        f"{flops_per_token(model, cfg.context) / 1e9:.1f} GFLOP per token at {cfg.context} tokens, "
+        f"{cfg.num_gpus} x {cfg.gpu_memory_gb:g} GB",
+        "",
+        f"{'GB per GPU at its fullest':28}" + "".join(f"{stage:>12}" for stage in STAGES),
+    ]
+    columns = [memory(cfg, stage) for stage in STAGES]
+    kinds = list(dict.fromkeys(kind for column in columns for kind in column))
+
+    def row(name: str, values, form: str = ".1f") -> str:
+        cells = (f"{'-':>12}" if not value else f"{value:12{form}}" for value in values)
+        return f"{name:28}" + "".join(cells)
+
+    lines += [row(kind, [column.get(kind, 0) / 1e9 for column in columns]) for kind in kinds]
+    lines.append(row("all", [sum(column.values()) / 1e9 for column in columns]))
+    lines.append(f"{'usable':28}" + 3 * f"{usable(cfg) / 1e9:12.1f}")
+    times = [step_times(cfg, stage) for stage in STAGES]
+    lines += ["", f"seconds per step at MFU {cfg.mfu:.0%}, bandwidth use {cfg.mbu:.0%}"]
+    for phase in ("sampling", "reference", "training", "communication"):
+        name = phase + " (overlaps)" * (phase == "communication")
+        lines.append(row(name, [column.get(phase, 0) for column in times]))
+    sent = [sum(communication_bytes(cfg, stage).values()) / 1e9 for stage in STAGES]
+    lines.append(row(f"GB received, at {bandwidth(cfg) / 1e9:g} GB/s", sent))
+    lines.append("")
+    lines += [f"{stage}: {advice(cfg, stage)}" for stage in STAGES]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    cfg = parse(PlanConfig, PRESETS, description=__doc__)
+    with one_line_errors():
+        print(report(cfg))
+
+
+if __name__ == "__main__":
+    main()
