@@ -32,6 +32,7 @@ Read in this order (the order of the paper, then down into each part):
     dist.py            processes, FSDP2; activations.py: what blocks recompute, and torch.compile
     checkpoint.py      save and resume; lock.py: one trainer a folder; failures.py: ending together
     config.py, log.py  command lines; what a run writes
+    plan.py            memory, FLOPs, time, traffic: does it fit, what will it cost
 
 Imports run one way: kernels -> config, dist, failures, lock, log, tokenizer, chat, judge, corpus
 -> model, data, optim -> cache, sampler, checkpoint, rewards, tasks -> grpo, evaluation, run ->

@@ -1,6 +1,7 @@
 """Will it fit, and how long will it take: memory, FLOPs, time and communication as plain formulas.
 
     python -m nanomath.plan --preset deepseekmath_7b --num_gpus 8 --gpu_memory_gb 80
+    python -m nanomath.plan --hf_config Qwen2.5-3B/config.json --num_gpus 4
 
 Prints a column each for pretraining, SFT and GRPO: what one GPU holds when it holds most, the
 seconds of a step, the bytes it receives, and what to change where it does not fit. The bytes are
@@ -18,7 +19,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import torch
+
+from nanomath.cache import cache_bytes_per_token
 from nanomath.config import one_line_errors, opt, parse
+from nanomath.hf import read_config
 from nanomath.model import MODEL_PRESETS, ModelConfig
 
 PEAK_FLOPS = 989e12  # H100 SXM, dense bf16 (NVIDIA's data sheet)
@@ -36,6 +41,7 @@ class PlanConfig:
     ffn_width: int = opt(5504, "feed-forward width F", low=1)
     vocab_size: int = opt(102_400, "vocabulary V", low=1)
     tied_head: bool = opt(False, "the head is the embedding")
+    hf_config: str = opt("", "config.json of a Hugging Face folder, instead of the shape above")
     context: int = opt(4096, "tokens per row, pretraining and SFT, Sec. 2.2 and 3", low=1)
     pretrain_rows: int = opt(1024, "rows per step, all GPUs: 4M tokens, Sec. 2.2", low=1)
     sft_rows: int = opt(256, "packed rows per step, all GPUs, Sec. 3", low=1)
@@ -44,6 +50,7 @@ class PlanConfig:
     prompt_tokens: int = opt(256, "tokens of the longest prompt", low=1)
     max_new_tokens: int = opt(1024, "tokens per output at most, Sec. 4.2", low=1)
     mean_new_tokens: int = opt(512, "tokens per output on average, for the time", low=1)
+    max_rows: int = opt(512, "outputs sampled at a time: sampler.py", low=1)
     kl: bool = opt(True, "GRPO keeps a reference model (kl_coef > 0), Sec. 4.2")
     micro_batch_size: int = opt(8, "rows of one forward and backward pass", low=1)
     activation_checkpointing: str = opt("none", "see activations.py", choices=POLICIES)
@@ -61,6 +68,8 @@ class PlanConfig:
 
     @property
     def model(self) -> ModelConfig:
+        if self.hf_config:
+            return read_config(self.hf_config)
         return ModelConfig(
             self.vocab_size, self.num_layers, self.width, self.num_heads, self.num_kv_heads,
             self.ffn_width, tied_head=self.tied_head,
@@ -95,11 +104,10 @@ def flops_per_token(model: ModelConfig, context: int) -> float:
     2 per weight forward and 4 backward (the embedding is looked up, not multiplied), and as much
     for the two products of attention, whose causal half is counted.
     """
-    multiplied = model.num_parameters - model.num_layers * 2 * model.width - model.width
-    if not model.tied_head:
-        multiplied -= model.vocab_size * model.width
-    attention = model.num_layers * model.num_heads * model.head_size * context  # 2 * 2 * T / 2 / 2
-    return 6.0 * (multiplied + attention)
+    projections = 2 * model.width * model.head_size * (model.num_heads + model.num_kv_heads)
+    attention = model.num_heads * model.head_size * context  # 2 products of 2 H E T, half, by 2
+    blocks = model.num_layers * (projections + attention + 3 * model.width * model.ffn_width)
+    return 6.0 * (blocks + model.width * model.vocab_size)
 
 
 # ---------------------------------------------------------------------------- memory
@@ -121,6 +129,8 @@ def kept_bytes(model: ModelConfig, policy: str, size: int) -> float:
     # Two norms: input (fp32), normalised, scaled. Attention: q, k, v, its output. SwiGLU: gate, up,
     # SiLU(gate), their product.
     norms = 2 * (4 + 2 * size) * width + 8
+    if model.qk_norm:  # input and normalised; the scaled goes into the rotation, which keeps none
+        norms += (4 + size) * (heads + kv_heads) + 4 * (model.num_heads + model.num_kv_heads)
     return norms + size * (2 * heads + 2 * kv_heads + 4 * ffn) + log_sums
 
 
@@ -206,29 +216,28 @@ def training_moments(cfg: PlanConfig, stage: str) -> list[dict[str, float]]:
 
 
 def sampling_bytes(cfg: PlanConfig) -> dict[str, float]:
-    """Return bytes per GPU of cache and logits when all outputs are sampled at once."""
-    model = cfg.model
+    """Return bytes per GPU of the sampler's cache and logits; it samples max_rows at a time."""
     prompts = math.ceil(cfg.questions / cfg.num_gpus)
-    rows = prompts * cfg.group_size
-    per_token = 2 * model.num_layers * model.num_kv_heads * model.head_size * cfg.compute_bytes
-    # A prompt's keys and values are held once for its group. Logits: themselves, their
-    # probabilities, and those summed, in fp32.
+    rows = min(prompts * cfg.group_size, cfg.max_rows)
+    # A prompt's keys and values are held once for its group.
+    whole = cache_per_token(cfg) * (prompts * cfg.prompt_tokens + rows * cfg.max_new_tokens)
+    # Logits: themselves, their probabilities, and those summed, in fp32.
     return {
-        "cache": per_token * (prompts * cfg.prompt_tokens + rows * cfg.max_new_tokens),
-        "logits chunk": 12.0 * rows * model.vocab_size,
+        "cache": whole,
+        "logits chunk": 12.0 * rows * cfg.model.vocab_size,
     }
+
+
+def cache_per_token(cfg: PlanConfig) -> int:
+    dtype = torch.bfloat16 if cfg.device == "cuda" else torch.float32
+    return cache_bytes_per_token(cfg.model, dtype)
 
 
 def memory(cfg: PlanConfig, stage: str) -> dict[str, float]:
     """Return bytes per GPU by kind at the moment of the step that holds most."""
     moments = training_moments(cfg, stage)
     if stage == "grpo":
-        sampling = sampling_bytes(cfg)
-        # The sampler takes turns with fewer outputs where not all fit.
-        left = usable(cfg) - sum(state_bytes(cfg, stage).values()) - sampling["logits chunk"]
-        if cfg.device == "cuda":
-            sampling["cache"] = min(sampling["cache"], max(left, 0.0))
-        moments.append(sampling)
+        moments.append(sampling_bytes(cfg))
     return state_bytes(cfg, stage) | max(moments, key=lambda moment: sum(moment.values()))
 
 
@@ -289,11 +298,11 @@ def sampling_seconds(cfg: PlanConfig) -> float:
     model, prompts = cfg.model, math.ceil(cfg.questions / cfg.num_gpus)
     table = 0 if model.tied_head else model.vocab_size * model.width
     weights = cfg.compute_bytes * (model.num_parameters - table)
-    per_token = 2 * model.num_layers * model.num_kv_heads * model.head_size * cfg.compute_bytes
     mean = cfg.mean_new_tokens
     own = prompts * cfg.group_size * mean**2 / 2  # 1 + 2 + ... + mean, per row
     shared = prompts * cfg.prompt_tokens * cfg.max_new_tokens
-    read = weights * cfg.max_new_tokens + per_token * (own + shared)
+    rounds = max(1.0, prompts * cfg.group_size / cfg.max_rows)  # rows that end make room for others
+    read = weights * cfg.max_new_tokens * rounds + cache_per_token(cfg) * (own + shared)
     return read / (cfg.memory_tb_per_s * 1e12 * cfg.mbu)
 
 

@@ -161,11 +161,12 @@ def test_planned_memory_of_other_shapes_and_stages(stage, changes):
 
 @pytest.mark.parametrize("dtype, size", [(torch.float32, 4), (torch.bfloat16, 2)])
 @pytest.mark.parametrize("policy", ["none", "full"])
-def test_kept_bytes_are_exactly_what_autograd_keeps(dtype, size, policy):
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_kept_bytes_are_exactly_what_autograd_keeps(dtype, size, policy, qk_norm):
     """A block more keeps kept_bytes more per token, to the byte; grouped queries included."""
 
     def kept(num_layers: int) -> int:
-        cfg = ModelConfig(50, num_layers, 32, 4, 2, 72, max_context=16)
+        cfg = ModelConfig(50, num_layers, 32, 4, 2, 72, max_context=16, qk_norm=qk_norm)
         model = Transformer(cfg).to(dtype)
         wrap_blocks(model, policy, compiled=False)
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -181,7 +182,7 @@ def test_kept_bytes_are_exactly_what_autograd_keeps(dtype, size, policy):
             model(torch.zeros(2, 16, dtype=torch.int64), head_fn=lambda hidden, head: hidden)
         return sum(num_bytes for num_bytes, _ in storages.values())
 
-    cfg = ModelConfig(50, 1, 32, 4, 2, 72)
+    cfg = ModelConfig(50, 1, 32, 4, 2, 72, qk_norm=qk_norm)
     assert (kept(3) - kept(2)) / 32 == plan.kept_bytes(cfg, policy, size)
 
 
