@@ -300,7 +300,7 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock) -> None:
             if dist.is_main:
                 lines = sample_lines(mine[0], texts, rewards_PG[0], advantages_PG[0])
                 run.samples(step, lines)
-        run.log(step, metrics, shown=("reward", "heldout_pass@1"))
+        run.log(step, metrics, shown=("reward", "heldout_pass@1"), batch=("problems", chosen))
     finish(cfg, run, dist)
 
 

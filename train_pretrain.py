@@ -7,7 +7,6 @@ r"""Pretrain a base model on the recalled corpus (Sec. 2.2, 2.3).
 Writes a run folder: checkpoints/, metrics.jsonl, plots/. The same command continues a run.
 """
 
-import hashlib
 import math
 import time
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 
 from kernels import linear_token_logprobs
 from nanomath.config import RunConfig, one_line_errors, opt, parse
-from nanomath.data import TokenShards, write_shards
+from nanomath.data import TokenShards, describe_source, epoch_order, write_shards
 from nanomath.dist import Dist, all_reduce_sum, shard
 from nanomath.jsonl import read_jsonl
 from nanomath.lock import RunLock
@@ -123,21 +122,21 @@ PRESETS = {
 def tokenized(name: str, path: str, cfg: PretrainConfig, tokenizer: Tokenizer, dist: Dist):
     """Tokenize a JSONL file into run_dir/tokens once, on the first rank; return its shards.
 
-    The folder's name holds a fingerprint of the tokenizer and of the file's size: shards of another
-    one are refused.
+    Shards of another file or tokenizer than now given are refused, damaged ones named.
     """
-    source = Path(path)
-    if not source.is_file():
+    if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing: make it with build_corpus.py")
-    size = str(source.stat().st_size).encode()
-    key = hashlib.sha256((Path(cfg.tokenizer) / "tokenizer.json").read_bytes() + size)
-    folder = Path(cfg.run_dir) / "tokens" / f"{name}-{key.hexdigest()[:12]}"
-    if other := [p for p in folder.parent.glob(f"{name}-*") if p != folder]:
-        raise ValueError(
-            f"{other[0]} was tokenized from another file or with another tokenizer than now given: "
-            "give another --run_dir or the old ones, or remove that folder"
-        )
-    if dist.is_main and not folder.exists():
+    tokenizer_path = Path(cfg.tokenizer) / "tokenizer.json"
+    folder = Path(cfg.run_dir) / "tokens" / name
+    if dist.is_main and folder.exists():
+        known = TokenShards(folder).source
+        given = describe_source(path, tokenizer_path, known)
+        if any(given[key] != known[key] for key in ("sha256", "tokenizer_sha256")):
+            raise ValueError(
+                f"{folder} was tokenized from another file or with another tokenizer than now "
+                "given: give another --run_dir or the old ones, or remove that folder"
+            )
+    elif dist.is_main:
         rows = progress(read_jsonl(path, required=("text",)), desc=f"tokenize {name}", unit="page")
         documents = (tokenizer.encode(row["text"], bos=True, eos=True) for _, row in rows)
         write_shards(
@@ -145,10 +144,13 @@ def tokenized(name: str, path: str, cfg: PretrainConfig, tokenizer: Tokenizer, d
             documents,
             vocab_size=tokenizer.vocab_size,
             token_num_bytes=tokenizer.token_num_bytes,
+            source=describe_source(path, tokenizer_path),
         )
     while not folder.exists():  # as long as it takes: a collective would time out
         time.sleep(1.0)
-    return TokenShards(folder)
+    shards = TokenShards(folder)
+    shards.verify(slice(dist.rank, None, dist.world_size))
+    return shards
 
 
 @torch.no_grad()
@@ -182,7 +184,9 @@ def train(cfg: PretrainConfig, dist: Dist, lock: RunLock) -> None:
         tokenizer = Tokenizer.load(cfg.tokenizer)
         train_tokens = tokenized("train", cfg.corpus, cfg, tokenizer, dist)
         valid_tokens = tokenized("valid", cfg.valid, cfg, tokenizer, dist)
-        train_tokens.num_windows(cfg.context)  # raises where the corpus is shorter than one
+        num_windows = train_tokens.num_windows(
+            cfg.context
+        )  # raises where the corpus is shorter than one
         if valid_tokens.num_tokens < 2:
             raise ValueError(f"{cfg.valid} holds no text to validate on")
         model_cfg = ModelConfig(
@@ -225,7 +229,9 @@ def train(cfg: PretrainConfig, dist: Dist, lock: RunLock) -> None:
         metrics["lr"] = lr
         if (step + 1) % cfg.eval_interval == 0 or step + 1 == cfg.num_steps:
             metrics["valid_bits_per_byte"] = bits_per_byte(model, valid_tokens, cfg, dist)
-        run.log(step, metrics, shown=("loss", "valid_bits_per_byte"))
+        windows = epoch_order(num_windows, step, cfg.batch_size, cfg.seed)
+        shown = ("loss", "valid_bits_per_byte")
+        run.log(step, metrics, shown, batch=("first_tokens", windows * cfg.context))
     if dist.is_main:
         plot_metrics(
             cfg.run_dir,

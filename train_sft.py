@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from nanomath.chat import TEMPLATES, use_template
 from nanomath.checkpoint import load_model
 from nanomath.config import RunConfig, one_line_errors, opt, parse
-from nanomath.data import PackedExamples, encode_examples
+from nanomath.data import PackedExamples, encode_examples, epoch_order
 from nanomath.dist import Dist
 from nanomath.jsonl import read_examples
 from nanomath.lock import RunLock
@@ -117,7 +117,9 @@ def train(cfg: SFTConfig, dist: Dist, lock: RunLock) -> None:
             micro_batch_size=cfg.micro_batch_size,
             dist=dist,
         )
-        run.log(step, {**metrics, "lr": lr}, shown=("loss",))
+        rows = epoch_order(packed.num_rows, step, cfg.batch_size, cfg.seed)
+        examples = [number for row in rows for number in packed.members[row]]
+        run.log(step, {**metrics, "lr": lr}, shown=("loss",), batch=("examples", examples))
     if dist.is_main:
         plot_metrics(
             cfg.run_dir,

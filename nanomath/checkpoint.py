@@ -23,7 +23,6 @@ Left to others: what is state (train_*.py), cutting logs back on resume (log.py)
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -38,6 +37,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from nanomath.data import file_sha256
 from nanomath.dist import Dist, broadcast_json, gather_json, local, shard
 from nanomath.lock import RunLock
 from nanomath.model import ModelConfig, Transformer
@@ -175,12 +175,12 @@ def save(
         mine = [path for kind in kinds for path in temporary.glob(kind)]
         for path in mine:
             _fsync(path)
-        return {path.name: _sha256(path) for path in mine}
+        return {path.name: file_sha256(path) for path in mine}
 
     try:
-        _agree(start, dist, main_only=True)
-        hashes = _agree(write, dist)
-        _agree(lambda: _commit(temporary, final, hashes), dist, main_only=True)
+        agree(start, dist, main_only=True)
+        hashes = agree(write, dist)
+        agree(lambda: _commit(temporary, final, hashes), dist, main_only=True)
     except SaveFailed as error:
         if dist.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -194,8 +194,11 @@ def save(
     return final
 
 
-def _agree(action: Callable, dist: Dist, main_only: bool = False) -> list:
-    """Run action on every rank (or rank 0); return all results, or raise SaveFailed on all."""
+def agree(action: Callable, dist: Dist, main_only: bool = False) -> list:
+    """Run action on every rank (or rank 0); return all results.
+
+    Raises SaveFailed on all ranks alike, with every message, where the disk refused it on any.
+    """
     result = problem = None
     try:
         if dist.is_main or not main_only:
@@ -234,11 +237,6 @@ def _fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _commit(temporary: Path, final: Path, hashes: list[dict[str, str]]) -> None:
@@ -283,7 +281,7 @@ def _damage(folder: Path, part: slice = slice(None)) -> str | None:
         hashes = json.loads(path.read_bytes())
         for name in sorted(hashes)[part]:
             path = folder / name
-            if _sha256(path) != hashes[name]:
+            if file_sha256(path) != hashes[name]:
                 return f"{path} does not match its checksum in COMMIT"
     except (FileNotFoundError, ValueError) as error:
         return f"{path}: {error}"

@@ -1,7 +1,8 @@
 """What a run leaves behind: metrics.jsonl, TensorBoard events, samples.txt, progress bars, plots.
 
 Everything is keyed by step, so a resumed run first drops what the interrupted one wrote after its
-last checkpoint: the files of a run do not show where it was cut.
+last checkpoint: the files of a run do not show where it was cut. Lines that a full disk refuses
+wait in memory; a checkpoint is only made once they are on the disk.
 """
 
 import json
@@ -66,8 +67,8 @@ class RunLog:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._rewind(start_step)
-        self._metrics = open(self.run_dir / "metrics.jsonl", "a", encoding="utf-8")
-        self._samples = open(self.run_dir / "samples.txt", "a", encoding="utf-8")
+        self._metrics = _Lines(self.run_dir / "metrics.jsonl")
+        self._samples = _Lines(self.run_dir / "samples.txt")
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -89,14 +90,17 @@ class RunLog:
         _replace_text(samples, "".join(kept_samples))
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one row of numbers under this step."""
+        """Append one row under this step; TensorBoard gets those of its values that are numbers."""
         if not self.is_main:
             return
-        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
-        self._metrics.flush()
-        if self._events is not None:
+        self._metrics.add(json.dumps({"step": step, **values}) + "\n")
+        try:
             for name, value in values.items():
-                self._events.add_scalar(name, value, step)
+                if self._events is not None and not isinstance(value, list):
+                    self._events.add_scalar(name, value, step)
+        except OSError as error:  # metrics.jsonl holds the same numbers
+            _warn(f"no more TensorBoard events: {error}")
+            self._events = None
 
     def samples(self, step: int, lines: Sequence[str]) -> None:
         """Append whole samples as text, control characters escaped."""
@@ -104,8 +108,12 @@ class RunLog:
             return
         # Indented, so that no text of a model can look like the heading of a step.
         body = "\n".join("  " + printable(line).replace("\n", "\n  ") for line in lines)
-        self._samples.write(f"=== step {step}\n{body}\n\n")
-        self._samples.flush()
+        self._samples.add(f"=== step {step}\n{body}\n\n")
+
+    def sync(self) -> None:
+        """Wait until all lines are on the disk. Raises OSError, with the lines kept, if not."""
+        for file in (self._metrics, self._samples) if self.is_main else ():
+            file.sync()
 
     def close(self) -> None:
         if not self.is_main:
@@ -114,6 +122,43 @@ class RunLog:
         self._samples.close()
         if self._events is not None:
             self._events.close()
+
+
+class _Lines:
+    """A growing text file; what the disk refuses is written with the next line it takes."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file = open(path, "ab", buffering=0)
+        self._waiting = b""
+
+    def add(self, text: str) -> None:
+        is_first = not self._waiting
+        self._waiting += text.encode()
+        try:
+            self._write()
+        except OSError as error:
+            if is_first:
+                _warn(f"{error}; its lines wait in memory")
+
+    def sync(self) -> None:
+        self._write()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._write()
+        self._file.close()
+
+    def _write(self) -> None:
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+
+
+def _warn(message: str) -> None:
+    print(f"nanomath: warning: {message}", file=sys.stderr, flush=True)
 
 
 def _replace_text(path: Path, text: str) -> None:

@@ -8,7 +8,7 @@ What a step does stays in the scripts; what every trainer owes its users is here
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -106,19 +106,34 @@ class Run:
                     self._say(f"{desc}: stopped after step {step}; the same command continues")
                     raise SystemExit(0)
 
-    def log(self, step: int, values: Mapping[str, float], shown: tuple[str, ...] = ()) -> None:
-        """Write one row of metrics, show some on the bar, and watch for skipped steps."""
-        self._log.metrics(step, values)
-        self.bar.set_postfix({k: f"{values[k]:.4g}" for k in shown if k in values}, refresh=False)
+    def log(
+        self,
+        step: int,
+        values: Mapping[str, float],
+        shown: tuple[str, ...] = (),
+        batch: tuple[str, Sequence[int]] = ("rows", ()),
+    ) -> None:
+        """Write one row of metrics, show some on the bar, and watch for skipped steps.
+
+        batch: what the step trained on, as a kind and numbers; a skipped step names it. Raises
+        SystemExit on all ranks after MAX_SKIPPED_STEPS in a row.
+        """
         skipped = 0 if values.get("stepped", 1.0) else self.state["skipped_in_a_row"] + 1
         self.state["skipped_in_a_row"] = skipped
-        if skipped:
-            self._say(f"step {step}: the gradient is not finite, the step was skipped")
+        kind, numbers = batch[0], [int(number) for number in batch[1]]
+        self._log.metrics(step, {**values, f"skipped_{kind}": numbers} if skipped else values)
+        self.bar.set_postfix({k: f"{values[k]:.4g}" for k in shown if k in values}, refresh=False)
+        if not skipped:
+            return
+        named = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+        text = f"step {step}: the gradient is not finite ({kind} {named})"
+        self._say(f"{text}: skipped, the weights stay as they are; all numbers in metrics.jsonl")
         if skipped >= MAX_SKIPPED_STEPS:
-            raise SystemExit(f"step {step}: {MAX_SKIPPED_STEPS} gradients in a row not finite")
+            raise SystemExit(f"{text}, {MAX_SKIPPED_STEPS} in a row: the run ends")
 
     def _save(self, must_succeed: bool) -> None:
         try:
+            checkpoint.agree(self._log.sync, self.dist)
             checkpoint.save(
                 self.cfg.run_dir,
                 self.state["step"],

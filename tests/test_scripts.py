@@ -381,7 +381,9 @@ def test_sigterm_saves_after_the_step_and_the_same_command_continues(tmp_path, s
     assert [row["step"] for row in read_metrics(tmp_path / "grpo")] == list(range(6))
 
 
-def test_sft_and_pretraining_lower_the_loss_and_resume_exactly(tmp_path, tokenizer, monkeypatch):
+def test_sft_and_pretraining_lower_the_loss_and_resume_exactly(
+    tmp_path, tokenizer, monkeypatch, capsys
+):
     """Both trainers learn a repeated text, and a second call after the end changes nothing."""
     pages = [{"text": "1+1=2, 1+2=3, 2+2=4, 3+3=6. " * 8} for _ in range(40)]
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(page) + "\n" for page in pages))
@@ -393,6 +395,15 @@ def test_sft_and_pretraining_lower_the_loss_and_resume_exactly(tmp_path, tokeniz
     rows = read_metrics(tmp_path / "base")
     assert rows[-1]["loss"] < rows[0]["loss"] - 1.0
     assert rows[-1]["valid_bits_per_byte"] < rows[9]["valid_bits_per_byte"]
+
+    for path, change, words in (
+        ("base/tokens/valid/shard-00000.bin", lambda raw: raw[:-1] + b"!", "bin: damaged, its sha"),
+        ("corpus.jsonl", lambda raw: raw.replace(b"3+3=6", b"3+3=7"), "from another file"),
+    ):
+        raw = (tmp_path / path).read_bytes()
+        (tmp_path / path).write_bytes(change(raw))
+        assert words in message(train_pretrain, base, monkeypatch, capsys)
+        (tmp_path / path).write_bytes(raw)
 
     examples = [{"prompt": "1+1=", "solution": "2"}, {"prompt": "3+3=", "solution": "6"}] * 20
     (tmp_path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in examples))

@@ -288,7 +288,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(run, monkeypatch
             raise OSError(number, os.strerror(number), str(path))
 
         with monkeypatch.context() as patch:
-            patch.setattr(ck, "_sha256", fail)
+            patch.setattr(ck, "file_sha256", fail)
             with pytest.raises(OSError, match=os.strerror(number)):
                 run.load()
         assert names(run) == before

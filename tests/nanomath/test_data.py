@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -175,6 +176,49 @@ def test_damaged_shards_are_named(tmp_path):
         (folder / "index.json").write_text(text)
         with pytest.raises(ValueError, match="index.json: damaged"):
             TokenShards(folder)
+
+
+def test_flipped_bits_of_a_shard_are_found_and_named(tmp_path):
+    """One flipped bit in any shard is found by the rank whose part it is, and named."""
+    write_counting_shards(tmp_path / "t", 50, shard_tokens=13)
+    shards = TokenShards(tmp_path / "t")
+    num_shards = len(list((tmp_path / "t").glob("*.bin")))
+    assert num_shards >= 3
+    shards.verify()
+    for number in range(num_shards):
+        path = tmp_path / "t" / f"shard-{number:05d}.bin"
+        raw = bytearray(path.read_bytes())
+        raw[len(raw) // 2] ^= 4
+        path.write_bytes(raw)
+        with pytest.raises(ValueError, match=f"{path.name}: damaged, its sha256"):
+            shards.verify()
+        failed = []
+        for rank in range(2):
+            try:
+                TokenShards(tmp_path / "t").verify(slice(rank, None, 2))
+            except ValueError:
+                failed.append(rank)
+        assert failed == [number % 2]
+        raw[len(raw) // 2] ^= 4
+        path.write_bytes(raw)
+
+
+def test_sources_are_told_apart(tmp_path, monkeypatch):
+    """An edit of the same length is seen; a copy under another name and time is the same; a file
+    of known size and time is not read again."""
+    text, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    vocabulary = tmp_path / "tokenizer.json"
+    text.write_text("abcd"), other.write_text("abcd"), vocabulary.write_text("{}")
+    known = data.describe_source(text, vocabulary)
+    os.utime(other, ns=(5, 5))
+    assert data.describe_source(other, vocabulary, known)["sha256"] == known["sha256"]
+    other.write_text("abce")
+    assert data.describe_source(other, vocabulary, known)["sha256"] != known["sha256"]
+    vocabulary.write_text("[]")
+    read = []
+    monkeypatch.setattr(data, "file_sha256", lambda path: read.append(path) or "x")
+    assert data.describe_source(text, vocabulary, known) == {**known, "tokenizer_sha256": "x"}
+    assert read == [vocabulary]
 
 
 def test_epoch_order_spans_epochs():
