@@ -160,8 +160,7 @@ def save(
     final, temporary = root / f"step-{step:06d}", root / f".tmp-step-{step:06d}"
 
     def start() -> None:
-        for stale in root.glob(".tmp-*"):
-            shutil.rmtree(stale, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # of a save that failed
         temporary.mkdir(parents=True)
 
     def write() -> dict:
@@ -186,11 +185,7 @@ def save(
             shutil.rmtree(temporary, ignore_errors=True)
         raise SaveFailed(f"could not save {final}: {error}") from None
     if dist.is_main:
-        try:
-            _point_latest(final)
-            _prune(root, keep)
-        except OSError as error:  # the checkpoint itself stands
-            _warn(f"{final} is saved, but tidying up beside it failed: {error}")
+        _tidy(final, keep)
     return final
 
 
@@ -248,18 +243,22 @@ def _commit(temporary: Path, final: Path, hashes: list[dict[str, str]]) -> None:
     _fsync(final.parent)
 
 
-def _point_latest(final: Path) -> None:
-    draft = final.with_name("latest.new")
-    draft.write_text(f"{final.name}\n")
-    _fsync(draft)
-    os.replace(draft, final.with_name("latest"))
-
-
-def _prune(root: Path, keep: int) -> None:
-    for folder in _newest_first(root)[keep:]:
-        doomed = folder.with_name(f".tmp-{folder.name}")
-        os.rename(folder, doomed)  # a kill half-way through leaves no folder that looks damaged
-        shutil.rmtree(doomed)
+def _tidy(newest: Path, keep: int = sys.maxsize) -> None:
+    """Name the newest in `latest`; delete all but the newest `keep` and what kills have left."""
+    root = newest.parent
+    draft = root / "latest.new"
+    try:
+        draft.write_text(f"{newest.name}\n")
+        _fsync(draft)
+        os.replace(draft, root / "latest")
+        for stale in root.glob(".tmp-*"):
+            shutil.rmtree(stale)
+        for folder in _newest_first(root)[keep:]:
+            doomed = folder.with_name(f".tmp-{folder.name}")
+            os.rename(folder, doomed)  # a kill half-way through leaves no folder that looks damaged
+            shutil.rmtree(doomed)
+    except OSError as error:  # the checkpoint itself stands
+        _warn(f"{newest} is whole, but tidying up beside it failed: {error}")
 
 
 # ---------------------------------------------------------------------------- reading
@@ -331,6 +330,8 @@ def load_latest(
     folder = _newest_sound(Path(run_dir) / "checkpoints", dist, set_aside=True)
     if folder is None:
         return None
+    if dist.is_main:
+        _tidy(folder)  # a kill after its rename left this undone
     stored = {name: _Stored(folder, name) for name in modules}
     wanted = {name: _module_tensors(module) for name, module in modules.items()}
     for name, module in modules.items():

@@ -153,7 +153,9 @@ class Run:
             self.failed_saves += 1
             self._say(f"warning: {error}")
             if must_succeed or self.failed_saves >= MAX_FAILED_SAVES:
-                raise SystemExit(f"the run cannot be saved: {error}") from None
+                raise SystemExit(
+                    f"the run cannot be saved ({self.failed_saves} in a row failed): {error}"
+                ) from None
 
     def _say(self, text: str) -> None:
         if self.dist.is_main:

@@ -1,0 +1,466 @@
+"""Runs that nothing can spoil: kills, disk errors and signals at every moment of a small real run.
+
+Each run here goes through nanomath.run, as the trainers do, on a model of 3,000 weights. A fault is
+one moment of one call that touches the disk: before it, half-way through a write, or after it.
+Several processes: this file run as a script (`worker_*`), see nanomath/test_dist.py.
+"""
+
+import errno
+import json
+import os
+import pathlib
+import resource
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tqdm import tqdm
+
+from nanomath import checkpoint, dist, log, optim
+from nanomath.config import RunConfig
+from nanomath.data import TrainBatch
+from nanomath.model import ModelConfig, Transformer
+from nanomath.optim import make_adamw, supervised_step
+from nanomath.run import Run, open_run
+
+CFG = ModelConfig(31, 2, 12, 2, 1, 20, max_context=16)
+NUM_STEPS = 4
+tqdm.monitor_interval = 0  # its thread must not hold a lock while a test forks
+
+
+@pytest.fixture(autouse=True)
+def no_events(monkeypatch):
+    """Without TensorBoard: its writer is a thread of its own, and the tests fork."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+
+
+def make_batch(step, num_rows=5):
+    generator = torch.Generator().manual_seed(step)
+    tokens_BT = torch.randint(0, CFG.vocab_size, (num_rows, 9), generator=generator)
+    weights_BT = (torch.rand(num_rows, 9, generator=generator) < 0.6).double()
+    weights_BT[1], weights_BT[:, -1] = 0.0, 0.0  # a row without a trained token
+    return TrainBatch(tokens_BT, weights_BT / weights_BT.sum())
+
+
+def train(run_dir, num_steps=NUM_STEPS, dtype=torch.float32, each_step=None, **settings):
+    """Train a small model to the end, continuing what is there; each_step(run, step) may spoil."""
+    cfg = RunConfig(run_dir=str(run_dir), device="cpu", threads=1, checkpoint_interval=1)
+    cfg = RunConfig(**(vars(cfg) | settings))
+    with open_run(cfg) as (here, lock):
+        model = Transformer(CFG).to(dtype)
+        model.init_weights(0, std=0.2)
+        model = dist.shard(model, here)
+        optimizer = make_adamw(model, lr=1e-2)
+        run = Run(
+            cfg, here, lock, modules={"model": model}, optimizer=optimizer, model_cfg=CFG,
+            tokenizer=None,
+        )  # fmt: skip
+        for step in run.steps(num_steps, desc="test"):
+            if each_step is not None:
+                each_step(run, step)
+            metrics = supervised_step(
+                model, optimizer, make_batch(step).to(here.device), lr=1e-2, max_grad_norm=0.1,
+                micro_batch_size=2, dist=here,
+            )  # fmt: skip
+            run.samples(step, [f"loss {metrics['loss']}"])
+            run.log(step, metrics, batch=("rows", range(5)))
+        run.close()
+
+
+def files_of(run_dir, num_steps=NUM_STEPS):
+    """Return the bytes of all that a run must leave the same, however it was cut."""
+    newest = run_dir / "checkpoints" / f"step-{num_steps:06d}"
+    paths = [run_dir / "metrics.jsonl", run_dir / "samples.txt", *newest.glob("*.safetensors")]
+    state = json.loads((newest / "state.json").read_text())
+    assert (run_dir / "checkpoints" / "latest").read_text() == f"{newest.name}\n"
+    assert checkpoint._damage(newest) is None
+    return {path.name: path.read_bytes() for path in paths} | {"state": {**state, "seconds": 0}}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The files of an uninterrupted run."""
+    run_dir = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        train(run_dir)
+    files = files_of(run_dir)
+    assert len(files) == 5 and len(files["metrics.jsonl"].splitlines()) == NUM_STEPS
+    return files
+
+
+# ------------------------------------------------------------------------------- faults
+
+
+class Faults:
+    """Count the moments of all calls that touch the disk, and `act` at one of them."""
+
+    CALLS = ("open", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
+
+    def __init__(self, at, act):
+        self.at, self.act, self.count, self.seen = at, act, 0, set()
+
+    def moment(self, what):
+        self.count += 1
+        self.seen.add(what)
+        if self.count - 1 == self.at:
+            self.act()
+
+    def install(self, patch):
+        for name in self.CALLS:
+            patch.setattr(os, name, self.wrapped(name, getattr(os, name)))
+        patch.setattr(pathlib.Path, "write_text", self.torn_text(pathlib.Path.write_text))
+        patch.setattr(checkpoint, "save_file", self.torn_tensors(checkpoint.save_file))
+        patch.setattr(log._Lines, "_write", self.torn_line(log._Lines._write))
+
+    def wrapped(self, name, real):
+        def call(*args, **kwargs):
+            self.moment(f"before {name}")
+            result = real(*args, **kwargs)
+            self.moment(f"after {name}")
+            return result
+
+        return call
+
+    def torn_text(self, real):
+        def write_text(path, text, **kwargs):
+            self.moment("before write")
+            real(path, text[: len(text) // 2], **kwargs)
+            self.moment("half a write")
+            real(path, text, **kwargs)
+            self.moment("after write")
+
+        return write_text
+
+    def torn_tensors(self, real):
+        def save_file(tensors, path):
+            self.moment("before tensors")
+            real(tensors, path)
+            raw = path.read_bytes()
+            path.write_bytes(raw[: len(raw) // 2])
+            self.moment("half the tensors")
+            path.write_bytes(raw)
+            self.moment("after tensors")
+
+        return save_file
+
+    def torn_line(self, real):
+        def _write(lines):
+            self.moment("before line")
+            half = lines._file.write(lines._waiting[: len(lines._waiting) // 2])
+            lines._waiting = lines._waiting[half:]
+            self.moment("half a line")
+            real(lines)
+            self.moment("after line")
+
+        return _write
+
+
+EVERY_KIND = {f"{side} {name}" for side in ("before", "after") for name in Faults.CALLS} | {
+    f"{part} {what}"
+    for part, what in [("half a", "write"), ("half the", "tensors"), ("half a", "line")]
+}
+
+
+def in_fork(action):
+    """Run action in a forked process; return its exit status (negative: signal)."""
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+            os._exit(0)
+        except SystemExit as end:
+            print(end.code, file=sys.stderr, flush=True)
+            os._exit(end.code if isinstance(end.code, int) else 1)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(99)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def kill_self():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def faulty_run(run_dir, faults):
+    with pytest.MonkeyPatch.context() as patch:
+        faults.install(patch)
+        train(run_dir)
+
+
+def test_faults_cover_every_kind_of_call(tmp_path):
+    """Every write, fsync, rename and deletion of a run is a moment that can be spoilt."""
+    faults = Faults(-1, None)
+    faulty_run(tmp_path, faults)
+    assert faults.seen >= EVERY_KIND
+    assert faults.count > 60 * NUM_STEPS
+
+
+@pytest.mark.parametrize("stride", [29, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(tmp_path, whole, stride):
+    """SIGKILL at a moment of a run, then the same command: weights, moments, metrics and samples
+    equal the uninterrupted run's, byte for byte."""
+    for at in range(0, 10_000, stride):
+        run_dir = tmp_path / str(at)
+        status = in_fork(lambda: faulty_run(run_dir, Faults(at, kill_self)))  # noqa: B023
+        assert status in (0, -signal.SIGKILL)
+        train(run_dir)
+        assert files_of(run_dir) == whole, at
+        temporary = [p.name for p in (run_dir / "checkpoints").iterdir() if p.name[0] == "."]
+        assert temporary == []
+        if status == 0:
+            break
+    assert at > 60 * NUM_STEPS
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO], ids=["ENOSPC", "EIO"])
+@pytest.mark.parametrize("stride", [31, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_disk_error_at_any_moment_costs_a_save_at_most(tmp_path, whole, capsys, number, stride):
+    """The run goes on and ends with the same bits. Only where nothing can be tried again, before
+    the first step or in the last save, it ends with the error's text and the next call completes
+    it."""
+    spoilt_steps = {}
+    for at in range(0, 10_000, stride):
+        run_dir, now = tmp_path / str(at), {"step": "start"}
+
+        def fail():
+            spoilt_steps[at] = now["step"]  # noqa: B023
+            raise OSError(number, os.strerror(number))
+
+        def each_step(run, step):
+            now["step"] = step  # noqa: B023
+
+        faults = Faults(at, fail)
+        ended = None
+        with pytest.MonkeyPatch.context() as patch:
+            faults.install(patch)
+            try:
+                train(run_dir, each_step=each_step)
+            except SystemExit as end:
+                ended = str(end.code)
+            except OSError as error:
+                ended = str(error)
+        if ended is not None:
+            assert os.strerror(number) in ended
+            assert spoilt_steps[at] in ("start", NUM_STEPS - 1), (at, ended)
+        train(run_dir)  # the same command again completes it, or finds all done
+        assert files_of(run_dir) == whole, at
+        if faults.count <= at:
+            break
+    steps = list(spoilt_steps.values())
+    assert all(steps.count(step) > 40 // stride for step in range(NUM_STEPS))
+    capsys.readouterr()
+
+
+def failing(real, steps):
+    """Return each_step that lets the saves of these steps fail."""
+
+    def each_step(run, step):
+        def refuse(tensors, path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        checkpoint.save_file = refuse if step in steps else real
+
+    return each_step
+
+
+def test_saves_that_keep_failing_end_the_run(tmp_path, whole, capsys, monkeypatch):
+    """Two failed saves are warnings, the third in a row ends the run with its message; what was
+    saved before stays, and with room again the same command ends at the same bits."""
+    real = checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", real)  # puts it back at the end
+    with pytest.raises(SystemExit, match=r"cannot be saved \(3 in a row failed\): .*No space left"):
+        train(tmp_path, num_steps=8, each_step=failing(real, range(1, 8)))
+    assert capsys.readouterr().out.count("warning: could not save") == 3
+    assert names_in(tmp_path) == {"latest", "step-000001"}
+    train(tmp_path, each_step=failing(real, ()))
+    assert files_of(tmp_path) == whole
+
+
+def test_only_failures_in_a_row_end_a_run(tmp_path, monkeypatch):
+    """Two failed saves, a good one and two more do not end it."""
+    real = checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", real)
+    train(tmp_path, num_steps=7, each_step=failing(real, {1, 2, 4, 5}))
+    assert names_in(tmp_path) == {"latest", "step-000004", "step-000007"}
+
+
+def names_in(run_dir):
+    return {path.name for path in (run_dir / "checkpoints").iterdir()}
+
+
+def test_a_full_disk_by_file_size_limit(tmp_path, whole):
+    """Under RLIMIT_FSIZE saves fail and the run goes on; with room again it saves and ends at the
+    same bits."""
+    sizes = [len(raw) for name, raw in whole.items() if name.endswith("safetensors")]
+
+    def limit(run, step):
+        size = max(sizes) // 2 if step < 2 else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    assert in_fork(lambda: train(tmp_path, each_step=limit)) == 0
+    assert files_of(tmp_path) == whole
+    assert names_in(tmp_path) == {"latest", "step-000003", "step-000004"}
+
+
+def test_a_full_disk_on_a_small_tmpfs(tmp_path, whole, capfd):
+    """On a file system that really is full, logs included, a run waits for room: it saves the step
+    after some is made and ends at the same bits."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(disk)]
+    mounted = subprocess.run(mount, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting a tmpfs is not allowed here: {mounted.stderr.strip()}")
+
+    def fill(run, step):
+        if step == 1:
+            with pytest.raises(OSError), open(disk / "ballast", "wb", buffering=0) as file:
+                while True:
+                    file.write(b"x" * 512)
+        if step == 3:
+            (disk / "ballast").unlink()
+
+    try:
+        train(disk / "run", each_step=fill)
+        said = capfd.readouterr()
+        assert said.out.count("could not save") == 2 and "No space left on device" in said.out
+        assert files_of(disk / "run") == whole
+        assert names_in(disk / "run") == {"latest", "step-000001", "step-000004"}
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_lines_that_a_full_disk_refuses_are_kept(tmp_path, capsys):
+    """Rows that cannot be written wait, with one warning that names the file, and follow in order;
+    until then nothing may be checkpointed."""
+    run_log = log.RunLog(tmp_path, start_step=0)
+
+    class Full:
+        def write(self, raw):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    run_log.metrics(0, {"loss": 0.5})
+    file, run_log._metrics._file = run_log._metrics._file, Full()
+    for step in (1, 2):
+        run_log.metrics(step, {"loss": 0.5})
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and "metrics.jsonl'; its lines wait in memory" in warning
+    with pytest.raises(OSError, match="No space left on device: .*metrics.jsonl"):
+        run_log.sync()
+    assert len(log.read_metrics(tmp_path)) == 1
+    run_log._metrics._file = file
+    run_log.sync()
+    assert [row["step"] for row in log.read_metrics(tmp_path)] == [0, 1, 2]
+
+
+def test_a_stolen_lock_ends_the_run(tmp_path):
+    """A trainer whose run folder was taken over saves nothing more and says so."""
+
+    def steal(run, step):
+        if step == 1:
+            (tmp_path / ".lock").unlink()
+
+    with pytest.raises(SystemExit, match="lock was removed or replaced .* saves nothing more"):
+        train(tmp_path, each_step=steal)
+    assert names_in(tmp_path) == {"latest", "step-000001"}
+
+
+# ------------------------------------------------------------------------------- signals
+
+
+def during_save(number, times):
+    """Return each_step that sends this process signals in the middle of the second save."""
+    real = os.fsync
+
+    def each_step(run, step):
+        calls = []
+
+        def fsync(handle):
+            calls.append(1)
+            for _ in range(times if len(calls) == 4 else 0):  # the first two are the logs'
+                signal.raise_signal(number)
+                time.sleep(1.1 if times > 1 else 0.0)
+            real(handle)
+
+        os.fsync = fsync if step == 1 else real
+
+    return each_step
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_during_a_save(tmp_path, whole, number):
+    """The save is finished, the run stops after the step then begun, saves that and exits 0; the
+    same command ends at the same bits."""
+    assert in_fork(lambda: train(tmp_path, each_step=during_save(number, 1))) == 0
+    assert names_in(tmp_path) == {"latest", "step-000002", "step-000003"}
+    train(tmp_path)
+    assert files_of(tmp_path) == whole
+
+
+def test_a_second_signal_during_a_save_exits_at_once(tmp_path, whole):
+    """A second signal, more than a second later, ends the process in the middle of the save with
+    128 + its number; the checkpoint before is there."""
+    status = in_fork(lambda: train(tmp_path, each_step=during_save(signal.SIGTERM, 2)))
+    assert status == 128 + signal.SIGTERM
+    assert names_in(tmp_path) == {"latest", "step-000001", ".tmp-step-000002"}
+    train(tmp_path)
+    assert files_of(tmp_path) == whole
+
+
+# ------------------------------------------------------------------------------- bad gradients
+
+
+def spoil(steps, seen, real=optim.linear_cross_entropy):
+    """Return each_step that makes the loss of these steps NaN; seen: all tensors before a step."""
+
+    def each_step(run, step):
+        tensors = [*run.modules["model"].parameters()]
+        for state in run.optimizer.state.values():
+            tensors += state.values()
+        seen.append([dist.local(tensor).detach().clone() for tensor in tensors])
+
+        def not_finite(*args, **kwargs):
+            return SimpleNamespace(loss=real(*args, **kwargs).loss * float("nan"))
+
+        optim.linear_cross_entropy = not_finite if step in steps else real
+
+    return each_step
+
+
+def same(left, right):
+    return len(left) == len(right) and all(map(torch.equal, left, right))
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path, monkeypatch, capsys):
+    """Weights and moments stay to the last bit; the step is counted and names its batch."""
+    monkeypatch.setattr(optim, "linear_cross_entropy", optim.linear_cross_entropy)
+    seen = []
+    train(tmp_path, num_steps=6, each_step=spoil({2, 3}, seen))
+    assert same(seen[2], seen[3]) and same(seen[3], seen[4])
+    assert not same(seen[1], seen[2]) and not same(seen[4], seen[5])
+    rows = log.read_metrics(tmp_path)
+    assert [row["stepped"] for row in rows] == [1, 1, 0, 0, 1, 1]
+    assert [row.get("skipped_rows") for row in rows[1:4]] == [
+        None,
+        [0, 1, 2, 3, 4],
+        [0, 1, 2, 3, 4],
+    ]
+    said = capsys.readouterr().out
+    assert "step 2: the gradient is not finite (rows 0, 1, 2, 3, 4): skipped" in said
+
+
+def test_ten_bad_gradients_in_a_row_end_the_run(tmp_path, monkeypatch):
+    """Nine in a row do not, ten do, with the step and its batch; resuming does not forget them."""
+    monkeypatch.setattr(optim, "linear_cross_entropy", optim.linear_cross_entropy)
+    train(tmp_path / "nine", num_steps=11, each_step=spoil(range(1, 10), []))
+    message = r"step 10: .* not finite \(rows 0, 1.*, 10 in a row"
+    with pytest.raises(SystemExit, match=message):
+        train(tmp_path / "ten", num_steps=30, each_step=spoil(range(1, 30), []))
+    train(tmp_path / "cut", num_steps=5, each_step=spoil(range(1, 30), []))
+    with pytest.raises(SystemExit, match=message):
+        train(tmp_path / "cut", num_steps=30, each_step=spoil(range(1, 30), []))
