@@ -17,6 +17,7 @@ import json
 import math
 import os
 import time
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -27,6 +28,7 @@ import torch.distributed as td
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from nanomath.activations import wrap_blocks
@@ -45,6 +47,7 @@ class Dist:
     world_size: int
     device: torch.device
     mesh: DeviceMesh | None = field(default=None, repr=False, compare=False)
+    life: str = field(default="", repr=False, compare=False)  # names this start of the ranks
 
     @property
     def is_main(self) -> bool:
@@ -70,13 +73,41 @@ def setup(device: str = "auto", threads: int = 0, timeout_s: float = START_TIMEO
         return Dist(0, 0, 1, chosen)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    alone = world_size == 1 and "MASTER_ADDR" not in os.environ
-    td.init_process_group(
-        "gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl",
-        timeout=timedelta(seconds=timeout_s),
-        **({"store": td.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
-    )
-    return Dist(rank, local_rank, world_size, chosen, init_device_mesh(chosen.type, (world_size,)))
+    timeout, store, life = timedelta(seconds=timeout_s), td.HashStore(), ""
+    if world_size > 1:
+        store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+        life = _agree_on_life(store, rank, world_size, timeout_s)
+        store = td.PrefixStore(life, store)
+    backend = "gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl"
+    td.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
+    mesh = init_device_mesh(chosen.type, (world_size,))
+    return Dist(rank, local_rank, world_size, chosen, mesh, life)
+
+
+def _agree_on_life(store: td.Store, rank: int, world_size: int, timeout_s: float) -> str:
+    """Return a name that all ranks share and no earlier start of them has used.
+
+    torchrun's store outlives the processes it restarts, with the addresses of the dead: a group set
+    up on the same keys connects to those and fails or hangs. Its count of restarts is no such name,
+    on several nodes each has its own. So each rank says who it is now, and rank 0 answers to that.
+    """
+    me = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"rank-{rank}", me)
+        life = store.get(f"life-of-{me}").decode()  # waits for rank 0
+        store.set(f"{life}-has-{rank}", "")
+        return life
+    missing, give_up = set(range(1, world_size)), time.monotonic() + timeout_s
+    while missing:
+        for other in tuple(missing):
+            if store.check([f"rank-{other}"]):  # may be a dead one's: it will not answer
+                store.set(f"life-of-{store.get(f'rank-{other}').decode()}", me)
+            if store.check([f"{me}-has-{other}"]):
+                missing.remove(other)
+        if time.monotonic() > give_up:
+            raise TimeoutError(f"ranks {sorted(missing)} did not start within {timeout_s:.0f} s")
+        time.sleep(0.02)
+    return me
 
 
 def cleanup(dist: Dist) -> None:

@@ -38,12 +38,11 @@ class ErrorWatch:
     and ends the process, wherever the main thread is stuck.
     """
 
-    def __init__(self, rank: int, world_size: int):
+    def __init__(self, rank: int, world_size: int, life: str):
         self.rank, self.world_size = rank, world_size
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = td.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30))
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps its store
-        self._store = td.PrefixStore(f"nanomath-errors-{restart}", store)
+        self._store = td.PrefixStore(f"{life}-errors", store)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -95,7 +94,7 @@ def raise_together(dist: Dist) -> Iterator[None]:
     The end of the body, or SystemExit with status 0 (a stop they agreed on), must come on all ranks
     alike: they then leave the process group together.
     """
-    watch = ErrorWatch(dist.rank, dist.world_size) if dist.world_size > 1 else None
+    watch = ErrorWatch(dist.rank, dist.world_size, dist.life) if dist.world_size > 1 else None
     try:
         yield
         _leave(dist, watch)

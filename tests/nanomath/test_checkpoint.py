@@ -1,6 +1,6 @@
 """Checkpoints: what is saved comes back bit by bit, and what is damaged is never believed.
 
-Kills are real: a fork of the test saves and is ended at every fsync, rename and deletion in turn.
+Kills at every moment of a save are tests/test_failures.py's.
 Two-process checks run this file as a script (`worker_*`), see test_dist.py.
 """
 
@@ -407,85 +407,6 @@ def test_io_errors_at_every_call(run, monkeypatch, target, capsys):
             break
     assert num_saved > 0
     assert failing_call >= {"fsync": 9, "rename": 2, "mkdir": 1, "replace": 1}[target]
-
-
-@pytest.mark.parametrize("stride", [9, pytest.param(1, marks=pytest.mark.slow)])
-def test_kill_at_every_step_of_a_save(tmp_path, stride):
-    """SIGKILL before or after any fsync, rename or deletion leaves a loadable checkpoint."""
-    module = nn.Linear(2, 2)
-    rest = {"optimizer": None, "state": {}, "model_cfg": CFG, "tokenizer": None, "dist": ALONE}
-
-    def save(run_dir, step, value):
-        nn.init.constant_(module.weight, value)
-        ck.save(run_dir, step, modules={"m": module}, keep=1, **rest)
-
-    def load(run_dir):
-        nn.init.zeros_(module.weight)
-        state = ck.load_latest(run_dir, modules={"m": module}, optimizer=None, dist=ALONE)
-        return state["step"], module.weight[0, 0].item()
-
-    save(tmp_path / "start", 3, 1.0)
-    seen = set()
-    for fault in range(0, 500, stride):
-        run_dir = tmp_path / str(fault)
-        shutil.copytree(tmp_path / "start", run_dir)
-        status = in_fork(lambda: (kill_at(fault), save(run_dir, 4, 2.0)))  # noqa: B023
-        assert status in (0, -signal.SIGKILL)
-        seen.add(load(run_dir))
-        save(run_dir, 5, 3.0)
-        assert names_in(run_dir) == ["latest", "step-000005"]
-        if status == 0:
-            break
-    assert seen == {(3, 1.0), (4, 2.0)}
-    assert fault > 40
-
-
-def kill_at(fault):
-    """End this process at the fault-th call that touches the disk, before or after it."""
-    count = 0
-    for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "open"):
-
-        def counted(*arguments, real=getattr(os, name), **options):
-            nonlocal count
-            for moment in ("before", "after"):
-                if count == fault:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                count += 1
-                if moment == "before":
-                    result = real(*arguments, **options)
-            return result
-
-        setattr(os, name, counted)
-
-
-def save_for_ever(run):
-    while True:
-        run.train(1)
-        run.save()
-
-
-@pytest.mark.slow
-def test_kill_at_random_times(tmp_path):
-    """SIGKILL at random times in a loop of saves: always loadable, equal to an undisturbed run."""
-    random.seed(0)
-    clean, step = Run(tmp_path / "clean"), 0
-    for _ in range(30):
-        child = os.fork()
-        if child == 0:
-            run = Run(tmp_path, seed=0)
-            run.load()
-            save_for_ever(run)
-        time.sleep(0.05 + random.random() / 4)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        resumed = Run(tmp_path, seed=0)
-        resumed.load()
-        assert resumed.step >= step
-        step = resumed.step
-        clean.train(step - clean.step)
-        if step:
-            assert_same(clean.tensors(), resumed.tensors())
-    assert step > 3
 
 
 # ---------------------------------------------------------------------------- models for others
