@@ -41,7 +41,7 @@ from nanomath.optim import SCHEDULES, make_adamw
 from nanomath.rewards import compute_rewards, load_reward, reward_label
 from nanomath.run import Run, open_run
 from nanomath.sampler import Rollouts, sample_groups
-from nanomath.tasks import Problem, countdown, encode_prompt
+from nanomath.tasks import Problem, benchmarks, countdown, encode_prompt
 from nanomath.tokenizer import Tokenizer
 
 
@@ -53,6 +53,9 @@ class GRPOConfig(RunConfig):
     )
     chat_template: str = opt("plain", "how a prompt is put, chat.py", choices=(*TEMPLATES,))
     # Problems
+    problems: str | None = opt(
+        None, "JSONL of question and answer instead of Countdown; needs --rewards answer"
+    )
     num_numbers: tuple[int, ...] = opt((3, 4), "numbers per Countdown problem", low=2, high=5)
     max_number: int = opt(99, "largest given number", low=1)
     max_target: int = opt(100, "largest target", low=1)
@@ -144,7 +147,10 @@ PRESETS = {
 
 
 def problem_set(cfg: GRPOConfig, split: str, num: int) -> list[Problem]:
-    """Return `num` Countdown problems of a split; held-out ones are the same for every seed."""
+    """Return `num` problems of a split, of --problems at most; held-out ones are the same for every
+    seed."""
+    if cfg.problems:
+        return benchmarks.read_split(cfg.problems, split)[:num]
     return countdown.generate(
         num,
         split=split,
@@ -313,6 +319,10 @@ def check(cfg: GRPOConfig, dist: Dist) -> None:
         raise ValueError(f"--rewards {' '.join(cfg.rewards)}: two of them have the same name")
     for name in cfg.rewards:
         load_reward(name)
+    if cfg.problems and "equation" in cfg.rewards:
+        raise ValueError(
+            "--problems needs --rewards answer --reward_weights 1: equation is Countdown's"
+        )
     parts = cfg.num_minibatches * dist.world_size
     if cfg.num_minibatches > 1 and cfg.batch_size % parts:
         raise ValueError(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import evaluate
-from nanomath import checkpoint
+from nanomath import checkpoint, hf
 from nanomath.config import parse
 from nanomath.dist import setup
 from nanomath.model import ModelConfig, Transformer
@@ -231,6 +231,19 @@ def test_several_tasks(run_folder, benchmark_files, dist, monkeypatch, capsys):
         assert difference["pass@2"]["value"] == 0.0
     with pytest.raises(SystemExit, match="not of the same problems"):
         evaluate.run(dataclasses.replace(other, num_problems=1), dist)
+
+
+def test_hugging_face_folder(run_folder, benchmark_files, dist):
+    """An exported model is evaluated from its folder, to the same figures as its run."""
+    model, tokenizer, _ = checkpoint.load_model(run_folder)
+    hf.save_hf(model, tokenizer, benchmark_files / "exported", dtype=torch.float32)
+    cfg = config(run_folder, tasks=("math",), data=str(benchmark_files), few_shot=False)
+    results = []
+    for folder in (run_folder, benchmark_files / "exported"):
+        evaluate.run(dataclasses.replace(cfg, checkpoint=str(folder), out=""), dist)
+        results.append(json.loads((folder / "evaluation-math.json").read_text()))
+    assert results[0]["examples"] == results[1]["examples"]
+    assert results[0]["problems"] == results[1]["problems"]
 
 
 def test_missing_benchmark_names_its_source(run_folder, dist, tmp_path):

@@ -23,6 +23,7 @@ from nanomath.log import read_metrics
 from nanomath.model import ModelConfig, Transformer
 from nanomath.optim import cosine_lr
 from nanomath.sampler import sample_groups
+from nanomath.tasks import benchmarks
 from nanomath.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,9 +53,9 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train(["Numbers: 1 2 3\nTarget: 6\n<think>1+2=3</think>"] * 3, 280)
 
 
-def save_start(run_dir, tokenizer, dtype):
+def save_start(run_dir, tokenizer, dtype, max_context=64):
     """Make a run folder with an untrained model."""
-    cfg = ModelConfig(tokenizer.vocab_size, 1, 16, 2, 2, 16, max_context=64)
+    cfg = ModelConfig(tokenizer.vocab_size, 1, 16, 2, 2, 16, max_context=max_context)
     model = Transformer(cfg).to(dtype)
     model.init_weights(0)
     checkpoint.save(
@@ -282,6 +283,28 @@ def test_unknown_reward_is_refused_before_anything_is_bound(tmp_path, start, mon
     assert "nope" in message(train_grpo, [*argv, "--rewards", "nope"], monkeypatch, capsys)
     run_script(train_grpo, [*argv, "--rewards", "format", "--num_steps", "1"], monkeypatch)
     assert len(read_metrics(tmp_path / "grpo")) == 1
+
+
+def test_grpo_on_own_problems(tmp_path, tokenizer, monkeypatch, capsys):
+    """--problems trains on a file of questions and answers, one in ten held out, by --rewards
+    answer; Countdown's reward is refused with the fix."""
+    start = save_start(tmp_path / "start", tokenizer, torch.float32, max_context=128)
+    rows = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(60)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = [*SMALL_GRPO, "--init", start, "--run_dir", tmp_path / "grpo"]
+    argv += ["--num_steps", "2", "--problems", tmp_path / "own.jsonl"]
+    assert "needs --rewards answer" in message(train_grpo, argv, monkeypatch, capsys)
+    argv += ["--rewards", "answer", "--reward_weights", "1"]
+    run_script(train_grpo, argv, monkeypatch)
+    last = read_metrics(tmp_path / "grpo")[-1]
+    assert (last["reward_answer"], last["no_reward"], last["heldout_pass@1"]) == (0.0, 0.0, 0.0)
+    parts = [benchmarks.read_split(tmp_path / "own.jsonl", split) for split in ("train", "heldout")]
+    assert len(parts[0]) + len(parts[1]) == 60
+    assert 1 <= len(parts[1]) < 15
+    assert not {p.id for p in parts[0]} & {p.id for p in parts[1]}
+    (tmp_path / "own.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    argv[argv.index(tmp_path / "grpo")] = tmp_path / "other"
+    assert "split; give more" in message(train_grpo, argv, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
