@@ -44,7 +44,7 @@ from nanomath.tasks import Problem, benchmarks, countdown, encode_prompt
 
 @dataclass(frozen=True)
 class EvalConfig:
-    checkpoint: str = opt("runs/speedrun-cpu/grpo", "run folder or checkpoint to evaluate")
+    checkpoint: str = opt("runs/speedrun-cpu/grpo", "run folder, checkpoint or Hugging Face folder")
     tasks: tuple[str, ...] = opt(
         ("countdown",), "which problems; jsonl: your own, --problems", choices=(*TASKS,)
     )
@@ -332,7 +332,9 @@ def prepare(
 ) -> tuple[torch.nn.Module, Any, dict, dict[str, list[Problem]]]:
     """Load the model, its tokenizer and state, and the problems of each task; raise what the user
     can mend, before anything is sampled."""
-    model, tokenizer, state = load_model(cfg.checkpoint, device=dist.device)
+    # As the sampler of training: bf16 on a GPU.
+    dtype = torch.bfloat16 if dist.device.type == "cuda" else None
+    model, tokenizer, state = load_model(cfg.checkpoint, device=dist.device, dtype=dtype)
     if tokenizer is None:
         raise ValueError(f"{cfg.checkpoint} holds no tokenizer.json: its outputs cannot be read")
     use_template(tokenizer, cfg.chat_template)

@@ -49,7 +49,9 @@ from nanomath.tokenizer import Tokenizer
 class GRPOConfig(RunConfig):
     run_dir: str = opt("runs/grpo", "folder of this run", may_change=True)
     init: str = opt(
-        "runs/speedrun-cpu/sft", "run folder or checkpoint to start from", may_change=True
+        "runs/speedrun-cpu/sft",
+        "run folder, checkpoint or Hugging Face folder to start from",
+        may_change=True,
     )
     chat_template: str = opt("plain", "how a prompt is put, chat.py", choices=(*TEMPLATES,))
     # Problems

@@ -25,7 +25,9 @@ from nanomath.run import Run, open_run
 class SFTConfig(RunConfig):
     run_dir: str = opt("runs/sft", "folder of this run", may_change=True)
     init: str = opt(
-        "runs/speedrun-cpu/base", "run folder or checkpoint to start from", may_change=True
+        "runs/speedrun-cpu/base",
+        "run folder, checkpoint or Hugging Face folder to start from",
+        may_change=True,
     )
     data: str = opt(
         "runs/speedrun-cpu/solutions.jsonl", "JSON lines: prompt, solution", may_change=True

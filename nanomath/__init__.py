@@ -26,7 +26,7 @@ Read in this order (the order of the paper, then down into each part):
     tokenizer.py       byte-level BPE (tokenizer_json.py: its file, in Hugging Face's layout)
     chat.py            how a prompt becomes ids: plain, or a chat model's turns
     download.py        models and data sets: the only file that opens connections
-    hf.py              Hugging Face folders, in and out
+    hf.py              Hugging Face folders, in and out; hf_config.py: their config.json
     evaluation.py      Pass@K, Maj@K, intervals; report.py puts a whole run on one page
     run.py             what every trainer owes its users: resume, log, checkpoint, stop
     dist.py            processes, FSDP2; activations.py: what blocks recompute, and torch.compile

@@ -68,6 +68,8 @@ class ModelConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"ModelConfig.{name} is {value}; it must be finite and > 0")
+        if self.rope_original_context is not None and self.rope_original_context < 1:
+            raise ValueError(f"ModelConfig.rope_original_context is {self.rope_original_context}")
         if self.rope_high_freq <= self.rope_low_freq:
             raise ValueError(
                 f"ModelConfig: rope_high_freq {self.rope_high_freq} must be more than "

@@ -584,7 +584,7 @@ def _check_prompts(
 
 @dataclass(frozen=True)
 class Config:
-    checkpoint: str = opt("", "a run folder, a checkpoints folder or one step's folder")
+    checkpoint: str = opt("", "a run folder, one step's folder or a Hugging Face folder")
     prompt: str = opt("", "text to continue; empty: begin of sequence alone")
     chat_template: str = opt("plain", "how a prompt is put, chat.py", choices=(*TEMPLATES,))
     num_samples: int = opt(8, "samples", low=1, short="n")
@@ -602,7 +602,9 @@ def main(cfg: Config) -> None:
     if not cfg.checkpoint:
         raise SystemExit("nanomath.sampler: --checkpoint DIR is missing: name a run folder")
     try:
-        model, tokenizer, _ = load_model(cfg.checkpoint, device=setup(cfg.device).device)
+        device = setup(cfg.device).device
+        dtype = torch.bfloat16 if device.type == "cuda" else None
+        model, tokenizer, _ = load_model(cfg.checkpoint, device=device, dtype=dtype)
         if tokenizer is None:
             raise ValueError(f"{cfg.checkpoint} holds no tokenizer.json")
         use_template(tokenizer, cfg.chat_template)
