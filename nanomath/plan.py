@@ -23,7 +23,7 @@ import torch
 
 from nanomath.cache import cache_bytes_per_token
 from nanomath.config import one_line_errors, opt, parse
-from nanomath.hf import read_config
+from nanomath.hf_config import read_config
 from nanomath.model import MODEL_PRESETS, ModelConfig
 
 PEAK_FLOPS = 989e12  # H100 SXM, dense bf16 (NVIDIA's data sheet)
