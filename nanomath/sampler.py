@@ -105,7 +105,6 @@ def sample_stream(
     cache_gb: float = math.inf,
     progress: bool = False,
     static: bool | None = None,
-    compiled: bool = False,
 ) -> Iterator[Sample]:
     """Sample `group_size` responses to each prompt (token ids, any lengths); yield each at its end.
 
@@ -118,7 +117,7 @@ def sample_stream(
     when greedy; a float64 model returns float64. `prompt_ids` name the prompts in the random stream
     (default 0, 1, ...): equal ids share it. static (default: on a GPU): batches of few shapes, at
     fixed addresses, and a look at who has ended only every few steps; on a GPU each shape is a CUDA
-    graph. compiled: torch.compile the step. Closing the iterator frees the cache. Raises ValueError
+    graph. Closing the iterator frees the cache. Raises ValueError
     for arguments that cannot be right and, while sampling, for NaN logits.
     """
     cfg, weight = model.cfg, model.embedding.weight
@@ -159,7 +158,7 @@ def sample_stream(
         is_static = weight.is_cuda if static is None else static
         sizes = (num_places, per_place, num_rows, prompt_width, own_width)
         cache = GroupCache(cfg, *sizes, 128 if is_static else 32, weight.detach())
-        return _Decoder(model, cache, choose, eos_ids, own_width, is_static, compiled)
+        return _Decoder(model, cache, choose, eos_ids, own_width, is_static)
 
     keys_PG = stream_keys(seed, step, prompt_ids, range(group_size))
     stops = [text.encode() for text in stop]
@@ -268,14 +267,13 @@ def _admit(decoder, waiting, rows, place_of, prompts, keys_PG, room_P, steps) ->
 class _Decoder:
     """The rows being sampled: their state on the device, and one step of all of them."""
 
-    def __init__(self, model, cache, choose, eos_ids, max_new_tokens, static, compiled):
+    def __init__(self, model, cache, choose, eos_ids, max_new_tokens, static: bool):
         weight, num_rows = model.embedding.weight, len(cache.place_R)
         self.model, self.cache, self.choose = model, cache, choose
         # A GPU stalls when asked who has ended, and wants few shapes; a CPU has the answer at once,
         # and every row that it does not compute is time won.
         self.static, self.interval = static, 8 if static else 1
         self.shrink = 0.5 if static else 0.9
-        self.step = torch.compile(self._step, fullgraph=True) if compiled else self._step
         self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
         self.is_eos_V = torch.zeros(model.cfg.vocab_size, dtype=torch.bool, device=weight.device)
         self.is_eos_V[list(eos_ids)] = True
@@ -337,7 +335,7 @@ class _Decoder:
     @torch.no_grad()
     def advance(self, rows, place_of, room_P, steps: int, changed: bool) -> int:
         """Draw a token in each row that has not ended, a few times; return how many times."""
-        cache, taken = self.cache, place_of.values()
+        cache = self.cache
         ages = [(steps - row.born, room_P[row.prompt]) for row in rows.values()]
         count = min(self.interval, max(room - age for age, room in ages) - 1)
         if count == 0:
@@ -345,24 +343,7 @@ class _Decoder:
         size = self._size(len(rows), len(cache.place_R))
         num_places = self._size(len(place_of), len(cache.prompt_length_A))
         num_blocks = math.ceil((max(ages)[0] + count) / cache.own_keys[0].shape[2])
-        source, target = _into_holes(taken, num_places)
-        if source:
-            new = dict(zip(source, target))
-            place_of.update({p: new.get(place, place) for p, place in place_of.items()})
-            source, target = (torch.tensor(x, device=self.token_R.device) for x in (source, target))
-            cache.move_prompts(source, target)
-            self.prompt_logits_AV[target] = self.prompt_logits_AV[source]
-            changed = True
-        source, target = _into_holes(rows, size)
-        if source:
-            rows.update({new: rows.pop(old) for old, new in zip(source, target)})
-            source, target = (torch.tensor(x, device=self.token_R.device) for x in (source, target))
-            cache.move_rows(source, target)
-            for state in (self.token_R, self.limit_R, self.key_R, self.done_R, self.tokens_RT):
-                state[target] = state[source]
-            self.logp_RT[target] = self.logp_RT[source]
-            self.done_R[source] = True
-            changed = True
+        changed |= self._move(rows, place_of, size, num_places)
         if changed or (size, num_places, num_blocks) != cache.shape[:2] + cache.shape[3:]:
             seats = [place_of[rows[r].prompt] if r in rows else None for r in range(size)]
             fullest = max(Counter(seat for seat in seats if seat is not None).values())
@@ -372,6 +353,24 @@ class _Decoder:
         for _ in range(count):
             self._replay()
         return count
+
+    def _move(self, rows, place_of, size: int, num_places: int) -> bool:
+        """Move prompts and rows that stand beyond the first ones into holes before them."""
+        device, moved = self.token_R.device, _into_holes({*place_of.values()}, num_places)
+        if moved:
+            place_of.update({p: moved.get(place, place) for p, place in place_of.items()})
+            source, target = (torch.tensor([*x], device=device) for x in zip(*moved.items()))
+            self.cache.move_prompts(source, target)
+            self.prompt_logits_AV[target] = self.prompt_logits_AV[source]
+        moved_rows = _into_holes(rows, size)
+        if moved_rows:
+            rows.update({new: rows.pop(old) for old, new in moved_rows.items()})
+            source, target = (torch.tensor([*x], device=device) for x in zip(*moved_rows.items()))
+            self.cache.move_rows(source, target)
+            for state in (self.token_R, self.limit_R, self.key_R, self.tokens_RT, self.logp_RT):
+                state[target] = state[source]
+            self.done_R[target], self.done_R[source] = self.done_R[source], True
+        return bool(moved or moved_rows)
 
     def _size(self, needed: int, total: int) -> int:
         """Return the smallest of total, total * shrink, total * shrink^2, ... that is enough."""
@@ -393,7 +392,7 @@ class _Decoder:
                 self.step()
         self.graphs[shape].replay()
 
-    def _step(self) -> None:
+    def step(self) -> None:
         """Feed each row its last token and draw the next; nothing here depends on the host."""
         num_rows = self.cache.shape[0]
         logits_RV = self.model(self.token_R[:num_rows, None], cache=self.cache)[:, 0]
@@ -440,13 +439,14 @@ class _Decoder:
 
     def free(self) -> None:
         """Give back the memory of cache and graphs, also while a traceback holds this object."""
+        self.cache.__dict__.clear()
         self.__dict__.clear()
 
 
-def _into_holes(taken, size: int) -> tuple[list[int], list[int]]:
-    """Return what to move, and where to, so that everything taken lies below `size`."""
-    source = [i for i in taken if i >= size]
-    return source, [i for i in range(size) if i not in taken][: len(source)]
+def _into_holes(taken, size: int) -> dict[int, int]:
+    """Return what has to move where, so that everything taken lies below `size`."""
+    beyond = [i for i in taken if i >= size]
+    return dict(zip(beyond, (i for i in range(size) if i not in taken)))
 
 
 def _stop_length(row: _Row, tokens: list[int], stops: Sequence[bytes], tokenizer) -> int | None:
@@ -509,7 +509,7 @@ def _most_likely(probs_RV: Tensor, top_k: int, top_p: float) -> Tensor:
 
     Of equal ones the lowest ids stay. The id that reaches top_p is kept.
     """
-    sorted_RV, ids_RV = probs_RV.double().sort(-1, descending=True, stable=True)
+    sorted_RV, ids_RV = probs_RV.double().sort(dim=-1, descending=True, stable=True)
     if top_k:
         sorted_RV[:, top_k:] = 0
     sums_RV = sorted_RV.cumsum(-1)

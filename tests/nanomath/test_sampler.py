@@ -3,7 +3,9 @@
 import dataclasses
 import itertools
 import math
+import os
 import random
+import weakref
 
 import pytest
 import torch
@@ -11,8 +13,15 @@ import torch
 from nanomath import sampler
 from nanomath.checkpoint import save
 from nanomath.dist import setup
+from nanomath.hf import llama_name
 from nanomath.model import ModelConfig, Transformer
-from nanomath.sampler import choose_tokens, sample_groups, stream_keys, uniform_noise
+from nanomath.sampler import (
+    choose_tokens,
+    sample_groups,
+    sample_stream,
+    stream_keys,
+    uniform_noise,
+)
 from nanomath.tokenizer import Tokenizer
 
 CFG = ModelConfig(
@@ -93,6 +102,39 @@ def test_greedy_equals_a_loop_without_cache(kv_heads):
     assert 0 < ended < 5
 
 
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_greedy_equals_transformers_generate(kv_heads):
+    """Temperature 0 gives, token for token, what Llama's greedy generate does on these weights."""
+    transformers = pytest.importorskip("transformers")
+    cfg = dataclasses.replace(CFG, num_kv_heads=kv_heads)
+    model = make_model(cfg)
+    peer = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=cfg.vocab_size,
+            hidden_size=cfg.width,
+            intermediate_size=cfg.ffn_width,
+            num_hidden_layers=cfg.num_layers,
+            num_attention_heads=cfg.num_heads,
+            num_key_value_heads=kv_heads,
+            max_position_embeddings=cfg.max_context,
+            rms_norm_eps=cfg.rms_eps,
+            rope_theta=cfg.rope_theta,
+        )
+    ).double()
+    peer.load_state_dict({llama_name(name): weight for name, weight in model.state_dict().items()})
+    prompts = make_prompts([1, 5, 30, 12, 2, 17], seed=3)
+    rollouts = sample(model, prompts, group_size=1, temperature=0.0, max_rows=4)
+    ids = torch.tensor([[0] * (30 - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (30 - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    settings = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": list(EOS)}
+    out = peer.generate(ids, attention_mask=mask, pad_token_id=0, **settings)[:, 30:]
+    assert len({int(n) for n in rollouts.lengths_PG}) > 2
+    for p in range(6):
+        length = int(rollouts.lengths_PG[p, 0])
+        assert response(rollouts, p, 0) == out[p, :length].tolist()
+        assert not out[p, length:].any()
+
+
 def test_a_sample_depends_on_nothing_beside_it():
     """Neighbours, order, padding, max_rows and group size change no token (float64)."""
     model = make_model()
@@ -112,12 +154,126 @@ def test_a_sample_depends_on_nothing_beside_it():
         for g in range(4):
             assert response(alone, 0, g) == response(whole, p, g)
         assert response(single, 0, 0) == response(whole, p, 0)
-    for max_rows in (1, 3, 4, 9, 20):
-        assert_same(sample(model, prompts, prompt_ids=ids, max_rows=max_rows), whole)
+    for max_rows, static in itertools.product((1, 3, 4, 9, 20), (False, True)):
+        parts = sample(model, prompts, prompt_ids=ids, max_rows=max_rows, static=static)
+        assert_same(parts, whole)
     shorter = sample(model, prompts, prompt_ids=ids, max_new_tokens=6)
     for p in range(5):
         for g in range(4):
             assert response(shorter, p, g) == response(whole, p, g)[:6]
+
+
+@pytest.mark.parametrize("group_size, max_rows", [(4, 7), (1, 3), (9, 4)])
+@pytest.mark.parametrize("static", [False, True])
+def test_rows_are_refilled_and_memory_is_bounded(monkeypatch, group_size, max_rows, static):
+    """Waiting samples take the rows of ended ones; nothing moves in memory; no result changes."""
+    model, decoders, busy, shapes = make_model(), [], [], set()
+
+    class Watched(sampler._Decoder):
+        def __init__(self, *args):
+            super().__init__(*args)
+            decoders.append(self)
+            self.addresses = self.where()
+
+        def where(self) -> list[int]:
+            tensors = [*vars(self).values(), *vars(self.cache).values()]
+            tensors += [
+                t for value in vars(self.cache).values() if type(value) is list for t in value
+            ]
+            keep = [t for t in tensors if isinstance(t, torch.Tensor)]
+            return sorted({t.data_ptr() for t in keep if t.numel() >= 3})
+
+        def step(self):
+            super().step()
+            assert set(self.addresses) <= set(self.where())
+            busy.append(int((~self.done_R).sum()))
+            shapes.add(self.cache.shape[0])
+
+    prompts = make_prompts([3, 17, 1, 9, 40, 2, 8, 5], seed=2)
+    whole = sample(model, prompts, group_size)
+    monkeypatch.setattr(sampler, "_Decoder", Watched)
+    parts = sample(model, prompts, group_size, max_rows=max_rows, static=static)
+    assert_same(parts, whole)
+    total = int(whole.lengths_PG.sum())
+    assert max(busy) <= max_rows and max(shapes) == max_rows
+    if not static:  # in waves of max_rows the rows that have ended would stand idle
+        assert len(busy) < 1.35 * total / max_rows + 24
+        assert len(shapes) >= max_rows - 1  # then the batch steps down
+    else:
+        assert shapes <= {max_rows >> k for k in range(4)}
+
+
+def test_cache_gb_bounds_what_is_allocated():
+    """cache_gb is the most that keys and values take; fewer rows change no token."""
+    model, prompts = make_model(), make_prompts([3, 17, 1, 9, 40])
+    per_token = 2 * 2 * 2 * 6 * 8  # keys and values, layers, heads, width, float64
+    whole = sample(model, prompts)
+    budget = (6 * 24 + 5 * 40) * per_token / 1e9
+    assert sampler._fit([5, 4, 512], budget, 40 * per_token, 24 * per_token) == (6, 5)
+    assert sampler._fit([5, 4, 512], budget - 1e-9, 40 * per_token, 24 * per_token) == (5, 5)
+    assert sampler._fit([1000, 1, 64], math.inf, 1, 1) == (64, 64)
+    assert_same(sample(model, prompts, cache_gb=budget), whole)
+
+
+def test_step_reads_nothing_from_the_device(monkeypatch):
+    """A step synchronises with no host and compiles without a break, so that graphs can hold it."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class NoRead(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert "_local_scalar_dense" not in str(func) and "nonzero" not in str(func), func
+            return func(*args, **kwargs or {})
+
+    model, prompts = make_model(), make_prompts([3, 17, 1])
+    whole, plain = sample(model, prompts, top_k=30), sampler._Decoder.step
+
+    def guarded(self):
+        with NoRead():
+            plain(self)
+
+    monkeypatch.setattr(sampler._Decoder, "step", guarded)
+    assert_same(sample(model, prompts, top_k=30, max_rows=5, static=True), whole)
+    torch._dynamo.reset()
+    compiled = torch.compile(plain, backend="eager", fullgraph=True)
+    monkeypatch.setattr(sampler._Decoder, "step", compiled)
+    assert_same(sample(model, prompts, top_k=30, static=True), whole)
+
+
+def test_flips_in_fp32_are_near_ties():
+    """In fp32, batches of other sizes part only where u is within 1e-5 of a step of the CDF."""
+    model, exact = make_model(dtype=torch.float32), make_model()
+    prompts, flips = make_prompts([3, 17, 1, 9]), 0
+    settings = {"group_size": 64, "eos_ids": (), "max_new_tokens": 60}
+    a = sample(model, prompts, **settings)
+    keys_PG = stream_keys(0, 0, range(4), range(64))
+    for b in (sample(exact, prompts, **settings), sample(model, prompts, **settings, max_rows=37)):
+        for p, g in (a.tokens_PGT != b.tokens_PGT).any(-1).nonzero().tolist():
+            flips += 1
+            t = int((a.tokens_PGT[p, g] != b.tokens_PGT[p, g]).nonzero()[0])
+            text = prompts[p] + a.tokens_PGT[p, g, :t].tolist()
+            steps = exact(torch.tensor([text]))[0, -1].softmax(-1).cumsum(-1).detach()
+            u = uniform_noise(keys_PG[p, g], torch.tensor(t))
+            pair = sorted((int(a.tokens_PGT[p, g, t]), int(b.tokens_PGT[p, g, t])))
+            assert pair[1] - pair[0] == 1 and abs(float(steps[pair[0]] - u)) < 1e-5
+    assert flips < 5
+
+
+def test_bf16_gap(capsys):
+    """In bf16 the logp of every token stays near the full pass's; the gap is printed."""
+    model = make_model(dtype=torch.bfloat16)
+    prompts = make_prompts([3, 17, 1, 9])
+    rollouts = sample(model, prompts, group_size=8, max_rows=20)
+    gaps = []
+    for p, g in itertools.product(range(4), range(8)):
+        tokens = response(rollouts, p, g)
+        logits = model(torch.tensor([prompts[p] + tokens]))[0, len(prompts[p]) - 1 : -1].float()
+        logp = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0].detach()
+        gaps.append((rollouts.logp_PGT[p, g, : len(tokens)] - logp).abs())
+    gap = torch.cat(gaps)
+    with capsys.disabled():
+        print(f"[bf16: |logp gap| max {gap.max():.4f}, mean {gap.mean():.4f} nats]", end=" ")
+    assert rollouts.logp_PGT.dtype == torch.float32
+    assert gap.mean() < 0.02 and gap.max() < 0.2
 
 
 def test_samples_differ_by_every_counter():
@@ -166,9 +322,32 @@ def test_uniform_noise_is_splitmix64():
         assert abs(float((a * b).mean()) * 12) < 5 / math.sqrt(a.numel())
 
 
-@pytest.mark.parametrize("temperature, vocab_limit", [(1.0, 53), (0.6, 53), (1.3, 40)])
-def test_frequencies_match_the_distribution(temperature, vocab_limit):
-    """Chi-square: the first and second tokens follow softmax(logits / temperature)."""
+def kept_probs(logits, top_k: int, top_p: float) -> torch.Tensor:
+    """Restrict softmax(logits) to the top_k, of those to the fewest that reach top_p: by loops."""
+    rows = []
+    for probs in logits.softmax(-1).tolist():
+        order = sorted(range(len(probs)), key=lambda i: -probs[i])[: top_k or None]
+        total, kept = sum(probs[i] for i in order), []
+        while not kept or sum(probs[i] for i in kept) < top_p * total:
+            kept.append(order[len(kept)])
+        share = sum(probs[i] for i in kept)
+        rows.append([probs[i] / share if i in kept else 0.0 for i in range(len(probs))])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "temperature, vocab_limit, top_k, top_p",
+    [
+        (1.0, 53, 0, 1.0),
+        (0.6, 53, 0, 1.0),
+        (1.3, 40, 0, 1.0),
+        (1.3, 53, 12, 1.0),
+        (1.0, 53, 0, 0.8),
+        (1.5, 47, 20, 0.9),
+    ],
+)
+def test_frequencies_match_the_distribution(temperature, vocab_limit, top_k, top_p):
+    """Chi-square: the first two tokens follow softmax(logits / temperature), cut by k and p."""
     model = make_model(dtype=torch.float32)
     prompt, num = make_prompts([6])[0], 20_000
     rollouts = sample(
@@ -177,23 +356,26 @@ def test_frequencies_match_the_distribution(temperature, vocab_limit):
         group_size=num,
         temperature=temperature,
         vocab_limit=vocab_limit,
+        top_k=top_k,
+        top_p=top_p,
         max_new_tokens=2,
         eos_ids=(),
         max_rows=num,
     )
+    assert rollouts.from_policy == (top_k == 0 and top_p == 1.0)
     logits = model(torch.tensor([prompt]))[0, -1].detach().double() / temperature
-    first = logits[:vocab_limit].softmax(-1)
+    first = kept_probs(logits[None, :vocab_limit], top_k, top_p)[0]
     everything = [prompt + [token] for token in range(vocab_limit)]
     after = (model(torch.tensor(everything))[:, -1].detach().double() / temperature)[
         :, :vocab_limit
     ]
-    second = first @ after.softmax(-1)
+    second = first @ kept_probs(after, top_k, top_p)
     for t, probs in enumerate((first, second)):
         counts = torch.bincount(rollouts.tokens_PGT[0, :, t], minlength=vocab_limit).double()
-        assert len(counts) == vocab_limit
+        assert len(counts) == vocab_limit and not counts[probs == 0].any()
         expected = probs * num
         keep = expected >= 5
-        assert keep.sum() >= 10
+        assert keep.sum() >= 10 or (top_p < 1 and keep.sum() >= 5)
         statistic = float(((counts - expected) ** 2 / expected)[keep].sum())
         freedom = int(keep.sum())
         assert statistic < freedom + 4 * math.sqrt(2 * freedom), (t, statistic, freedom)
@@ -298,6 +480,90 @@ def test_nothing_to_do():
     assert sample(model, []).lengths_PG.shape == (0, 4)
 
 
+def test_all_end_at_once_or_none_does():
+    """Every id an EOS: one token each; no EOS at all: max_new_tokens each, one prompt token too."""
+    model, prompts = make_model(), make_prompts([1, 6, 3])
+    for static in (False, True):
+        at_once = sample(model, prompts, eos_ids=range(53), max_rows=5, static=static)
+        assert at_once.lengths_PG.tolist() == [[1] * 4] * 3 and at_once.finished_PG.all()
+        never = sample(model, prompts, eos_ids=(), max_rows=5, static=static)
+        assert never.lengths_PG.tolist() == [[24] * 4] * 3 and not never.finished_PG.any()
+        one = sample(model, prompts, eos_ids=(), max_new_tokens=1, static=static)
+        assert torch.equal(one.tokens_PGT, never.tokens_PGT[..., :1])
+
+
+def test_stop_strings_cut_tokens_and_logp_alike():
+    """A sample ends with the token that completes a stop string, also one across tokens."""
+    tokenizer = Tokenizer.train(["ab ba abba"] * 3, 270)
+    cfg = dataclasses.replace(CFG, vocab_size=tokenizer.vocab_size)
+    model, prompts = make_model(cfg, std=0.02), [[5], [7, 8]]
+    settings = {"max_new_tokens": 60, "eos_ids": (), "vocab_limit": tokenizer.sample_limit}
+    free = sample(model, prompts, group_size=40, **settings)
+    pieces = [tokenizer.decode_bytes([i]) for i in range(tokenizer.sample_limit)]
+    pair = pieces[free.tokens_PGT[0, 0, 20]] + pieces[free.tokens_PGT[0, 0, 21]]  # across tokens
+    stops = [text for text in ("a", "z", pair.decode("latin-1")) if text.isascii()]
+    assert len(stops) >= 2
+    settings |= {"stop": stops, "tokenizer": tokenizer}
+    for static, max_rows in ((False, 512), (True, 11)):
+        cut = sample(model, prompts, group_size=40, static=static, max_rows=max_rows, **settings)
+        for p, g in itertools.product(range(2), range(40)):
+            tokens, length = free.tokens_PGT[p, g].tolist(), 60
+            for n in range(60, 0, -1):
+                text = tokenizer.decode_bytes(tokens[:n])
+                length = n if any(stop.encode() in text for stop in stops) else length
+            ended = any(s.encode() in tokenizer.decode_bytes(tokens[:length]) for s in stops)
+            assert response(cut, p, g) == tokens[:length]
+            assert bool(cut.finished_PG[p, g]) == ended
+            expected = free.logp_PGT[p, g, :length]
+            torch.testing.assert_close(cut.logp_PGT[p, g, :length], expected)
+        assert 10 < cut.finished_PG.sum() < 80 and len(cut.lengths_PG.unique()) > 10
+
+
+def test_stream_yields_samples_as_they_end(capsys):
+    """Each sample comes once, short ones first, while others are still being drawn; with a bar."""
+    model, prompts = make_model(), make_prompts([3, 17, 96])
+    whole = sample(model, prompts, group_size=6)
+    settings = {"max_new_tokens": 24, "eos_ids": EOS, "progress": True}
+    samples = list(sample_stream(model, prompts, 6, **settings))
+    seen = [(s.prompt, s.index) for s in samples]
+    assert sorted(seen) == list(itertools.product(range(3), range(6))) != seen
+    assert [len(s.tokens_T) for s in samples] == sorted(whole.lengths_PG.flatten().tolist())
+    for s in samples:
+        assert s.tokens_T.tolist() == response(whole, s.prompt, s.index)
+        assert s.finished == bool(whole.finished_PG[s.prompt, s.index])
+    bar = capsys.readouterr().err
+    assert "18/18" in bar and "tokens/s" in bar and "rows" in bar
+    with pytest.raises(ValueError, match="group_size"):
+        sample_stream(model, prompts, 0, **settings)  # at once, not at the first sample
+
+
+@pytest.mark.parametrize("how", ["close", "interrupt", "end"])
+def test_leaving_the_stream_frees_the_cache(monkeypatch, how):
+    """However a stream is left, its tensors are gone, also while a traceback holds its frames."""
+    kept = []
+    original = sampler._Decoder.prefill
+
+    def prefill(self, *args):
+        kept.extend(weakref.ref(t) for t in (self.tokens_RT, *self.cache.own_keys))
+        original(self, *args)
+
+    monkeypatch.setattr(sampler._Decoder, "prefill", prefill)
+    model = make_model()
+    stream = sample_stream(model, make_prompts([3, 9]), 4, max_new_tokens=24, eos_ids=EOS)
+    next(stream)
+    assert kept and all(ref() is not None for ref in kept)
+    if how == "close":
+        stream.close()
+    elif how == "end":
+        assert len(list(stream)) == 7
+    else:
+        monkeypatch.setattr(sampler._Decoder, "step", lambda self: os.kill(os.getpid(), 2))
+        with pytest.raises(KeyboardInterrupt) as caught:
+            list(stream)
+        assert caught.tb is not None
+    assert all(ref() is None for ref in kept)
+
+
 def test_model_stays_trainable():
     """Sampling leaves no inference tensors behind: its results and the model still train."""
     model = make_model(dtype=torch.float32)
@@ -322,6 +588,10 @@ def test_model_stays_trainable():
         ({"group_size": 0}, "group_size must be >= 1, not 0"),
         ({"max_new_tokens": -1}, "max_new_tokens must be >= 0, not -1"),
         ({"max_rows": 0}, "max_rows must be >= 1, not 0"),
+        ({"top_k": -1}, "top_k must be >= 0, not -1"),
+        ({"top_p": 0.0}, "top_p must be between 1e-09 and 1, not 0"),
+        ({"cache_gb": 1e-6}, "cache_gb 1e-06 holds no single sample; it needs 9.98e-06"),
+        ({"stop": ("x",)}, "stop strings must not be empty and need a tokenizer"),
         ({"eos_ids": (7, 60)}, "every id in eos_ids must be between 0 and 52, not 60"),
     ],
 )
