@@ -138,6 +138,9 @@ def test_unscored_output_has_weight_zero_and_group_counts_the_others():
     scored_PG = torch.tensor([[True, False, True]])
     batch = make_batch([[5]], rollouts, torch.zeros(1, 3), scored_PG, num_prompts=1, world_size=1)
     assert batch.weights_B.tolist() == pytest.approx([1 / 4, 0.0, 1 / 8])
+    rollouts.from_policy = False  # greedy, top-k, top-p: their logp is not what drew them
+    with pytest.raises(ValueError, match="not the policy's own"):
+        make_batch([[5]], rollouts, torch.zeros(1, 3), scored_PG, num_prompts=1, world_size=1)
 
 
 def test_response_tokens_are_predicted_from_the_position_before():
