@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.rows import LossSettings, Rows, RowStats, bad_row_error
 
 BLOCK_ELEMENTS = 2**19  # logits per block: 2 MiB in fp32, so that its buffers stay in the cache
+FLOOR = -1e30  # stands for -inf, where 0 * -inf would be NaN: its share of the entropy is 0
 
 
 def run_rows(
@@ -56,18 +57,14 @@ def _run_block(
     # The target's difference in float64: two fp32 logits 160 apart would give it 8e-6 wrong.
     target_B1 = logits_BV.gather(1, targets_B[:, None]).double() - max_B1
     target_B = target_B1[:, 0] / settings.temperature
-    if settings.temperature != 1.0:
-        centred_BV.mul_(1.0 / settings.temperature)
+    centred_BV.mul_(1.0 / settings.temperature).clamp_(min=FLOOR)
     torch.exp(centred_BV, out=exps_BV)
     sum_B = exps_BV.sum(1).double()
-    moment_B = torch.linalg.vecdot(exps_BV, centred_BV).double()
+    moment_B = centred_BV.mul_(exps_BV).sum(1).double()
     log_sum_B = sum_B.log()
     logp_B = target_B - log_sum_B
     if not bool(logp_B.isfinite().all()):
         _raise_bad_logits(logp_B, max_B1[:, 0], rows)
-    if bool(moment_B.isnan().any()):  # 0 * -inf: entries of -inf, whose share of the entropy is 0
-        torch.mul(exps_BV, centred_BV.clamp_(min=-1e30), out=centred_BV)
-        moment_B = centred_BV.sum(1).double()
     stats.logp_N.copy_(logp_B)
     stats.entropy_N.copy_(log_sum_B - moment_B / sum_B)
     if rows.weights_N is None:
