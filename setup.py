@@ -29,6 +29,7 @@ setup(
             *("pytest>=8", "hypothesis", "ruff", "transformers>=4.57", "tokenizers"),
             "huggingface_hub>=0.34",
         ],
-        "peers": ["math-verify[antlr4_13_2]>=0.9"],
+        # what tests and bench/ compare with
+        "peers": ["math-verify[antlr4_13_2]>=0.9", "trl>=1.16", "liger-kernel>=0.8.5"],
     },
 )

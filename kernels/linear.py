@@ -191,7 +191,9 @@ def _numbered(rows: Rows, span: slice) -> Rows:
 def _default_chunk_rows(hidden_ND: Tensor, vocab_size: int) -> int:
     if hidden_ND.device.type == "cpu":
         return max(CPU_CHUNK_MIN_ROWS, CPU_CHUNK_ELEMENTS // vocab_size)
-    free_bytes, _ = torch.cuda.mem_get_info(hidden_ND.device)
+    device = hidden_ND.device
+    free_bytes, _ = torch.cuda.mem_get_info(device)  # does not count what torch holds unused
+    free_bytes += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     affordable = free_bytes // 4 // (vocab_size * hidden_ND.element_size())
     return max(256, min(GPU_CHUNK_ROWS, affordable // 256 * 256))
 

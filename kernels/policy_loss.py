@@ -161,14 +161,15 @@ def hand_out(ctx, upstream: Tensor) -> list[Tensor | None]:
 class _PolicyLossFromLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_NV, rows, settings, needs_grad, inplace, status):
-        index_M = rows.weights_N.nonzero()[:, 0] if logits_NV.device.type == "cpu" else None
         logits_NV = logits_NV.detach()
         grad_NV = None
         if needs_grad:
             grad_NV = logits_NV if inplace else torch.empty_like(logits_NV)
         stats = RowStats.new(logits_NV, logits_NV.shape[0], has_loss=True)
-        if index_M is None or len(index_M) == logits_NV.shape[0] or uses_triton(logits_NV):
-            run_rows(logits_NV, rows, settings, stats, grad_NV, status)  # the kernel skips rows
+        # The Triton kernel skips rows of weight 0 itself: finding them here would wait for it.
+        index_M = None if uses_triton(logits_NV) else rows.weights_N.nonzero()[:, 0]
+        if index_M is None or len(index_M) == logits_NV.shape[0]:
+            run_rows(logits_NV, rows, settings, stats, grad_NV, status)
         else:
             stats = _run_kept_rows(logits_NV, rows, index_M, settings, grad_NV)
         if inplace and needs_grad:
@@ -183,7 +184,8 @@ class _PolicyLossFromLogits(torch.autograd.Function):
 
 
 def _run_kept_rows(logits_NV, rows, index_M, settings, grad_NV) -> RowStats:
-    rows_M = rows._replace(ids_N=torch.arange(len(rows.targets_N))).take(index_M)
+    ids_N = torch.arange(len(rows.targets_N), device=logits_NV.device)
+    rows_M = rows._replace(ids_N=ids_N).take(index_M)
     logits_MV = logits_NV[index_M]  # a copy, so the gradient may go over it
     stats_M = RowStats.new(logits_MV, len(index_M), has_loss=True)
     grad_MV = None if grad_NV is None else logits_MV

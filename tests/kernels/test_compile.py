@@ -65,6 +65,7 @@ def report(kernel):
         "keeping": sum("evict_last" in x for x in wide("ld")),
         "releasing": sum("evict_first" in x for x in wide("ld")),
         "wide_stores": len(wide("st")),
+        "rounded": len(re.findall(r"cvt\.rn\.bf16x2\.f32", ptx)),
         "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),
         "narrow_offsets": len(re.findall(r"arith.muli %\w+, %logits_stride.* : i32", ttgir)),
     }
@@ -122,12 +123,13 @@ def test_no_spills_on_sm_90(reports):
 def test_each_sweep_reads_once_16_bytes_at_a_time(reports):
     """A block of 8 bf16 logits a thread is one load in sweep 1 (kept in the cache) and one in sweep
     2 (released), each there three times (two before the loop, one in it), and one store; without
-    gradient there is no second sweep."""
+    gradient there is no second sweep. A gradient is rounded to bf16, not cut off."""
     for row in reports[0]:
         print(row)
         has_gradient = row["kind"] != "token_logprobs"
         assert row["keeping"] == 3 and row["releasing"] == 3 * has_gradient, row
         assert (row["wide_stores"] > 0) == has_gradient, row
+        assert row["rounded"] == 4 * has_gradient, row  # two at a time
 
 
 def test_one_row_of_a_large_vocabulary_fills_an_sm(reports):
