@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import random
 import resource
 import signal
 import subprocess
@@ -646,6 +647,84 @@ def test_other_numbers_of_ranks_continue_a_run(tmp_path, dtype, bound):
     assert worst < bound
     losses = [[row["loss"] for row in log.read_metrics(tmp_path / name)] for name in ("run", "one")]
     assert losses[0] == pytest.approx(losses[1], rel=bound) and len(losses[0]) == 12
+
+
+# ------------------------------------------------------------------------------- random kills
+
+
+NUM_KILLS = 50
+
+
+def trainer_commands(folder):
+    """Return [(script, argv)] of a short run of each trainer, on what this makes in folder."""
+    import train_grpo
+    import train_pretrain
+    import train_sft
+
+    pages = [{"text": "1+1=2, 1+2=3, 2+2=4, 3+3=6. " * 8} for _ in range(40)]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(page) + "\n" for page in pages))
+    (folder / "sft.jsonl").write_text('{"prompt": "1+1=", "solution": "2"}\n' * 40)
+    tokenizer = Tokenizer.train(["Numbers: 1 2 3\nTarget: 6\n<think>1+2=3</think>"] * 3, 280)
+    tokenizer.save(folder / "tokenizer")
+    cfg = ModelConfig(280, 1, 16, 2, 2, 16, max_context=64)
+    checkpoint.save(
+        folder / "start", 1, modules={"model": Transformer(cfg)}, optimizer=None, state={},
+        model_cfg=cfg, tokenizer=tokenizer, dist=dist.Dist(0, 0, 1, torch.device("cpu")),
+    )  # fmt: skip
+    common = ["--preset", "smoke", "--device", "cpu", "--threads", "1"]
+    common += ["--checkpoint_interval", "1", "--num_steps", "12"]
+    text = ["--corpus", folder / "corpus.jsonl", "--valid", folder / "corpus.jsonl"]
+    pretrain = [*common, *text, "--tokenizer", folder / "tokenizer", "--context", "64"]
+    start = [*common, "--init", folder / "start"]
+    sft = [*start, "--data", folder / "sft.jsonl", "--context", "32", "--batch_size", "4"]
+    grpo = [*start, "--max_new_tokens", "6", "--num_eval_problems", "4", "--num_problems", "40"]
+    return [(train_pretrain, pretrain), (train_sft, sft), (train_grpo, grpo)]
+
+
+def trainer_files(run_dir):
+    files = {"samples.txt": (run_dir / "samples.txt").read_bytes()}
+    rows = log.read_metrics(run_dir)
+    files["metrics"] = [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
+    newest = run_dir / "checkpoints" / "step-000012"
+    return files | {path.name: path.read_bytes() for path in newest.glob("*.safetensors")}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("number", range(3), ids=["pretrain", "sft", "grpo"])
+def test_fifty_random_kills(tmp_path, number):
+    """kill -9 at random times, the same command again, until it is done: final weights, moments,
+    metrics and samples are those of a run that nothing disturbed."""
+    script, argv = trainer_commands(tmp_path)[number]
+
+    def start(run_dir):
+        child = os.fork()
+        if child == 0:
+            try:
+                sys.argv = [script.__name__, *map(str, argv), "--run_dir", str(run_dir)]
+                sys.stdout = sys.stderr = open(os.devnull, "w")
+                script.main()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        return child
+
+    started = time.monotonic()
+    assert os.waitstatus_to_exitcode(os.waitpid(start(tmp_path / "whole"), 0)[1]) == 0
+    whole, duration = trainer_files(tmp_path / "whole"), time.monotonic() - started
+    assert len(whole) > 3 and len(whole["metrics"]) == 12
+    dice, num_kills, num_runs = random.Random(number), 0, 0
+    while num_kills < NUM_KILLS:
+        run_dir, status, num_runs = tmp_path / f"run-{num_runs}", None, num_runs + 1
+        while status != 0:
+            child = start(run_dir)
+            if num_kills < NUM_KILLS:
+                time.sleep(dice.uniform(0, duration / 3))
+                os.kill(child, signal.SIGKILL)
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            assert status in (0, -signal.SIGKILL), status
+            num_kills += status != 0
+        assert trainer_files(run_dir) == whole
+    print(f"{script.__name__}: {num_kills} kills in {num_runs} runs, each equal bit for bit")
 
 
 if __name__ == "__main__":
