@@ -265,6 +265,32 @@ def test_a_disk_error_at_any_moment_costs_a_save_at_most(tmp_path, whole, capsys
     capsys.readouterr()
 
 
+def test_all_is_on_the_disk_before_a_checkpoint_gets_its_name(tmp_path, monkeypatch):
+    """A power cut loses what was not fsynced: at the rename every file, the folder and the logs
+    are; its new name and the file `latest` points from are, after it."""
+    synced, order, real_fsync, real_rename = set(), [], os.fsync, os.rename
+
+    def fsync(handle):
+        path = pathlib.Path(os.readlink(f"/proc/self/fd/{handle}"))
+        synced.add(path)
+        order.append(path.name)
+        real_fsync(handle)
+
+    def rename(source, target):
+        if pathlib.Path(target).name.startswith("step-"):
+            needed = {pathlib.Path(source), *pathlib.Path(source).iterdir()}
+            needed |= {tmp_path / "metrics.jsonl", tmp_path / "samples.txt"}
+            assert needed <= synced and len(needed) == 8
+            assert order[-2:] == ["COMMIT", pathlib.Path(source).name]
+            order.clear()
+        real_rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    train(tmp_path, num_steps=1)
+    assert order == ["checkpoints", "latest.new"]
+
+
 def failing(real, steps):
     """Return each_step that lets the saves of these steps fail."""
 
@@ -649,10 +675,48 @@ def test_other_numbers_of_ranks_continue_a_run(tmp_path, dtype, bound):
     assert losses[0] == pytest.approx(losses[1], rel=bound) and len(losses[0]) == 12
 
 
+# ------------------------------------------------------------------------------- Slurm
+
+
+def test_scripts_of_runs_parse():
+    """bash reads every script under runs/."""
+    scripts = sorted((ROOT / "runs").glob("*.sh"))
+    assert len(scripts) >= 4
+    for script in scripts:
+        subprocess.run(["bash", "-n", script], check=True)
+
+
+@pytest.mark.parametrize("signalled", [True, False])
+def test_the_slurm_script_saves_and_queues_again(tmp_path, signalled):
+    """SIGUSR1 to the batch shell reaches the trainer, which exits 0, and the job is requeued; a
+    run that ends by itself is not."""
+    stubs = {
+        "srun": 'shift; SLURM_PROCID=0 SLURM_LOCALID=0 exec "$@"',
+        "scancel": 'echo "$@" >> log; kill -USR1 "$(cat trainer.pid)"',
+        "scontrol": 'if [ "$1" = show ]; then echo localhost; else echo "$@" >> log; fi',
+        "python": 'trap "echo saved >> log; exit 0" USR1; echo $$ > trainer.pid; echo "$@" >> log;'
+        "echo $RANK $WORLD_SIZE $MASTER_ADDR >> log; for i in $(seq $WAIT); do sleep 0.1; done",
+    }
+    for name, body in stubs.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
+    env |= {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_NODELIST": "n", "SLURM_NTASKS": "1"}
+    env |= {"SLURM_NTASKS_PER_NODE": "1", "WAIT": "300" if signalled else "1"}
+    shell = subprocess.Popen(["bash", ROOT / "runs" / "slurm.sh", "train.py", "--x"], env=env)
+    if signalled:
+        while not (tmp_path / "log").exists() or "localhost" not in (tmp_path / "log").read_text():
+            time.sleep(0.05)
+        shell.send_signal(signal.SIGUSR1)
+    assert shell.wait(timeout=20) == 0
+    end = ["--signal=USR1 17", "saved", "requeue 17"] if signalled else []
+    assert (tmp_path / "log").read_text().splitlines() == ["train.py --x", "0 1 localhost", *end]
+
+
 # ------------------------------------------------------------------------------- random kills
 
 
-NUM_KILLS = 50
+NUM_KILLS = 17  # of each trainer
 
 
 def trainer_commands(folder):
