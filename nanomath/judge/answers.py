@@ -18,7 +18,7 @@ import re
 from typing import NamedTuple
 
 from nanomath.judge.exact import Algebra, Refused, is_name, number
-from nanomath.judge.reader import MAX_CHARS, Value, read_value
+from nanomath.judge.reader import MAX_CHARS, Value, option_letter, read_value
 from nanomath.judge.tokens import normalise, without_text_commands
 
 # ----------------------------------------------------------------------------------- extraction
@@ -42,6 +42,7 @@ _PHRASE = re.compile(
 _CHOICE = re.compile(
     r"(?:(?i:correct (?:option|choice)|option|choose|choice)(?: is)?|故?选(?:项|择)?)"
     r"\s?[:：]?\s?[(（]?([A-J]{1,4})(?![a-zA-Z])"
+    r"(?![)）]?\s?(?:or|and|,|、|或|和)\s?[(（]?[A-J])"  # two are no choice
 )
 _MATH = re.compile(r"(\$\$?)((?:\\.|[^$\\]){1,1000})\1\s*(?![;；,，、\w])")
 _SENTENCE_END = re.compile(r"\n|。|(?<!\b[ap]\.m)(?<!Mrs)(?<!\b[MDS][rst])(?<!\bsq)\.(?=\s|\*|$)")
@@ -109,9 +110,7 @@ def _phrase_answer(rest: str) -> str | None:
     if match := _MATH.match(line):
         return match[2].strip()
     line = _SENTENCE_END.split(line, maxsplit=1)[0].strip(" *")
-    if match := re.match(r"[(（]([A-J])[)）]|([A-J])(?=[.:、．)]|$)", line):
-        return match[1] or match[2]
-    return line or None
+    return option_letter(line) or line or None
 
 
 # ---------------------------------------------------------------------------------- equivalence

@@ -49,7 +49,10 @@ _MIXED = re.compile(
     r"(?: ?\\frac ?\{(\d{1,15})\} ?\{(\d{1,15})\}(?!\^)| (\d{1,15})/(\d{1,15})(?![\d.^]))"
 )
 _CHOICE = re.compile(r"\(?([A-Z]|[A-J](?:[ ,]{0,2}[A-J]){1,9})\)?\.?")
-_CHOICE_TEXT = re.compile(r"(?:\(([A-J])\)|([A-J])[.):])\s*(?![-+*/^=<>,_\s]).+", re.DOTALL)
+# An option with its text, "(C) 12"; no other letter may stand in it: "(A) or (B)" names two.
+_OPTION = re.compile(
+    r"(?:\(([A-J])\)|([A-J])[.):])\s*(?![-+*/^=<>,_\s])(?!.*(?<!\w)[A-J](?!\w)).+", re.DOTALL
+)
 _WORD = re.compile(r"[A-Z]{2,}|[A-Z][a-z]+|yes|no|true|false")
 
 
@@ -85,8 +88,8 @@ def read_value(text: str, *, thousands: bool = True) -> Value:
     shown = without_text_commands(text)
     if match := _CHOICE.fullmatch(shown):
         return Value("choice", label="".join(sorted(set(match[1]) - set(" ,"))))
-    if match := _CHOICE_TEXT.fullmatch(shown):
-        return Value("choice", label=match[1] or match[2])
+    if letter := option_letter(shown):
+        return Value("choice", label=letter)
     try:
         if _WORD.fullmatch(shown):
             raise Refused("a word")
@@ -100,6 +103,12 @@ def read_value(text: str, *, thousands: bool = True) -> Value:
     except Refused:
         label = re.sub(r"[\s$\"']|\.(?!\d)", "", shown.casefold().removeprefix("the "))
         return Value("text", label=label)
+
+
+def option_letter(text: str) -> str | None:
+    """Return the letter of "(C) 12" and "C. 12"."""
+    match = _OPTION.fullmatch(text)
+    return (match[1] or match[2]) if match else None
 
 
 def _mixed(match: re.Match) -> str:
@@ -249,7 +258,10 @@ class Reader:
                 if before not in ("^", "{", "-") or len(token.text) > 1:
                     raise Refused("another number after the unit")  # "5 feet 3 inches"
                 power = f"^{token.text}"
-            words += token.text.lower().split() if token.kind in ("word", "letter") else []
+            if token.kind == "word" and re.search(r"\d|\b(?:or|and)\b", token.text):
+                raise Refused("more than a unit")  # "5 \\text{ or 6}"
+            if token.kind in ("word", "letter"):
+                words += re.split(r"[\s/*^-]+", token.text.lower())
             self.position += 1
         self.take(")")
         if len(words) > 12:

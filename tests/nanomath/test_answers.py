@@ -64,6 +64,8 @@ def pairs_of(text: str) -> list[tuple[str, str]]:
         ("<answer>1</answer> <answer> 2 </answer>", "2", "answer tag"),
         (r"\boxed{1} <answer>\boxed{2}</answer>", "2", "answer tag"),
         (r"<answer>1 \boxed{3}", "3", "boxed"),  # a tag that is not closed is none
+        ("The answer is (A) or (B).", "(A) or (B)", "phrase"),
+        ("the correct option is A or B", None, "none"),
         ("there is no result, 5", None, "none"),
         ("", None, "none"),
     ],
@@ -217,6 +219,18 @@ j | i
 1,2 | 1,2,3
 1,1,2 | 1,2,2
 (0,1) \cup (2,3) | (0,1) \cup (2,3]
+A | (A) or (B)
+A | (A)(B)
+A | A. B. C. D.
+A | A) 5 B) 6
+5 | 5 or 6
+5 | 5 \text{ or 6}
+5 | 5 \text{ maybe 6}
+5 | 5 (or 6)
+5 | 5 (but maybe 6)
+5 | \pm 5
+5 m/s | 5 km/h
+5 \text{ m/s} | 5 \text{ km/h}
 x = 2 | y = 2
 2 + 2 = 5 | 5
 2 + 2 = 5 | 1 = 2
