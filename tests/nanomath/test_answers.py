@@ -14,6 +14,7 @@ import pytest
 from dev import judge
 from nanomath.judge.answers import MAX_COMPLETION, extract_answer, is_equivalent, is_strict
 from nanomath.judge.reader import MAX_CHARS, read_value
+from nanomath.judge.tokens import MAX_DIGITS
 
 DATA = os.environ.get("NANOMATH_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="NANOMATH_DATA is not set: no benchmark files")
@@ -129,6 +130,7 @@ $18 | 18
 \frac{1}{\sqrt{2}} | \frac{\sqrt2}{2}
 \sqrt[3]{16} | 2\sqrt[3]{2}
 8^{2/3} | 4
+\sqrt[3]{-8} | -2
 \frac{1}{1+\sqrt2} | \sqrt2-1
 1+2\sqrt{3} | 2\sqrt{3} + 1
 3 + 4i | 4i + 3
@@ -202,6 +204,10 @@ j | i
 3.14 | \pi
 1.414 | \sqrt2
 2\frac{1}{3} | \frac23
+2 3/2 | 7/2
+x + y = 1 | x + 2y = 1
+1 < f(1) < 4 | 1 < f(2) < 4
+\cos(13^\circ) | \cos(13)
 25\% | 2.5
 5 cm | 5 km
 15 cm^2 | 15 cm^3
@@ -271,6 +277,22 @@ def test_different(a, b):
     assert not is_equivalent(b, a)
 
 
+def test_caps():
+    """A text, a number, an exponent and a value are read up to their caps and not beyond."""
+    ones = "1+" * 499 + "1"
+    for text, beyond in (
+        (ones, f"{ones}+1"),  # MAX_CHARS
+        ("1" * MAX_DIGITS, "1" * (MAX_DIGITS + 1)),
+        (f"1e{MAX_DIGITS}", f"1e{MAX_DIGITS + 1}"),
+        ("(" * 29 + "1" + ")" * 29, "(" * 30 + "1" + ")" * 30),  # MAX_DEPTH
+        (r"2^{4000} \cdot 2^{95}", r"2^{4000} \cdot 2^{96}"),  # MAX_BITS
+    ):
+        assert (read_value(text).kind, read_value(beyond).kind) == ("number", "text"), text[:20]
+    numbers = [str(number) for number in range(250)]
+    assert is_equivalent(", ".join(numbers[:60]), ", ".join(reversed(numbers[:60])))
+    assert cpu_seconds(is_equivalent, ",".join(numbers), ",".join(reversed(numbers))) < 0.05
+
+
 def test_strict():
     """Strict asks for one string, spacing and LaTeX spelling apart; equivalent for one value."""
     assert is_strict(r"$\dfrac{1}{2}$", r"\frac12")
@@ -295,7 +317,7 @@ BOMBS = [
     "(\\sqrt2+\\sqrt3+\\sqrt5+\\sqrt7)^{64}", "\\frac{1}{a+b}+" * 50 + "1", "2^{4000}" * 50,
     "\\frac{2^{4000}}{3^{2500}}+" * 40 + "1", "1" * 1000, "1" * 100_000, "1," * 499 + "1",
     "-" * 999 + "1", "5" + "!" * 900, "\\frac" * 200, "\\frac1" * 160, "sin " * 240 + "x",
-    "\\pm 1" * 160, "\\sqrt{999999999999989}" * 40, "x^{99999999999999999999999}", "1e999",
+    "\\pm 1" * 160, "\\sqrt{999999999999989}" * 40, "x^{99999999999999999999999}", "1e99999999",
     "(x+1)^{-64}*(x+2)^{-64}", "a,b;" * 200, "1<2<" * 200 + "3", "|" * 500, "1_" * 400,
     "\\begin{pmatrix}" * 50, "\\begin{pmatrix}" + "1&" * 400 + "1\\end{pmatrix}", "e^" * 300,
     "1\\cup" * 150 + "1", "a b " * 250, "5" + "(cat dog " * 90, "f(" * 25 + "x" + ")" * 25,
