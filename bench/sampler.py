@@ -1,7 +1,7 @@
 """The group sampler beside transformers' generate: same weights, prompts, lengths, one process.
 
-    python bench/sampler.py                                   # CPU: 4,096 and 32,000 ids
-    python bench/sampler.py --device cuda --preset deepseek_llm_1b3 --prompts 1 --group 64 \
+    python -m bench.sampler                                   # CPU: 4,096 and 32,000 ids
+    python -m bench.sampler --device cuda --preset deepseek_llm_1b3 --prompts 1 --group 64 \
         --prompt_tokens 512 512 --new_tokens 512              # one GPU, bf16
 
 The two take turns; the first turn warms up and is not counted. Peer: LlamaForCausalLM.generate,
@@ -167,7 +167,7 @@ def main() -> None:
         )
     device = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     result = {
-        "command": "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": "python -m bench.sampler " + " ".join(sys.argv[1:]),
         "date": date.today().isoformat(),
         "device": f"{device}, {args.threads} threads",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

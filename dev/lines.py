@@ -9,13 +9,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CORE_MODULES = (
     "__init__", "activations", "config", "dist", "failures", "lock", "log", "run",
-    "tokenizer", "tokenizer_json", "model", "optim", "checkpoint", "data", "cache", "sampler",
-    "rewards", "grpo",
+    "tokenizer", "tokenizer_json", "model", "optim", "checkpoint", "data", "cache", "draw",
+    "sampler", "rewards", "grpo",
 )  # fmt: skip
 CORE = ["kernels/*.py", *(f"nanomath/{name}.py" for name in CORE_MODULES), "train_*.py"]
 RL_PATH = [
     "kernels/*.py",
-    *(f"nanomath/{name}.py" for name in ["model", "cache", "sampler", "rewards", "grpo"]),
+    *(f"nanomath/{name}.py" for name in ["model", "cache", "draw", "sampler", "rewards", "grpo"]),
     "train_grpo.py",
 ]
 PLAN = {"core": 3500, "RL path (in core)": 2000, "rest": 2500}

@@ -17,7 +17,8 @@ Read in this order (the order of the paper, then down into each part):
     train_grpo.py      Algorithm 1
     grpo.py            advantages, the objective (Eq. 3, 4), the update
     ../kernels/        the loss over the vocabulary: reference.py first, then the fused forms
-    sampler.py         groups of outputs; under it model.py, the Transformer, and its cache.py
+    sampler.py         groups of outputs; draw.py chooses a token, cache.py keeps keys and values
+    model.py           the Transformer
     rewards.py         what an output is worth; tasks/countdown.py, judge/equation.py: who says so
     tasks/benchmarks.py   GSM8K, MATH, CMATH, ... and your own questions and answers
     judge/answers.py   is this the right answer? exact.py its numbers, tokens.py, reader.py its eyes
@@ -35,6 +36,6 @@ Read in this order (the order of the paper, then down into each part):
     plan.py            memory, FLOPs, time, traffic: does it fit, what will it cost
 
 Imports run one way: kernels -> config, dist, failures, lock, log, tokenizer, chat, judge, corpus
--> model, data, optim -> cache, sampler, checkpoint, rewards, tasks -> grpo, evaluation, run ->
-the scripts. This file imports none.
+-> model, data, optim -> cache, draw, sampler, checkpoint, rewards, tasks -> grpo, evaluation, run
+-> the scripts. This file imports none.
 """

@@ -8,7 +8,6 @@ reads no number from the device, so that a CUDA graph can replay it as long as `
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -37,7 +36,7 @@ class GroupCache:
         per_place: int,
         num_rows: int,
         prompt_width: int,
-        own_width: int,
+        num_blocks: int,
         block: int,
         like: Tensor,
     ):
@@ -50,7 +49,7 @@ class GroupCache:
         self.prompt_values = [like.new_zeros(prompts, prompt_width, width) for _ in layers]
         # Own tokens lie in blocks of columns, each block of all rows in one piece: on a CPU a
         # product that skips what a row has not used yet takes twice as long.
-        own = (math.ceil(own_width / block), rows, block, width)
+        own = (num_blocks, rows, block, width)
         self.own_keys = [like.new_zeros(own) for _ in layers]
         self.own_values = [like.new_zeros(own) for _ in layers]
         self.prompt_length_A = torch.ones(num_places, dtype=torch.long, device=like.device)

@@ -13,15 +13,10 @@ import torch
 from nanomath import sampler
 from nanomath.checkpoint import save
 from nanomath.dist import setup
+from nanomath.draw import choose_tokens, stream_keys, uniform_noise
 from nanomath.hf import llama_name
 from nanomath.model import ModelConfig, Transformer
-from nanomath.sampler import (
-    choose_tokens,
-    sample_groups,
-    sample_stream,
-    stream_keys,
-    uniform_noise,
-)
+from nanomath.sampler import sample_groups, sample_stream
 from nanomath.tokenizer import Tokenizer
 
 CFG = ModelConfig(
@@ -203,7 +198,7 @@ def test_rows_are_refilled_and_memory_is_bounded(monkeypatch, group_size, max_ro
         assert shapes <= {max_rows >> k for k in range(4)}
 
 
-def test_cache_gb_bounds_what_is_allocated():
+def test_cache_gb_bounds_what_is_allocated(monkeypatch):
     """cache_gb is the most that keys and values take; fewer rows change no token."""
     model, prompts = make_model(), make_prompts([3, 17, 1, 9, 40])
     per_token = 2 * 2 * 2 * 6 * 8  # keys and values, layers, heads, width, float64
@@ -212,7 +207,18 @@ def test_cache_gb_bounds_what_is_allocated():
     assert sampler._fit([5, 4, 512], budget, 40 * per_token, 24 * per_token) == (6, 5)
     assert sampler._fit([5, 4, 512], budget - 1e-9, 40 * per_token, 24 * per_token) == (5, 5)
     assert sampler._fit([1000, 1, 64], math.inf, 1, 1) == (64, 64)
+    original, taken = sampler.GroupCache.arrange, set()
+
+    def arrange(self, *args):
+        original(self, *args)
+        caches = self.own_keys + self.own_values + self.prompt_keys + self.prompt_values
+        taken.add(sum(cache.nbytes for cache in caches))
+
+    monkeypatch.setattr(sampler.GroupCache, "arrange", arrange)
     assert_same(sample(model, prompts, cache_gb=budget), whole)
+    assert taken == {round(budget * 1e9)}
+    sample(model, prompts, cache_gb=budget, max_new_tokens=50)  # blocks of 25
+    assert max(taken) == round(budget * 1e9)
 
 
 def test_step_reads_nothing_from_the_device(monkeypatch):
