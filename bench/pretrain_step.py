@@ -25,13 +25,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanomath.config import opt, parse, to_json, write_json
-from nanomath.data import TrainBatch
-from nanomath.dist import cleanup, setup, shard
-from nanomath.hf import llama_name
-from nanomath.model import MODEL_PRESETS, ModelConfig, Transformer
-from nanomath.optim import make_adamw, supervised_step
-from nanomath.plan import PEAK_FLOPS, flops_per_token
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # beside this file lies a kernels.py
+from nanomath.config import opt, parse, to_json, write_json  # noqa: E402
+from nanomath.data import TrainBatch  # noqa: E402
+from nanomath.dist import cleanup, setup, shard  # noqa: E402
+from nanomath.hf import llama_name  # noqa: E402
+from nanomath.model import MODEL_PRESETS, ModelConfig, Transformer  # noqa: E402
+from nanomath.optim import make_adamw, supervised_step  # noqa: E402
+from nanomath.plan import PEAK_FLOPS, flops_per_token  # noqa: E402
 
 LR, BETAS, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, (0.9, 0.95), 0.1, 1.0
 SIDES = ("nanomath", "transformers")
