@@ -1,5 +1,6 @@
 """The losses from logits against float64 reference math: values, gradients, errors."""
 
+import re
 import subprocess
 import sys
 import types
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kernels
 from kernels import reference
 from kernels.policy_loss import uses_triton
+from kernels.rows import BAD_ROW_REASONS
 
 # Rows with infinities make NaN on purpose, and the interpreter runs on numpy, which warns of them.
 pytestmark = [
@@ -376,18 +378,18 @@ def test_inplace_writes_the_gradient_over_the_logits(device, make_case):
         loss.backward()
 
 
-BAD_ROWS = {
-    "outside": ("targets_N", 100),
-    "negative": ("targets_N", -1),
-    "weight": ("weights_N", float("nan")),
-    "infinite weight": ("weights_N", float("inf")),
-    "advantage": ("advantages_N", float("inf")),
-    "old": ("old_logp_N", float("-inf")),
-    "ref": ("ref_logp_N", float("nan")),
-    "nan logit": ("logits_NV", float("nan")),
-    "inf logit": ("logits_NV", float("inf")),
-    "all -inf": ("logits_NV", float("-inf")),
-    "target -inf": ("logits_NV", float("-inf")),
+BAD_ROWS = {  # field, value, reason
+    "outside": ("targets_N", 100, 1),
+    "negative": ("targets_N", -1, 1),
+    "weight": ("weights_N", float("nan"), 2),
+    "infinite weight": ("weights_N", float("inf"), 2),
+    "advantage": ("advantages_N", float("inf"), 2),
+    "old": ("old_logp_N", float("-inf"), 2),
+    "ref": ("ref_logp_N", float("nan"), 2),
+    "nan logit": ("logits_NV", float("nan"), 3),
+    "inf logit": ("logits_NV", float("inf"), 3),
+    "all -inf": ("logits_NV", float("-inf"), 3),
+    "target -inf": ("logits_NV", float("-inf"), 4),
 }
 
 
@@ -395,14 +397,15 @@ BAD_ROWS = {
 def test_bad_row_is_never_a_number(device, make_case, kind, request):
     """A bad value names its row: at once on a CPU; by NaN in that row alone and the status word
     where nothing may wait."""
-    field, value = BAD_ROWS[kind]
+    field, value, code = BAD_ROWS[kind]
+    message = re.escape(f"row 5 has no loss: {BAD_ROW_REASONS[code]}")
     case = make_case(9, 100, seed=11)
     bad = case._replace(**{field: getattr(case, field).clone()})
     column = {"nan logit": 17, "inf logit": 17, "target -inf": int(case.targets_N[5])}
     index = (5, column.get(kind, slice(None))) if field == "logits_NV" else 5
     getattr(bad, field)[index] = value
     if "torch" in request.node.callspec.id:
-        with pytest.raises(ValueError, match="row 5 has no loss"):
+        with pytest.raises(ValueError, match=message):
             run(kernels, bad, **SETTINGS)
         return
     good, good_NV = run(kernels, case.to(device), **SETTINGS)
@@ -414,7 +417,7 @@ def test_bad_row_is_never_a_number(device, make_case, kind, request):
         assert getattr(output, name)[5].isnan(), name
         assert torch.equal(getattr(output, name)[others_N], getattr(good, name)[others_N])
     assert torch.equal(grad_NV[others_N], good_NV[others_N])
-    with pytest.raises(ValueError, match="row 5 has no loss"):
+    with pytest.raises(ValueError, match=message):
         kernels.check_status(output.status)
 
 
