@@ -54,7 +54,7 @@ class SaveFailed(OSError):
 # ---------------------------------------------------------------------------- what is stored
 
 
-def _module_tensors(module: nn.Module) -> dict[str, Tensor]:
+def module_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return sharded weights and persistent buffers by name; a tied weight once, by first name."""
     tensors, seen = {}, set()
     for name, tensor in module.state_dict(keep_vars=True).items():  # FSDP2 reshards in here
@@ -69,7 +69,7 @@ def _trained(modules: dict[str, nn.Module], optimizer) -> dict[str, Tensor]:
     names = {
         id(tensor): f"{key}/{name}"
         for key, module in modules.items()
-        for name, tensor in _module_tensors(module).items()
+        for name, tensor in module_tensors(module).items()
     }
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if any(id(parameter) not in names for parameter in parameters):
@@ -173,7 +173,7 @@ def save(
         kinds = [f"*-{dist.rank:05d}.safetensors", *(["*.json"] if dist.is_main else [])]
         mine = [path for kind in kinds for path in temporary.glob(kind)]
         for path in mine:
-            _fsync(path)
+            fsync(path)
         return {path.name: file_sha256(path) for path in mine}
 
     try:
@@ -209,7 +209,7 @@ def agree(action: Callable, dist: Dist, main_only: bool = False) -> list:
 
 def _write_rows(folder: Path, modules: dict[str, nn.Module], optimizer, dist: Dist) -> None:
     """Write this rank's rows of all tensors; what is not sharded is in rank 0's files."""
-    stored = {name: _module_tensors(module) for name, module in modules.items()}
+    stored = {name: module_tensors(module) for name, module in modules.items()}
     if optimizer is not None:
         stored[OPTIM] = _optim_tensors(modules, optimizer)
     for stem, tensors in stored.items():
@@ -225,7 +225,7 @@ def _write_json(path: Path, obj: object) -> None:
     path.write_text(json.dumps(obj, allow_nan=False, indent=1))
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -237,10 +237,10 @@ def _fsync(path: Path) -> None:
 def _commit(temporary: Path, final: Path, hashes: list[dict[str, str]]) -> None:
     """Make the folder count: COMMIT, names on the disk, rename, names on the disk."""
     _write_json(temporary / "COMMIT", {name: sha for part in hashes for name, sha in part.items()})
-    _fsync(temporary / "COMMIT")
-    _fsync(temporary)
+    fsync(temporary / "COMMIT")
+    fsync(temporary)
     os.rename(temporary, final)
-    _fsync(final.parent)
+    fsync(final.parent)
 
 
 def _tidy(newest: Path, keep: int = sys.maxsize) -> None:
@@ -249,7 +249,7 @@ def _tidy(newest: Path, keep: int = sys.maxsize) -> None:
     draft = root / "latest.new"
     try:
         draft.write_text(f"{newest.name}\n")
-        _fsync(draft)
+        fsync(draft)
         os.replace(draft, root / "latest")
         for stale in root.glob(".tmp-*"):
             shutil.rmtree(stale)
@@ -333,7 +333,7 @@ def load_latest(
     if dist.is_main:
         _tidy(folder)  # a kill after its rename left this undone
     stored = {name: _Stored(folder, name) for name in modules}
-    wanted = {name: _module_tensors(module) for name, module in modules.items()}
+    wanted = {name: module_tensors(module) for name, module in modules.items()}
     for name, module in modules.items():
         stored[name].check(wanted[name])
         _check_config(folder, name, module)
@@ -423,7 +423,7 @@ def load_model(
     model = empty_model(
         cfg, dist, dtype or stored.pieces["embedding.weight"][0][:0].dtype, **sharding
     )
-    wanted = _module_tensors(model)
+    wanted = module_tensors(model)
     stored.check(wanted)
     for key, tensor in wanted.items():
         local(tensor).copy_(stored.read(key, tensor, dist))
@@ -432,11 +432,13 @@ def load_model(
 
 
 def is_hf_folder(path: Path) -> bool:
-    """Return True for a folder in Hugging Face's layout, even one whose config.json is damaged."""
-    config = path / "config.json"
-    if not config.is_file() or (path / "COMMIT").exists():
+    """Return True for a folder in Hugging Face's layout, even one that is damaged."""
+    if (path / "COMMIT").exists():
         return False
-    return b'"model_type"' in (text := config.read_bytes()) or b'"architectures"' in text
+    if any((path / f"model.safetensors{end}").exists() for end in ("", ".index.json")):
+        return True
+    text = config.read_bytes() if (config := path / "config.json").is_file() else b""
+    return b'"model_type"' in text or b'"architectures"' in text
 
 
 def _find(path: Path, dist: Dist) -> Path:

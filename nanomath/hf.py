@@ -1,6 +1,6 @@
 """Hugging Face folders, in and out: Llama, DeepSeek in Llama's layout, Qwen2 / 2.5, Qwen3 dense.
 
-    model, tokenizer = load_hf("downloads/deepseek-math-7b-base")
+    model, tokenizer = load_hf("models/deepseek-math-7b-base")
     python -m nanomath.hf --checkpoint runs/grpo --out exported
 
 Every command that takes a checkpoint takes such a folder too (`checkpoint.load_model`). Reading is
@@ -14,6 +14,7 @@ templates are not written.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -27,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from nanomath.checkpoint import _fsync, _module_tensors, empty_model, load_model, read_rows
+from nanomath.checkpoint import empty_model, fsync, load_model, module_tensors, read_rows
 from nanomath.config import one_line_errors, opt, parse, write_json
 from nanomath.dist import Dist, barrier, local
 from nanomath.hf_config import make_config, read_config, special_ids
@@ -44,14 +45,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def llama_name(name: str) -> str:
     """Return what Hugging Face's Llama, Qwen2 and Qwen3 call the parameter `name` of model.py."""
-    whole = {
-        "embedding.weight": "model.embed_tokens.weight",
-        "final_norm.weight": "model.norm.weight",
-        "head.weight": "lm_head.weight",
-    }
-    if name in whole:
-        return whole[name]
     for ours, theirs in (
+        ("embedding.", "model.embed_tokens."),
+        ("final_norm.", "model.norm."),
+        ("head.", "lm_head."),
         ("blocks.", "model.layers."),
         ("attention_norm.", "input_layernorm."),
         ("ffn_norm.", "post_attention_layernorm."),
@@ -148,14 +145,14 @@ def load_hf(
             f"vocab_size of config.json is {cfg.vocab_size}"
         )
     found = _open_weights(folder)
-    layers = {int(number) for number in re.findall(r"model\.layers\.(\d+)\.", " ".join(found))}
-    if cfg.num_layers > len(layers):  # before building, which a number out of range makes endless
+    stored = sum(math.prod(piece.get_shape()) for _, piece in found.values())
+    if cfg.num_parameters > 4 * stored:  # before building: a wrong number could take all memory
         raise ValueError(
-            f"{folder / 'config.json'}: num_hidden_layers is {cfg.num_layers}, but the files hold "
-            f"tensors of {len(layers)} layers"
+            f"{folder / 'config.json'} asks for {cfg.num_parameters:.4g} parameters, the files "
+            f"hold {stored:.4g}"
         )
     model = empty_model(cfg, dist, dtype, **sharding)
-    wanted = {llama_name(name): tensor for name, tensor in _module_tensors(model).items()}
+    wanted = {llama_name(name): tensor for name, tensor in module_tensors(model).items()}
     head = found.pop("lm_head.weight", None) if cfg.tied_head else None
     _match(folder, found, wanted)
     if head is not None:
@@ -198,7 +195,8 @@ def save_hf(
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.cfg.vocab_size}"
         )
-    tensors = {llama_name(name): tensor for name, tensor in _module_tensors(model).items()}
+    tensors = {llama_name(name): tensor for name, tensor in module_tensors(model).items()}
+    sharded = isinstance(tensors["model.norm.weight"], DTensor)
     files = _plan_files(tensors, dtype.itemsize, max_file_bytes)
     temporary = folder.with_name(f".tmp-{folder.name}")
     if dist.is_main:
@@ -206,7 +204,11 @@ def save_hf(
         temporary.mkdir(parents=True)
     try:
         for file, names in files.items():
-            part = {name: _gather(tensors[name]).to("cpu", dtype).contiguous() for name in names}
+            part = {}
+            for name in names:
+                whole = tensors[name].full_tensor() if sharded else tensors[name]
+                if dist.is_main:
+                    part[name] = whole.detach().to("cpu", dtype).contiguous()
             if dist.is_main:
                 save_file(part, temporary / file, metadata={"format": "pt"})
         if dist.is_main:
@@ -217,9 +219,9 @@ def save_hf(
                 index = {"metadata": {"total_size": total}, "weight_map": weight_map}
                 write_json(temporary / INDEX, index)
             for path in (*temporary.iterdir(), temporary):
-                _fsync(path)
+                fsync(path)
             os.rename(temporary, folder)
-            _fsync(folder.parent)
+            fsync(folder.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"could not write {folder}: {error}") from None
@@ -241,10 +243,6 @@ def _plan_files(tensors: Mapping[str, Tensor], itemsize: int, limit: int) -> dic
     return {
         f"model-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)
     }
-
-
-def _gather(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _write_about(

@@ -93,7 +93,7 @@ class Run:
         """Return all weights and moments, whole, by name."""
         found = ck._optim_tensors(self.modules, self.optimizer)
         for name, module in self.modules.items():
-            found |= {f"{name}/{key}": value for key, value in ck._module_tensors(module).items()}
+            found |= {f"{name}/{key}": value for key, value in ck.module_tensors(module).items()}
         return {name: full(value) for name, value in found.items()}
 
 
