@@ -151,7 +151,7 @@ def rotate(x_BTHE: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def attend(query_BTHE: Tensor, key_BTKE: Tensor, value_BTKE: Tensor, mask: Tensor | None) -> Tensor:
-    """Causal attention, [B, T, H, E]; `mask` (bool [B, 1, T, T], True = sees) replaces causal."""
+    """Causal attention, [B, T, H, E]; `mask` (0 sees, -inf not; [B, 1, T, T]) replaces causal."""
     out_BHTE = F.scaled_dot_product_attention(
         query_BTHE.transpose(1, 2),
         key_BTKE.transpose(1, 2),
@@ -274,11 +274,13 @@ class Transformer(nn.Module):
                 positions_BT = cache.positions(num_rows, num_tokens)
             else:
                 positions_BT = torch.arange(num_tokens, device=tokens_BT.device)[None]
+        hidden_BTD = self.embedding(tokens_BT)
         mask = None
         if segments_BT is not None:
             same = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
-            mask = same.tril()
-        hidden_BTD = self.embedding(tokens_BT)
+            # Numbers, not bools: of those each layer would make, and keep, numbers of its own.
+            mask = torch.zeros_like(same, dtype=hidden_BTD.dtype)
+            mask.masked_fill_(~same.tril(), float("-inf"))
         rope = rotary_table(self.cfg, positions_BT, hidden_BTD.dtype)
         for block in self.blocks:
             hidden_BTD = block(hidden_BTD, rope, mask, cache)
