@@ -54,7 +54,7 @@ class EvalConfig:
     )
     # Problems
     num_problems: int | None = opt(
-        None, "problems at most of each task; none: all of a file's, 1000 generated ones", low=1
+        None, "problems at most of each task; none: all of a file, 1000 generated ones", low=1
     )
     data: str = opt("", "folder of the benchmark files; empty: NANOMATH_DATA, else data")
     few_shot: bool = opt(False, "benchmarks: worked examples first, for base models")
@@ -122,7 +122,9 @@ def load_problems(cfg: EvalConfig, task: str) -> tuple[list[Problem], list[str]]
         else:
             folder = cfg.data or os.environ.get("NANOMATH_DATA") or "data"
             problems = benchmarks.read_benchmark(task, folder, few_shot=cfg.few_shot)
-        return problems[: cfg.num_problems], []
+        # Evenly through the file: MATH is sorted by subject.
+        count = min(cfg.num_problems or len(problems), len(problems))
+        return [problems[i * len(problems) // count] for i in range(count)], []
     if cfg.problems is None:
         problems = countdown.generate(
             cfg.num_problems or 1000,

@@ -246,6 +246,18 @@ def test_hugging_face_folder(run_folder, benchmark_files, dist):
     assert results[0]["problems"] == results[1]["problems"]
 
 
+def test_some_problems_of_a_benchmark_are_spread_over_it(run_folder, benchmark_files):
+    """--num_problems takes them evenly through the file, which may be sorted by subject."""
+    rows = [json.dumps({"question": f"q{i}", "answer": "1"}) for i in range(10)]
+    (benchmark_files / "own.jsonl").write_text("\n".join(rows))
+    for count, expected in ((3, [0, 3, 6]), (10, list(range(10))), (None, list(range(10)))):
+        cfg = config(run_folder, problems=str(benchmark_files / "own.jsonl"), num_problems=count)
+        problems, _ = evaluate.load_problems(cfg, "jsonl")
+        assert [problem.prompt.split("\n")[0] for problem in problems] == [
+            f"q{i}" for i in expected
+        ]
+
+
 def test_missing_benchmark_names_its_source(run_folder, dist, tmp_path):
     """A benchmark file that is not there ends with its path, its source and the flag."""
     for task, source in (("gsm8k", "python -m nanomath.download gsm8k"), ("cmath", "QwenLM")):
