@@ -431,7 +431,8 @@ class Reader:
         value = self.postfix(self.primary())
         while not bracketed and self.starts_factor() and self.here.text[1:] not in FUNCTIONS:
             value = self.scaled(_exact(value), self.factor())  # sin 2x cos x: up to the cos
-        if not bracketed and self.take(r"\degree"):
+        if not bracketed and self.here.text.lower() in (r"\degree", "degree", "degrees"):
+            self.position += 1
             value = self.scaled(symbol("degree"), value)
         inside = [_exact(item) for item in (value.items or (value,))]
         if name == "exp":
