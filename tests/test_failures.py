@@ -57,8 +57,8 @@ def make_batch(step, num_rows=5):
 
 def train(run_dir, num_steps=NUM_STEPS, dtype=torch.float32, each_step=None, **settings):
     """Train a small model to the end, continuing what is there; each_step(run, step) may spoil."""
-    cfg = RunConfig(run_dir=str(run_dir), device="cpu", threads=1, checkpoint_interval=1)
-    cfg = RunConfig(**(vars(cfg) | settings))
+    settings = {"checkpoint_interval": 1, "micro_batch_size": 2} | settings
+    cfg = RunConfig(run_dir=str(run_dir), device="cpu", threads=1, **settings)
     with open_run(cfg) as (here, lock):
         model = Transformer(CFG).to(dtype)
         model.init_weights(0, std=0.2)
@@ -73,7 +73,7 @@ def train(run_dir, num_steps=NUM_STEPS, dtype=torch.float32, each_step=None, **s
                 each_step(run, step)
             metrics = supervised_step(
                 model, optimizer, make_batch(step).to(here.device), lr=1e-2, max_grad_norm=0.1,
-                micro_batch_size=2, dist=here,
+                micro_batch_size=cfg.micro_batch_size, dist=here,
             )  # fmt: skip
             run.samples(step, [f"loss {metrics['loss']}"])
             run.log(step, metrics, batch=("rows", range(5)))
@@ -120,6 +120,7 @@ class Faults:
             self.act()
 
     def install(self, patch):
+        patch.setattr(os, "fsync", os.fstat)  # half of a run's time, and no process sees the effect
         for name in self.CALLS:
             patch.setattr(os, name, self.wrapped(name, getattr(os, name)))
         patch.setattr(pathlib.Path, "write_text", self.torn_text(pathlib.Path.write_text))
@@ -507,7 +508,8 @@ def test_ten_bad_gradients_in_a_row_end_the_run(tmp_path, monkeypatch):
 def worker_train(out):
     """Train as out/settings.json says."""
     settings = json.loads((out / "settings.json").read_text())
-    train(out / "run", settings["num_steps"], getattr(torch, settings["dtype"]))
+    dtype = getattr(torch, settings.pop("dtype"))
+    train(out / "run", dtype=dtype, **settings)
 
 
 def worker_nan(out):
@@ -656,13 +658,14 @@ def test_torchrun_restarts_resume_by_themselves(tmp_path):
 
 
 # Rounding differs with the number of ranks, and AdamW divides a moment by the root of another: in
-# fp32 the weights of 12 steps at lr 1e-2 agree to 1e-5.
+# fp32 the weights of 12 steps at lr 1e-2 agree to 3e-5 (1.2e-5 seen).
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "bound"), [("float64", 1e-10), ("float32", 1e-5)])
+@pytest.mark.parametrize(("dtype", "bound"), [("float64", 1e-10), ("float32", 3e-5)])
 def test_other_numbers_of_ranks_continue_a_run(tmp_path, dtype, bound):
-    """Two ranks, then one, then four: the weights are those of one all the way."""
+    """Two ranks, then one, then four: the weights are those of one all the way, though rank 1 has
+    a micro-batch without a trained token and one without a row."""
     for num_processes, num_steps in ((2, 4), (1, 8), (4, 12)):
-        settings = {"num_steps": num_steps, "dtype": dtype}
+        settings = {"num_steps": num_steps, "dtype": dtype, "micro_batch_size": 1}
         (tmp_path / "settings.json").write_text(json.dumps(settings))
         statuses = launch("train", tmp_path, num_processes)
         assert [status for status, _ in statuses] == [0] * num_processes, statuses

@@ -1,9 +1,11 @@
 """Schedules against the paper's numbers, splits of rows, and updates that do not depend on them."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from nanomath.data import TrainBatch
+from nanomath.data import PackedExamples, TrainBatch
 from nanomath.dist import Dist
 from nanomath.model import ModelConfig, Transformer
 from nanomath.optim import (
@@ -54,24 +56,60 @@ def make_batch(num_rows=6, context=12):
     return TrainBatch(tokens_BT, weights_BT / weights_BT.sum())
 
 
+def updated(batch, micro_batch_size):
+    """Return the loss of one supervised step on batch and all weights after it, in float64."""
+    model = Transformer(ModelConfig(31, 2, 16, 2, 2, 24, max_context=16)).double()
+    model.init_weights(0, std=0.2)
+    metrics = supervised_step(
+        model, make_adamw(model, lr=1e-2), batch, lr=1e-2, max_grad_norm=0.1,
+        micro_batch_size=micro_batch_size, dist=ALONE,
+    )  # fmt: skip
+    return metrics["loss"], torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def assert_same_update(left, right):
+    assert left[0] == pytest.approx(right[0], rel=1e-10)
+    assert (left[1] - right[1]).abs().max() < 1e-10
+
+
 def test_micro_batch_size_does_not_change_the_update():
     """One supervised step is the same for any micro-batch size, and its loss is the token mean."""
     batch = make_batch()
-    results = []
-    for micro_batch_size in (1, 2, 4, 6):
-        model = Transformer(ModelConfig(31, 2, 16, 2, 2, 24, max_context=16)).double()
-        model.init_weights(0, std=0.2)
-        logp_BTV = model(batch.tokens_BT).log_softmax(-1)
-        logp_BT = logp_BTV[:, :-1].gather(-1, batch.tokens_BT[:, 1:, None])[..., 0]
-        expected = -(logp_BT * batch.weights_BT[:, :-1]).sum().item()
-        metrics = supervised_step(
-            model, make_adamw(model, lr=1e-2), batch, lr=1e-2, max_grad_norm=0.1,
-            micro_batch_size=micro_batch_size, dist=ALONE,
-        )  # fmt: skip
-        assert metrics["loss"] == pytest.approx(expected, rel=1e-10)
-        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    for other in results[1:]:
-        assert (other - results[0]).abs().max() < 1e-10
+    model = Transformer(ModelConfig(31, 2, 16, 2, 2, 24, max_context=16)).double()
+    model.init_weights(0, std=0.2)
+    logp_BTV = model(batch.tokens_BT).log_softmax(-1)
+    logp_BT = logp_BTV[:, :-1].gather(-1, batch.tokens_BT[:, 1:, None])[..., 0]
+    expected = -(logp_BT * batch.weights_BT[:, :-1]).sum().item()
+    first = updated(batch, 1)
+    assert first[0] == pytest.approx(expected, rel=1e-10)
+    for micro_batch_size in (2, 4, 6):
+        assert_same_update(updated(batch, micro_batch_size), first)
+
+
+def test_row_order_and_padding_do_not_change_the_update():
+    """Rows in another order, and rows made longer by tokens without weight, give the same step."""
+    batch = make_batch()
+    expected = updated(batch, 2)
+    assert_same_update(updated(batch.rows([4, 1, 5, 0, 3, 2]), 2), expected)
+    padding = torch.randint(0, 31, (6, 4), generator=torch.Generator().manual_seed(1))
+    tokens_BT = torch.cat([batch.tokens_BT, padding], 1)
+    weights_BT = torch.nn.functional.pad(batch.weights_BT, (0, 4))
+    assert_same_update(updated(TrainBatch(tokens_BT, weights_BT), 2), expected)
+
+
+def test_packing_does_not_change_the_update():
+    """Examples packed into two rows give the step of one example a row, padded at its end."""
+    examples = [([1, 2, 3], [4, 5]), ([6], [7, 8, 9]), ([9, 8], [7, 6, 5]), ([2], [1])]
+    packed = PackedExamples(examples, context=9, pad_id=30)
+    assert packed.num_rows == 2
+    batch = packed.batch(0, batch_size=2, seed=0)
+    alone = [PackedExamples([example], context=12).batch(0, 1, 0) for example in examples]
+    tokens_BT = torch.cat([row.tokens_BT for row in alone])
+    trained_BT = torch.cat([row.weights_BT for row in alone]) > 0
+    assert trained_BT.sum() == (batch.weights_BT > 0).sum() == 9
+    batch = dataclasses.replace(batch, weights_BT=(batch.weights_BT > 0).double() / 9)
+    expected = updated(TrainBatch(tokens_BT, trained_BT.double() / 9), 3)
+    assert_same_update(updated(batch, 1), expected)
 
 
 def test_norm_scales_do_not_decay():
