@@ -31,8 +31,8 @@ from torch.distributed.tensor import DTensor
 from nanomath.checkpoint import empty_model, fsync, load_model, module_tensors, read_rows
 from nanomath.config import one_line_errors, opt, parse, write_json
 from nanomath.dist import Dist, barrier, local
-from nanomath.hf_config import make_config, read_config, special_ids
-from nanomath.model import ModelConfig, Transformer
+from nanomath.hf_config import make_config, read_config
+from nanomath.model import Transformer
 from nanomath.tokenizer import Tokenizer
 from nanomath.tokenizer_json import read_json
 
@@ -212,7 +212,11 @@ def save_hf(
             if dist.is_main:
                 save_file(part, temporary / file, metadata={"format": "pt"})
         if dist.is_main:
-            _write_about(temporary, folder.name, model.cfg, tokenizer, config, about)
+            write_json(temporary / "config.json", config)
+            if tokenizer is not None:
+                tokenizer.save(temporary)
+            card = _card(folder.name, config, model.cfg.num_parameters, about)
+            (temporary / "README.md").write_text(card, encoding="utf-8")
             if len(files) > 1:
                 total = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
                 weight_map = {name: file for file, names in files.items() for name in names}
@@ -245,44 +249,20 @@ def _plan_files(tensors: Mapping[str, Tensor], itemsize: int, limit: int) -> dic
     }
 
 
-def _write_about(
-    folder: Path,
-    name: str,
-    cfg: ModelConfig,
-    tokenizer: Tokenizer | None,
-    config: dict,
-    about: str,
-) -> None:
-    """Write everything but the weights."""
-    write_json(folder / "config.json", config)
-    if tokenizer is not None:
-        tokenizer.save(folder)
-        ids = {**special_ids(tokenizer), "eos_token_id": list(tokenizer.stop_ids)}
-        write_json(folder / "generation_config.json", ids)
-    card = f"""---
+def _card(name: str, config: dict, num_parameters: int, about: str) -> str:
+    shape = "num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings"
+    layers, width, vocabulary, context = (config[key] for key in shape)
+    return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 ---
 # {name}
 
+{config["architectures"][0]} with {num_parameters:,} parameters in {config["torch_dtype"]}: {layers}
+layers of width {width}, a vocabulary of {vocabulary}, a context of {context} tokens.
+
 Made with nanomath, a small reproduction of DeepSeekMath (arXiv:2402.03300). {about}
-
-| | |
-|---|---|
-| architecture | {config["architectures"][0]}, {config["torch_dtype"]} |
-| parameters | {cfg.num_parameters:,} |
-| layers, width, feed-forward width | {cfg.num_layers}, {cfg.width}, {cfg.ffn_width} |
-| heads, key/value heads, head width | {cfg.num_heads}, {cfg.num_kv_heads}, {cfg.head_size} |
-| vocabulary, context | {cfg.vocab_size}, {cfg.max_context} |
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-```
 """
-    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------- command line

@@ -150,12 +150,10 @@ def make_config(cfg: ModelConfig, tokenizer: Tokenizer | None, dtype: torch.dtyp
         "tie_word_embeddings": cfg.tied_head,
         "rope_theta": cfg.rope_theta,
         "rope_scaling": None,
-        "attention_dropout": 0.0,
-        "initializer_range": 0.02,
-        "use_cache": True,
         "torch_dtype": str(dtype).removeprefix("torch."),
-        **special_ids(tokenizer),
     }
+    for kind in ("bos", "eos", "pad"):
+        config[f"{kind}_token_id"] = getattr(tokenizer, f"{kind}_id", None)
     if cfg.rope_original_context is not None:
         config["rope_scaling"] = {
             "rope_type": "llama3",
@@ -167,15 +165,5 @@ def make_config(cfg: ModelConfig, tokenizer: Tokenizer | None, dtype: torch.dtyp
     elif cfg.rope_factor != 1:
         config["rope_scaling"] = {"type": "linear", "factor": cfg.rope_factor}
     if family != "qwen2":
-        config |= {"head_dim": cfg.head_size, "attention_bias": False}
-    if family == "llama":
-        config["mlp_bias"] = False
-    else:
-        config |= {"use_sliding_window": False, "sliding_window": None}
-        config["max_window_layers"] = cfg.num_layers
+        config["head_dim"] = cfg.head_size
     return config
-
-
-def special_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
-    kinds = ("bos", "eos", "pad")
-    return {f"{kind}_token_id": getattr(tokenizer, f"{kind}_id", None) for kind in kinds}

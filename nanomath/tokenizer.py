@@ -18,7 +18,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import tiktoken
@@ -26,15 +26,7 @@ import tiktoken
 from nanomath.config import one_line_errors, opt, parse, write_json
 from nanomath.jsonl import read_jsonl
 from nanomath.log import progress
-from nanomath.tokenizer_json import (
-    BOS,
-    EOS,
-    PAD,
-    compile_split,
-    dump_layout,
-    load_parts,
-    read_json,
-)
+from nanomath.tokenizer_json import BOS, EOS, PAD, compile_split, dump_layout, load_parts, read_json
 
 ADDED_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
 CONTROL_TOKENS = (EOS, BOS, PAD)  # the only one that is sampled comes first: sample_limit
@@ -53,7 +45,7 @@ SPLITS = (
     # a word or a run of signs takes one space before it; line breaks; the spaces that are left
     rf" ?[{_LETTER}]{{1,32}}| ?[^\s{_LETTER}]{{1,16}}|[\r\n]{{1,16}}|[^\S\r\n]{{1,32}}(?!\S)|\s",
 )
-_CACHE_SIZE = 1 << 18  # pieces whose ids are remembered, about 50 MB when full
+MAX_CACHED = 32  # characters of a piece whose ids are remembered: of 2**18, about 50 MB
 
 
 class Tokenizer:
@@ -86,15 +78,10 @@ class Tokenizer:
         self.eos_id, self.pad_id = control[eos], control[pad]
         self.stop_ids = tuple(dict.fromkeys((self.eos_id, *stop_ids)))
         self.template = "plain"  # chat.py's: its use_template adds to stop_ids, too
-        used = [*self.ranks.values(), *self.added.values(), *self.control.values()]
-        self.vocab_size = max(used) + 1
-        self._bytes: list[bytes | None] = [None] * self.vocab_size
-        for token, token_id in self.ranks.items():
-            self._bytes[token_id] = token
-        for text, token_id in self.added.items():
-            self._bytes[token_id] = text.encode()
-        for token_id in self.control.values():
-            self._bytes[token_id] = b""
+        self._bytes = {token_id: token for token, token_id in self.ranks.items()}
+        self._bytes |= {token_id: text.encode() for text, token_id in self.added.items()}
+        self._bytes |= dict.fromkeys(self.control.values(), b"")
+        self.vocab_size = max(self._bytes) + 1
         # Splitting ASCII takes half the time by patterns that need not know Unicode's versions.
         self._patterns = {
             is_ascii: [compile_split(split, is_ascii=is_ascii) for split in self.splits]
@@ -107,7 +94,7 @@ class Tokenizer:
         self._engine = tiktoken.Encoding(
             "nanomath", pat_str="(?s).+", mergeable_ranks=self.ranks, special_tokens={}
         )
-        self._cache: dict[str, list[int]] = {}
+        self._merge_cached = lru_cache(1 << 18)(self._engine.encode_ordinary)
 
     @property
     def sample_limit(self) -> int:
@@ -119,14 +106,14 @@ class Tokenizer:
         """
         hidden = {*self.control.values()} - {*self.stop_ids}
         limit = self.vocab_size
-        while limit - 1 in hidden or self._bytes[limit - 1] is None:
+        while limit - 1 in hidden or limit - 1 not in self._bytes:
             limit -= 1
         return limit
 
     @property
     def token_num_bytes(self) -> list[int]:
         """Bytes of text each id stands for (0 for control tokens): losses become bits per byte."""
-        return [len(token or b"") for token in self._bytes]
+        return [len(self._bytes.get(token_id, b"")) for token_id in range(self.vocab_size)]
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Return the ids of text, between bos (where texts begin with one) and eos if asked.
@@ -139,14 +126,8 @@ class Tokenizer:
                 ids.append(token_id)
                 continue
             for piece in self._split(part):
-                piece_ids = self._cache.get(piece)
-                if piece_ids is None:
-                    piece_ids = self._engine.encode_ordinary(piece)
-                    if len(piece) <= 32:
-                        if len(self._cache) >= _CACHE_SIZE:
-                            self._cache.clear()
-                        self._cache[piece] = piece_ids
-                ids.extend(piece_ids)
+                short = len(piece) <= MAX_CACHED
+                ids += self._merge_cached(piece) if short else self._engine.encode_ordinary(piece)
         if eos:
             ids.append(self.eos_id)
         return ids
@@ -157,13 +138,10 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the exact bytes of ids. Raises ValueError for an id outside the vocabulary."""
-        parts = []
-        for token_id in ids:
-            token = self._bytes[token_id] if 0 <= token_id < self.vocab_size else None
-            if token is None:
-                raise ValueError(f"token id {token_id} is not in this vocabulary")
-            parts.append(token)
-        return b"".join(parts)
+        try:
+            return b"".join([self._bytes[token_id] for token_id in map(int, ids)])
+        except KeyError as error:
+            raise ValueError(f"token id {error} is not in this vocabulary") from None
 
     def _parts(self, text: str) -> Iterator[tuple[str, int | None]]:
         """Cut text at tokens kept whole: those with their id, the rest, normalised, with None."""
@@ -203,8 +181,12 @@ class Tokenizer:
         all of them; it comes out smaller where no pair of tokens is left that occurs twice.
         Raises ValueError when vocab_size has no room or the texts are empty.
         """
-        _check_added(added_tokens)
-        num_merges = vocab_size - 256 - len(added_tokens) - len(CONTROL_TOKENS)
+        names = [*added_tokens, *CONTROL_TOKENS]
+        if not all(names) or len({*names}) < len(names):
+            raise ValueError(
+                f"of the added tokens {added_tokens} one is empty, repeated or a control token"
+            )
+        num_merges = vocab_size - 256 - len(names)
         if num_merges < 0:
             raise ValueError(
                 f"vocab_size {vocab_size} is too small: 256 bytes, {len(added_tokens)} added and "
@@ -239,24 +221,18 @@ class Tokenizer:
 
     @cached_property
     def _layout(self) -> dict:
-        return dump_layout(
-            self.ranks,
-            self.splits,
-            self.added,
-            self.control,
-            nfc=self.nfc,
-            bos=self.names["bos_token"] if self.add_bos else None,
-        )
+        return dump_layout(self)
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write tokenizer.json (Hugging Face byte-level BPE), tokenizer_config.json and, of
-        generation_config.json, the ids that end an output."""
+        """Write tokenizer.json (Hugging Face byte-level BPE), tokenizer_config.json and
+        generation_config.json: bos, pad and all ids that end an output."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         kind = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         names = {"add_bos_token": self.add_bos, **self.names}
         write_json(folder / "tokenizer_config.json", {**kind, **names})
-        write_json(folder / "generation_config.json", {"eos_token_id": list(self.stop_ids)})
+        ids = {"bos_token_id": self.bos_id, "pad_token_id": self.pad_id}
+        write_json(folder / "generation_config.json", {"eos_token_id": list(self.stop_ids), **ids})
         # last: where it is, the folder is complete
         write_json(folder / "tokenizer.json", self._layout)
 
@@ -334,13 +310,6 @@ def _merge(word: list[int], pair: tuple[int, int], new_id: int) -> list[int]:
             merged.append(word[position])
             position += 1
     return merged
-
-
-def _check_added(added_tokens: Sequence[str]) -> None:
-    for text in added_tokens:
-        if not text or text in CONTROL_TOKENS or added_tokens.count(text) > 1:
-            raise ValueError(f"added token {text!r} is empty, repeated or a control token's name")
-        text.encode()
 
 
 @dataclass(frozen=True)

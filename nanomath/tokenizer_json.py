@@ -8,6 +8,7 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import regex
 
@@ -58,36 +59,23 @@ def compile_split(split: str, *, is_ascii: bool = False) -> regex.Pattern:
     return regex.compile(f"({split})", regex.V1 | regex.MULTILINE)
 
 
-def dump_layout(
-    ranks: Mapping[bytes, int],
-    splits: Sequence[str],
-    added: Mapping[str, int],
-    control: Mapping[str, int],
-    *,
-    nfc: bool = False,
-    bos: str | None = None,
-) -> dict:
-    """Return tokenizer.json as JSON values."""
+def dump_layout(tokenizer: Any) -> dict:
+    """Return a Tokenizer's tokenizer.json as JSON values."""
+    ranks, control = tokenizer.ranks, tokenizer.control
     tokens = sorted(ranks, key=ranks.__getitem__)
     pairs = [last_merge(token, ranks) for token in tokens if len(token) > 1]
     byte_level = {"add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     steps = [
         {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}
-        for split in splits
+        for split in tokenizer.splits
     ]
-    whole = dict(sorted({**added, **control}.items(), key=lambda item: item[1]))
+    whole = dict(sorted({**tokenizer.added, **control}.items(), key=lambda item: item[1]))
     marks = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     vocab = {_spell(token): ranks[token] for token in tokens}
     if list(whole.values()) != list(range(len(vocab), len(vocab) + len(whole))):
         vocab.update(whole)  # the tokenizers package numbers those outside from len(vocab) on
     model = {
         "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
         "ignore_merges": None in pairs,  # a piece that is a token is that token, merged or not
         "vocab": vocab,
         "merges": [f"{_spell(pair[0])} {_spell(pair[1])}" for pair in pairs if pair],
@@ -100,27 +88,27 @@ def dump_layout(
             {"id": token_id, "content": text, **marks, "special": text in control}
             for text, token_id in whole.items()
         ],
-        "normalizer": {"type": "NFC"} if nfc else None,
+        "normalizer": {"type": "NFC"} if tokenizer.nfc else None,
         "pre_tokenizer": {
             "type": "Sequence",
             "pretokenizers": [*steps, {"type": "ByteLevel", **byte_level}],
         },
-        "post_processor": bos and _starts_with(bos, control[bos]),
+        "post_processor": _starts_with(tokenizer) if tokenizer.add_bos else None,
         "decoder": {"type": "ByteLevel", **byte_level},
         "model": model,
     }
 
 
-def _starts_with(bos: str, bos_id: int) -> dict:
+def _starts_with(tokenizer: Any) -> dict:
     """The post-processor that puts bos before a text, and before each of a pair."""
-    first = {"SpecialToken": {"id": bos, "type_id": 0}}
-    texts = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
-    return {
-        "type": "TemplateProcessing",
-        "single": [first, texts[0]],
-        "pair": [first, texts[0], first, texts[1]],
-        "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
-    }
+    bos = tokenizer.names["bos_token"]
+    text, other = (
+        [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": name, "type_id": 0}}]
+        for name in "AB"
+    )
+    special = {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}}
+    kind = "TemplateProcessing"
+    return {"type": kind, "single": text, "pair": text + other, "special_tokens": special}
 
 
 def last_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
@@ -168,27 +156,23 @@ def load_parts(folder: Path) -> dict:
 
     Raises ValueError, naming the file, for what is damaged or would give other ids here.
     """
-    path = folder / "tokenizer.json"
-    layout = read_json(path)
-    config, generation = (
-        read_json(folder / name) if (folder / name).is_file() else {}
-        for name in ("tokenizer_config.json", "generation_config.json")
+    path, named, generated = (
+        folder / name
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
     )
+    layout = read_json(path)
+    config, generation = (read_json(p) if p.is_file() else {} for p in (named, generated))
+    read = path
     try:
         parts, first = _parse_layout(layout)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path}: not a complete tokenizer.json ({error!r})") from None
-    except (ValueError, OverflowError, regex.error) as error:
-        raise ValueError(f"{path}: {error}") from None
-    try:
+        read = generated
         stop_ids = _parse_stop_ids(generation.get("eos_token_id"), parts)
-    except ValueError as error:
-        raise ValueError(f"{folder / 'generation_config.json'}: {error}") from None
-    try:
-        names = _parse_names(config, first, parts, stop_ids)
-    except ValueError as error:
-        raise ValueError(f"{folder / 'tokenizer_config.json'}: {error}") from None
-    return {**parts, **names, "stop_ids": stop_ids}
+        read = named
+        return {**parts, **_parse_names(config, first, parts, stop_ids), "stop_ids": stop_ids}
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{read}: not a complete {read.name} ({error!r})") from None
+    except (ValueError, OverflowError, regex.error) as error:
+        raise ValueError(f"{read}: {error}") from None
 
 
 def _parse_layout(layout: dict) -> tuple[dict, str | None]:
@@ -218,7 +202,7 @@ def _parse_layout(layout: dict) -> tuple[dict, str | None]:
         raise ValueError("two tokens have one id")
     if model.get("ignore_merges") and len(ranks) < len(model["vocab"]):
         raise ValueError("with model.ignore_merges, added tokens in model.vocab would match twice")
-    _check_merges(ranks, model["merges"], ignore_merges=bool(model.get("ignore_merges")))
+    _check_merges(ranks, model["merges"], model.get("ignore_merges"))
     splits = _parse_splits(layout["pre_tokenizer"])
     processor = layout.get("post_processor") or {}
     templates = [
@@ -329,9 +313,7 @@ def _parse_splits(node: dict) -> list[str]:
     return splits
 
 
-def _check_merges(
-    ranks: Mapping[bytes, int], merges: Sequence, *, ignore_merges: bool = False
-) -> None:
+def _check_merges(ranks: Mapping[bytes, int], merges: Sequence, ignore_merges: bool) -> None:
     """Refuse merges that tiktoken, which knows tokens but no pairs, would apply differently.
 
     tiktoken makes a token by its last merge and by no other pair (see last_merge): the two agree
