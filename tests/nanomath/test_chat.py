@@ -162,7 +162,7 @@ def test_prompt_and_answer_are_the_chat(family):
     use_template(tokenizer, name)
     end = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}.get(name, FAMILIES[name][1][1])
     end_id = tokenizer.control[end]
-    assert set(tokenizer.stop_ids) == {*own_stop, end_id}
+    assert tokenizer.stop_ids == tuple(dict.fromkeys([*own_stop, end_id]))  # eos stays first
     assert end_id < tokenizer.sample_limit
     ((prompt, answer),) = encode_examples(tokenizer, [("What is 1 + 2?", "It is 3.")])
     assert prompt == prompt_ids(tokenizer, "What is 1 + 2?")
@@ -171,6 +171,8 @@ def test_prompt_and_answer_are_the_chat(family):
         {"role": "user", "content": "What is 1 + 2?"},
         {"role": "assistant", "content": "It is 3."},
     ]
+    padded = answer_ids(tokenizer, " It is 3.\n")
+    assert (padded == answer) == (name == "llama3")
     assert prompt == chat_ids(name, chat[:1], tokenizer, add_generation_prompt=True)
     whole = chat_ids(name, chat, tokenizer, add_generation_prompt=False)
     assert whole[: len(prompt + answer)] == prompt + answer

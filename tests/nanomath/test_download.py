@@ -27,7 +27,7 @@ class Server:
 
     def __init__(self):
         self.files, self.cuts, self.redirects, self.statuses = {}, [], {}, []
-        self.ranges, self.requests = True, []
+        self.ranges, self.shift, self.requests = True, 0, []
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -45,6 +45,7 @@ class Server:
                     return self.answer(404, b"no such file")
                 if wanted and server.ranges:
                     start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+                    start += server.shift
                     span = f"bytes {start}-{len(body) - 1}/{len(body)}"
                     return self.answer(206, body[start:], **{"Content-Range": span})
                 return self.answer(200, body)
@@ -149,6 +150,21 @@ def test_server_without_ranges_starts_anew(server, data, tmp_path):
     download.main(["tiny", "--to", str(tmp_path)])
     assert ranges(server) == [None, "bytes=100000-"]
     assert (tmp_path / "tiny.jsonl").read_bytes() == BODY
+
+
+def test_only_failures_in_a_row_end_a_download(server, data, tmp_path, monkeypatch):
+    """A connection that is cut again and again, but brings something each time, is never given up."""
+    monkeypatch.setattr(download, "CHUNK", 1000)
+    server.cuts = [2000] * (2 * download.MAX_FAILURES)
+    download.main(["tiny", "--to", str(tmp_path)])
+    assert (tmp_path / "tiny.jsonl").read_bytes() == BODY
+    assert len(server.requests) == 2 * download.MAX_FAILURES + 1
+
+
+def test_another_range_than_asked_for_is_refused(server, data, tmp_path):
+    """Bytes that belong elsewhere are not appended: the range that is answered is compared."""
+    server.cuts, server.shift = [100_000], -1
+    assert "another range than bytes 100000-" in failure(["tiny", "--to", str(tmp_path)])
 
 
 @pytest.mark.parametrize(

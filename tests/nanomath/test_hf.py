@@ -25,6 +25,7 @@ from nanomath import dist as nd
 from nanomath import hf, sampler
 from nanomath.config import parse
 from nanomath.failures import raise_together
+from nanomath.hf_config import make_config
 from nanomath.model import ModelConfig, Transformer
 from nanomath.sampler import sample_groups
 from nanomath.tokenizer import Tokenizer
@@ -228,6 +229,17 @@ def test_old_and_new_rope_keys_are_one(family, tmp_path):
         assert hf.read_config(tmp_path / "config.json") == expected
 
 
+def test_old_files_leave_keys_out(tmp_path):
+    """Llama 1's config.json has no num_key_value_heads and no rope_theta: heads, and 10,000."""
+    cfg = ModelConfig(97, 2, 24, 4, 4, 40, rope_theta=10000.0)
+    config = make_config(cfg, None, torch.float32)
+    for key in ("num_key_value_heads", "rope_theta", "rope_scaling", "head_dim"):
+        del config[key]
+    for kv_heads in ({}, {"num_key_value_heads": None}):
+        (tmp_path / "config.json").write_text(json.dumps(config | kv_heads))
+        assert hf.read_config(tmp_path / "config.json") == cfg
+
+
 # ---------------------------------------------------------------------------- one small folder
 
 CFG = ModelConfig(300, 2, 24, 4, 2, 40, max_context=64, qkv_bias=True)
@@ -330,7 +342,7 @@ def test_export_appears_whole_or_not_at_all(folder, tmp_path, monkeypatch):
     real, calls, state = os.fsync, [], {}
 
     def failing(handle):
-        calls.append(handle)
+        calls.append(os.readlink(f"/proc/self/fd/{handle}"))
         if len(calls) == state["fail_at"]:
             raise OSError(28, "No space left on device")
         real(handle)
@@ -343,7 +355,11 @@ def test_export_appears_whole_or_not_at_all(folder, tmp_path, monkeypatch):
             hf.save_hf(model, None, out)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
     state["fail_at"] = 0
+    calls.clear()
     hf.save_hf(model, None, out)
+    written = [f".tmp-out/{path.name}" for path in out.iterdir()] + [".tmp-out"]
+    assert {*calls[:-1]} == {str(tmp_path / name) for name in written}
+    assert calls[-1] == str(tmp_path)  # the new name, too, is on the disk
     before = (out / "model.safetensors").read_bytes()
     with pytest.raises(FileExistsError, match="export to a new folder"):
         hf.save_hf(random_model(seed=1), None, out)
@@ -361,11 +377,14 @@ def test_export_appears_whole_or_not_at_all(folder, tmp_path, monkeypatch):
         ),
     ],
 )
-def test_shapes_without_a_family_are_not_exported(tmp_path, changes, words):
+def test_shapes_without_a_family_are_not_exported(tmp_path, tokenizer, changes, words):
     """A shape that no known architecture has is refused, and nothing is written."""
     cfg = ModelConfig(**(CFG.__dict__ | changes))
     with pytest.raises(ValueError, match=words):
         hf.save_hf(Transformer(cfg), None, tmp_path / "out")
+    small = ModelConfig(**(CFG.__dict__ | {"vocab_size": tokenizer.vocab_size - 1}))
+    with pytest.raises(ValueError, match="the tokenizer has .* ids, the model"):
+        hf.save_hf(Transformer(small), tokenizer, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -424,6 +443,9 @@ CONFIG_CASES = {
     "rope_scaling    ": ({"full_attention": {"rope_theta": 1.0}}, "more than default rope has"),
     "rope_scaling     ": ([1], "must be an object"),
     "rope_scaling      ": ({"rope_type": "default", "partial_rotary_factor": 0.5}, "more than"),
+    "rope_parameters": ({"rope_type": "default", "rope_theta": 5.0}, "give one of the two"),
+    "partial_rotary_factor": (0.5, "partial_rotary_factor is 0.5; only 1 is supported"),
+    "model_type  ": ("qwen3", "head_dim is null or missing; it must be an integer"),
     "hidden_act": ("gelu", "hidden_act is 'gelu'; only 'silu' is supported"),
     "use_sliding_window": (True, "use_sliding_window is True"),
     "layer_types": (["full_attention", "sliding_attention"], "layer_types: only full_attention"),
@@ -442,7 +464,11 @@ def test_configs_that_are_refused(folder, key):
     """What model.py is not exactly, and what is no number, is refused with file and field."""
     value, words = CONFIG_CASES[key]
     (folder / "modeling_x.py").write_text("raise SystemExit('code was run')")
-    edit(folder / "config.json", lambda config: config.update({key.strip(): value}))
+    others = {
+        "rope_parameters": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        "model_type  ": {"architectures": ["Qwen3ForCausalLM"]},
+    }.get(key, {})
+    edit(folder / "config.json", lambda config: config.update({key.strip(): value} | others))
     with pytest.raises(ValueError, match=words) as error:
         ck.load_model(folder)
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
@@ -467,6 +493,13 @@ FILE_CASES = {
         lambda f: rewrite(first_file(f), lambda t: t.popitem()),
         "tensor .* is not in it, as model.safetensors.index.json says",
     ),
+    "tensor in another file": (
+        lambda f: edit(
+            f / hf.INDEX,
+            lambda i: i["weight_map"].update({"lm_head.weight": first_file(f).name}),
+        ),
+        "model-00001.*: tensor lm_head.weight is not in it, as",
+    ),
     "missing in both": (
         lambda f: (
             rewrite(first_file(f), lambda t: t.pop("model.embed_tokens.weight")),
@@ -475,8 +508,8 @@ FILE_CASES = {
         "tensor model.embed_tokens.weight is missing",
     ),
     "extra tensor": (
-        lambda f: rewrite(first_file(f), lambda t: t.update({"model.extra": torch.ones(2)})),
-        "tensor model.extra has no place",
+        lambda f: rewrite(first_file(f), lambda t: t.update({"model.inv_freq": torch.ones(2)})),
+        "tensor model.inv_freq has no place",
     ),
     "tensor in two files": (
         lambda f: rewrite(
@@ -533,6 +566,18 @@ def test_index_entries_are_plain_names(folder, name):
     edit(folder / hf.INDEX, lambda i: i["weight_map"].update({"lm_head.weight": name}))
     with pytest.raises(ValueError, match="index.json: weight_map sends lm_head.weight to"):
         hf.load_hf(folder)
+
+
+@pytest.mark.parametrize("stored", [torch.float64, torch.float16, torch.bfloat16])
+def test_weights_of_any_float_type_are_read(tmp_path, stored):
+    """Files in float64, fp16 and bf16 load as the dtype asked for, rounded once."""
+    model = random_model()
+    hf.save_hf(model, None, tmp_path / "hf", dtype=stored)
+    for dtype in (torch.float32, torch.bfloat16):
+        again = ck.load_model(tmp_path / "hf", dtype=dtype)[0]
+        for name, parameter in again.named_parameters():
+            assert parameter.dtype == dtype
+            assert torch.equal(parameter, model.get_parameter(name).to(stored).to(dtype)), name
 
 
 def test_known_extras_are_accepted(tmp_path):
