@@ -13,7 +13,6 @@ https://raw.githubusercontent.com.
 """
 
 import argparse
-import errno
 import fcntl
 import hashlib
 import http.client
@@ -58,31 +57,20 @@ class RemoteFile:
 
 
 _GITHUB = "https://raw.githubusercontent.com"
-_GSM8K = f"{_GITHUB}/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c"
-DATA = {
+_GSM8K = "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data"
+_TORA = "microsoft/ToRA/main/src/data"  # MATH: the test set; the authors' own server is gone
+DATA = {  # name: file, where on GitHub, bytes, sha256
     "gsm8k": (
-        RemoteFile(
-            "gsm8k_train.jsonl",
-            f"{_GSM8K}/grade_school_math/data/train.jsonl",
-            4_166_206,
-            "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
-        ),
-        RemoteFile(
-            "gsm8k_test.jsonl",
-            f"{_GSM8K}/grade_school_math/data/test.jsonl",
-            749_738,
-            "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
-        ),
+        ("gsm8k_train.jsonl", f"{_GSM8K}/train.jsonl", 4_166_206,
+         "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
+        ("gsm8k_test.jsonl", f"{_GSM8K}/test.jsonl", 749_738,
+         "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
     ),
-    "math": (  # the test set; the authors' own server is gone
-        RemoteFile(
-            "math_test.jsonl",
-            f"{_GITHUB}/microsoft/ToRA/main/src/data/math/test.jsonl",
-            4_101_364,
-            "3371949f33dd702d04b43fddd7d53a028de0aaca0e76abb1b875a050297b3aa4",
-        ),
+    "math": (
+        ("math_test.jsonl", f"{_TORA}/math/test.jsonl", 4_101_364,
+         "3371949f33dd702d04b43fddd7d53a028de0aaca0e76abb1b875a050297b3aa4"),
     ),
-}
+}  # fmt: skip
 
 
 def data_files(name: str) -> list[RemoteFile]:
@@ -90,30 +78,23 @@ def data_files(name: str) -> list[RemoteFile]:
     mirror = os.environ.get("NANOMATH_MIRROR", _GITHUB).rstrip("/")
     if urlsplit(mirror).scheme not in ("http", "https"):
         raise ValueError(f"NANOMATH_MIRROR={mirror}: wanted a URL, https://...")
-    return [
-        RemoteFile(file.name, mirror + file.url.removeprefix(_GITHUB), file.size, file.digest)
-        for file in DATA[name]
-    ]
+    return [RemoteFile(file, f"{mirror}/{where}", *known) for file, where, *known in DATA[name]]
 
 
 def model_files(name: str, revision: str) -> tuple[list[RemoteFile], str]:
     """Return the safetensors and JSON files of a model on the hub, and the commit they are of.
 
     Raises ValueError for a name that is none, a repository without safetensors, and what the hub
-    answers; ImportError without huggingface_hub.
+    answers; also without huggingface_hub.
     """
     part = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-    if not re.fullmatch(f"{part}/{part}", name) or not re.fullmatch(r"[\w./-]+", revision, re.A):
-        raise ValueError(
-            f"{name} at {revision}: a model is OWNER/NAME, with a branch, tag or commit as "
-            f"--revision; data sets are {', '.join(DATA)}"
-        )
+    if not re.fullmatch(f"{part}/{part}", name):
+        raise ValueError(f"{name}: a model is OWNER/NAME; data sets are {', '.join(DATA)}")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # no request but for the list
     try:
-        from huggingface_hub import HfApi, hf_hub_url
-        from huggingface_hub.utils import build_hf_headers
+        from huggingface_hub import HfApi, get_token, hf_hub_url
     except ImportError:
-        raise ImportError(
+        raise ValueError(
             "loading models needs huggingface_hub: pip install -e .[hub] -c constraints.txt"
         ) from None
     try:
@@ -124,18 +105,13 @@ def model_files(name: str, revision: str) -> tuple[list[RemoteFile], str]:
             f"{name} at {revision}: the hub does not list it ({type(error).__name__}: "
             f"{first_line}); see that the name and the network are right{HINTS[401]}"
         ) from None
-    headers = {k: v for k, v in build_hf_headers().items() if k.lower() == "authorization"}
-    files = [
-        RemoteFile(
-            file.rfilename,
-            hf_hub_url(name, file.rfilename, revision=info.sha),
-            file.size,
-            file.lfs.sha256 if file.lfs else file.blob_id,
-            headers,
-        )
-        for file in info.siblings or ()
-        if re.fullmatch(rf"{part}\.(safetensors|json)", file.rfilename)
-    ]
+    headers = {"Authorization": f"Bearer {token}"} if (token := get_token()) else {}
+    files = []
+    for file in info.siblings or ():
+        if re.fullmatch(rf"{part}\.(safetensors|json)", file.rfilename):
+            url = hf_hub_url(name, file.rfilename, revision=info.sha)
+            digest = file.lfs.sha256 if file.lfs else file.blob_id
+            files.append(RemoteFile(file.rfilename, url, file.size, digest, headers))
     if not any(file.name.endswith(".safetensors") for file in files):
         raise ValueError(
             f"{name} at {revision} holds no .safetensors file, and no other kind is read; some "
@@ -176,15 +152,14 @@ def fetch(file: RemoteFile, folder: Path, bar: tqdm) -> None:
     OSError if the connection keeps failing or the disk is full (what came is kept).
     """
     part = part_of(folder, file)
-    with open(part, "ab") as target:
-        try:
+    with open(part, "ab", buffering=0) as target:  # so tell() is what is kept, on a full disk too
+        try:  # another process would go on writing into the file after it got its name
             fcntl.flock(target, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{part} is being loaded by another process") from None
         try:
             bar.update(min(target.tell(), file.size))
             _receive_all(file, target, bar)
-            target.flush()
             os.fsync(target.fileno())
             found = _digest(part, file)
             if found != file.digest:
@@ -211,10 +186,6 @@ def _receive_all(file: RemoteFile, target: BinaryIO, bar: tqdm) -> None:
             if error.code not in RETRIED:
                 raise OSError(f"{file.url}: {problem}{HINTS.get(error.code, '')}") from None
         except (OSError, http.client.HTTPException) as error:
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                raise OSError(
-                    f"{target.name}: the disk is full; make room, and the same command continues"
-                ) from None
             problem = error
         if target.tell() >= file.size:
             return
@@ -245,9 +216,9 @@ def _receive(file: RemoteFile, target: BinaryIO, bar: tqdm) -> None:
         while chunk := response.read1(CHUNK):
             if target.tell() + len(chunk) > file.size:
                 raise ValueError(f"{file.url}: more than its {file.size} bytes came")
-            target.write(chunk)
-            target.flush()
             bar.update(len(chunk))
+            while chunk:
+                chunk = chunk[target.write(chunk) :]
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -267,9 +238,7 @@ def _digest(path: Path, file: RemoteFile) -> str:
     is_git = len(file.digest) == 40
     digest = hashlib.sha1(b"blob %d\0" % _size(path)) if is_git else hashlib.sha256()
     with open(path, "rb") as source:
-        while chunk := source.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(source, lambda: digest).hexdigest()
 
 
 def _size(path: Path) -> int:
@@ -284,23 +253,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("name", metavar="MODEL_OR_DATA", help=f"OWNER/NAME, or {', '.join(DATA)}")
     parser.add_argument("--to", metavar="DIR", help="folder [data, or models/NAME]")
-    parser.add_argument(
-        "--revision", default="main", help="of a model: branch, tag or commit [main]"
-    )
+    parser.add_argument("--revision", default="main", help="a model's branch, tag or commit [main]")
     args = parser.parse_args(argv)
     with one_line_errors():
         if args.name in DATA:
-            files, folder = data_files(args.name), Path(args.to or "data")
-            fetch_all(files, folder)
-            print(f"{folder}: {', '.join(file.name for file in files)}")
-            return
-        try:
+            files, folder, source = data_files(args.name), "data", args.name
+        else:
             files, commit = model_files(args.name, args.revision)
-        except ImportError as error:
-            raise SystemExit(f"error: {error}") from None
-        folder = Path(args.to or Path("models") / args.name.split("/")[1])
+            folder, source = f"models/{args.name.split('/')[1]}", f"{args.name}, commit {commit}"
+        folder = Path(args.to or folder)
         fetch_all(files, folder)
-        print(f"{folder}: {len(files)} files of {args.name}, commit {commit}")
+        print(f"{folder}: {', '.join(file.name for file in files)} ({source})")
 
 
 if __name__ == "__main__":

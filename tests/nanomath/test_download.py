@@ -1,10 +1,10 @@
 """Downloads from a server on this machine: whole, cut, changed, refused; nobody else connects."""
 
 import ast
-import errno
 import hashlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from nanomath import download
-from nanomath.download import DATA, RemoteFile
+from nanomath.download import DATA
 
 ROOT = Path(__file__).resolve().parents[2]
 BODY = bytes(range(256)) * 900  # 230,400 bytes
@@ -87,16 +87,11 @@ def server(monkeypatch):
 @pytest.fixture
 def data(server, monkeypatch):
     """A data set "tiny" of one file, tiny.jsonl, that NANOMATH_MIRROR has."""
-    file = RemoteFile(
-        "tiny.jsonl",
-        "https://raw.githubusercontent.com/a/tiny.jsonl",
-        len(BODY),
-        hashlib.sha256(BODY).hexdigest(),
-    )
+    file = ("tiny.jsonl", "a/tiny.jsonl", len(BODY), hashlib.sha256(BODY).hexdigest())
     monkeypatch.setitem(download.DATA, "tiny", (file,))
     monkeypatch.setenv("NANOMATH_MIRROR", server.url + "/")
     server.files["/a/tiny.jsonl"] = BODY
-    return file
+    return download.data_files("tiny")[0]
 
 
 def ranges(server):
@@ -153,7 +148,7 @@ def test_server_without_ranges_starts_anew(server, data, tmp_path):
 
 
 def test_only_failures_in_a_row_end_a_download(server, data, tmp_path, monkeypatch):
-    """A connection that is cut again and again, but brings something each time, is never given up."""
+    """A connection that is cut again and again, but brings something each time, is kept up."""
     monkeypatch.setattr(download, "CHUNK", 1000)
     server.cuts = [2000] * (2 * download.MAX_FAILURES)
     download.main(["tiny", "--to", str(tmp_path)])
@@ -213,20 +208,25 @@ def test_refusals_are_named(server, data, tmp_path, monkeypatch):
 
 
 def test_full_disk_is_named(server, data, tmp_path, monkeypatch):
-    """Too little room is said before, and a disk that fills up meanwhile keeps the part."""
+    """Too little room is said before; where writing stops meanwhile, what was written is kept."""
     usage = download.shutil.disk_usage(tmp_path)._replace(free=1000)
     with monkeypatch.context() as patch:
         patch.setattr(download.shutil, "disk_usage", lambda folder: usage)
         assert "GB are free" in failure(["tiny", "--to", str(tmp_path)])
     assert server.requests == []
 
-    def full(file, target, bar):
-        target.write(BODY[:10])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(download, "_receive", full)
-    assert "the disk is full; make room" in failure(["tiny", "--to", str(tmp_path)])
-    assert [path.stat().st_size for path in tmp_path.iterdir()] == [10]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        text = failure(["tiny", "--to", str(tmp_path)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "File too large; 100000 of 230400 bytes are kept, and the same command" in text
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [BODY[:100_000]]
+    server.requests.clear()
+    download.main(["tiny", "--to", str(tmp_path)])
+    assert ranges(server) == ["bytes=100000-"]
+    assert (tmp_path / "tiny.jsonl").read_bytes() == BODY
 
 
 def test_redirects_never_leave_https():
@@ -266,7 +266,7 @@ def test_checksums_are_those_of_the_files_used_here(name):
     folder = os.environ.get("NANOMATH_DATA")
     if not folder:
         pytest.skip("NANOMATH_DATA is not set")
-    for file in DATA[name]:
+    for file in download.data_files(name):
         body = (Path(folder) / file.name).read_bytes()
         assert (len(body), hashlib.sha256(body).hexdigest()) == (file.size, file.digest)
         assert file.url.startswith("https://")
@@ -375,9 +375,9 @@ def test_model_that_cannot_be_had(server, tmp_path):
 
 
 def test_names_that_are_none(monkeypatch, tmp_path):
-    """A name or revision that is none is refused before any request; so is a missing package."""
+    """A name that is none is refused before any request; so is a missing package."""
     assert "data sets are gsm8k, math" in failure(["gsm9k"])
-    for argv in (["../../etc"], ["a/b/c"], ["https://a/b"], ["a/b", "--revision", "a b"]):
+    for argv in (["../../etc"], ["a/b/c"], ["https://a/b"]):
         assert "a model is OWNER/NAME" in failure(argv)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "pip install -e .[hub]" in failure(["owner/name", "--to", str(tmp_path)])

@@ -329,8 +329,15 @@ def assert_same_class(pattern: str) -> None:
     assert not different, (pattern, len(different))
 
 
+SLOW_PATTERNS = (r"\p{L}", r"\p{N}", r"[^\r\n\p{L}\p{P}\p{S}]")
+
+
 @pytest.mark.parametrize(
-    "pattern", [r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]", r"[^\r\n\p{L}\p{P}\p{S}]"]
+    "pattern",
+    [
+        r"[^\s\p{L}\p{N}]",
+        *(pytest.param(pattern, marks=pytest.mark.slow) for pattern in SLOW_PATTERNS),
+    ],
 )
 def test_every_code_point_is_of_one_class(pattern):
     """A class holds the same of all 1,112,064 characters here and in the tokenizers package, though
