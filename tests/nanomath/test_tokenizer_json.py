@@ -539,3 +539,42 @@ def test_patterns_two_engines_may_read_in_two_ways_are_refused(pattern, odd):
     with pytest.raises(ValueError, match="cannot be represented exactly") as caught:
         compile_split(pattern)
     assert odd in str(caught.value)
+
+
+@pytest.mark.parametrize(("first", "second"), [("<ab", "b>"), ("b>", "<ab"), ("<a", "<ab>")])
+def test_added_tokens_of_two_passes_never_overlap(tmp_path, first, second):
+    """The tokenizers package looks for `normalized` tokens after the others, not by length: tokens
+    of both kinds that can overlap in a text are refused, of one kind they load with its ids."""
+    Tokenizer.train(["abc ab b> <a"] * 9, 270, added_tokens=(first, second)).save(tmp_path)
+    texts = ["x<ab>y", "<b>", "<<abb>", "b><ab"]
+    file = tmp_path / "tokenizer.json"
+    layout = json.loads(file.read_text())
+    for number, alike in ((0, False), (1, True)):
+        layout["added_tokens"][number]["normalized"] = True
+        file.write_text(json.dumps(layout))
+        if alike:
+            assert_same_ids(Tokenizer.load(tmp_path), peer_of(tmp_path), texts)
+        else:
+            with pytest.raises(ValueError, match="overlap in two passes"):
+                Tokenizer.load(tmp_path)
+    layout["normalizer"] = {
+        "type": "NFC"
+    }  # the second pass sees the text in NFC, the first does not
+    file.write_text(json.dumps(layout))
+    with pytest.raises(ValueError, match="matched in a way unknown here"):
+        Tokenizer.load(tmp_path)
+
+
+def test_added_tokens_are_no_pieces_where_merges_are_ignored(tmp_path):
+    """Added tokens that stand in model.vocab too load; with ignore_merges the tokenizers package
+    finds them there as pieces, even control tokens, so that is refused."""
+    Tokenizer.train(["abc abc"] * 9, 300).save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    layout = json.loads(file.read_text())
+    layout["model"]["vocab"] |= {token["content"]: token["id"] for token in layout["added_tokens"]}
+    file.write_text(json.dumps(layout))
+    assert_same_ids(Tokenizer.load(tmp_path), peer_of(tmp_path), ["abc<think>", "<|eos|>"])
+    layout["model"]["ignore_merges"] = True
+    file.write_text(json.dumps(layout))
+    with pytest.raises(ValueError, match="model.vocab would match twice"):
+        Tokenizer.load(tmp_path)
