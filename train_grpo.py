@@ -227,7 +227,6 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock) -> None:
             raise ValueError(f"--init {cfg.init} holds no tokenizer.json: texts cannot be encoded")
         use_template(tokenizer, cfg.chat_template)
         reference, _, _ = load_model(cfg.init, dist, compile=cfg.compile)
-        model_cfg = policy.cfg
         reference.requires_grad_(False)
         # On one CPU the policy samples for itself; else a whole copy does, refreshed before use.
         sampling_model = make_replica(policy, dist)
@@ -235,20 +234,13 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock) -> None:
         problems = problem_set(cfg, "train", cfg.num_problems)
         heldout = problem_set(cfg, "heldout", cfg.num_eval_problems)
         longest = max(len(encode_prompt(tokenizer, problem)) for problem in problems + heldout)
-        if longest >= model_cfg.max_context:
+        if longest >= policy.cfg.max_context:
             raise ValueError(
                 f"a prompt has {longest} tokens and {cfg.init} a context of "
-                f"{model_cfg.max_context}: give --prompt_style short, or another model"
+                f"{policy.cfg.max_context}: give --prompt_style short, or another model"
             )
-        run = Run(
-            cfg,
-            dist,
-            lock,
-            modules={"model": policy, "reference": reference},
-            optimizer=optimizer,
-            model_cfg=model_cfg,
-            tokenizer=tokenizer,
-        )
+        modules = {"model": policy, "reference": reference}
+        run = Run(cfg, dist, lock, modules, optimizer, tokenizer)
     total_steps = cfg.num_iterations * cfg.num_steps
     scoring = {
         "temperature": cfg.temperature,

@@ -22,8 +22,8 @@ from nanomath.jsonl import read_jsonl
 from nanomath.lock import RunLock
 from nanomath.log import plot_metrics, progress
 from nanomath.model import ModelConfig, Transformer
-from nanomath.optim import SCHEDULES, make_adamw, supervised_step
-from nanomath.run import Run, open_run
+from nanomath.optim import SCHEDULES, make_adamw
+from nanomath.run import Run, open_run, supervised_update
 from nanomath.tokenizer import Tokenizer
 
 
@@ -57,24 +57,23 @@ class PretrainConfig(RunConfig):
     max_valid_tokens: int = opt(1_000_000, "held-out tokens per validation at most", low=1)
 
 
+SHAPE = ("num_layers", "width", "num_heads", "num_kv_heads", "ffn_width")
+
+
+def shape(*values: int) -> dict[str, int]:
+    return dict(zip(SHAPE, values, strict=True))
+
+
 PRESETS = {
     "deepseekmath_7b": {  # Sec. 2.3
-        "num_layers": 30,
-        "width": 4096,
-        "num_heads": 32,
-        "num_kv_heads": 32,
-        "ffn_width": 11008,
+        **shape(30, 4096, 32, 32, 11008),
         "batch_size": 2560,  # 10M tokens
         "num_steps": 47684,  # 500B tokens
         "lr": 4.2e-4,
     },
     # From here on small runs. DEVIATION: a small model takes a higher rate and a shorter warm-up.
     "gpu": {
-        "num_layers": 8,
-        "width": 512,
-        "num_heads": 8,
-        "num_kv_heads": 8,
-        "ffn_width": 1376,
+        **shape(8, 512, 8, 8, 1376),
         "context": 512,
         "batch_size": 256,
         "micro_batch_size": 64,
@@ -85,11 +84,7 @@ PRESETS = {
         "checkpoint_interval": 250,
     },
     "cpu": {
-        "num_layers": 4,
-        "width": 128,
-        "num_heads": 4,
-        "num_kv_heads": 4,
-        "ffn_width": 344,
+        **shape(4, 128, 4, 4, 344),
         "context": 256,
         "batch_size": 8,
         "micro_batch_size": 8,
@@ -101,11 +96,7 @@ PRESETS = {
         "checkpoint_interval": 100,
     },
     "smoke": {
-        "num_layers": 2,
-        "width": 64,
-        "num_heads": 2,
-        "num_kv_heads": 2,
-        "ffn_width": 176,
+        **shape(2, 64, 2, 2, 176),
         "context": 128,
         "batch_size": 16,
         "micro_batch_size": 16,
@@ -184,49 +175,20 @@ def train(cfg: PretrainConfig, dist: Dist, lock: RunLock) -> None:
         tokenizer = Tokenizer.load(cfg.tokenizer)
         train_tokens = tokenized("train", cfg.corpus, cfg, tokenizer, dist)
         valid_tokens = tokenized("valid", cfg.valid, cfg, tokenizer, dist)
-        num_windows = train_tokens.num_windows(
-            cfg.context
-        )  # raises where the corpus is shorter than one
+        num_windows = train_tokens.num_windows(cfg.context)  # raises where there is none
         if valid_tokens.num_tokens < 2:
             raise ValueError(f"{cfg.valid} holds no text to validate on")
-        model_cfg = ModelConfig(
-            vocab_size=tokenizer.vocab_size,
-            num_layers=cfg.num_layers,
-            width=cfg.width,
-            num_heads=cfg.num_heads,
-            num_kv_heads=cfg.num_kv_heads,
-            ffn_width=cfg.ffn_width,
-            max_context=cfg.context,
-        )
-        model = Transformer(model_cfg)
+        widths = shape(*(getattr(cfg, name) for name in SHAPE))
+        model = Transformer(ModelConfig(tokenizer.vocab_size, **widths, max_context=cfg.context))
         model.init_weights(cfg.seed)
         model = shard(model, dist, cfg.activation_checkpointing, cfg.compile)
         optimizer = make_adamw(
             model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
         )
-        run = Run(
-            cfg,
-            dist,
-            lock,
-            modules={"model": model},
-            optimizer=optimizer,
-            model_cfg=model_cfg,
-            tokenizer=tokenizer,
-        )
+        run = Run(cfg, dist, lock, {"model": model}, optimizer, tokenizer)
     for step in run.steps(cfg.num_steps, desc="pretrain"):
-        lr = SCHEDULES[cfg.schedule](
-            step, num_steps=cfg.num_steps, peak=cfg.lr, warmup_steps=cfg.warmup_steps
-        )
-        metrics = supervised_step(
-            model,
-            optimizer,
-            train_tokens.train_batch(step, cfg.batch_size, cfg.context, cfg.seed),
-            lr=lr,
-            max_grad_norm=cfg.max_grad_norm,
-            micro_batch_size=cfg.micro_batch_size,
-            dist=dist,
-        )
-        metrics["lr"] = lr
+        batch = train_tokens.train_batch(step, cfg.batch_size, cfg.context, cfg.seed)
+        metrics = supervised_update(run, cfg, step, batch)
         if (step + 1) % cfg.eval_interval == 0 or step + 1 == cfg.num_steps:
             metrics["valid_bits_per_byte"] = bits_per_byte(model, valid_tokens, cfg, dist)
         windows = epoch_order(num_windows, step, cfg.batch_size, cfg.seed)

@@ -17,8 +17,8 @@ from nanomath.dist import Dist
 from nanomath.jsonl import read_examples
 from nanomath.lock import RunLock
 from nanomath.log import plot_metrics
-from nanomath.optim import SCHEDULES, make_adamw, supervised_step
-from nanomath.run import Run, open_run
+from nanomath.optim import SCHEDULES, make_adamw
+from nanomath.run import Run, open_run, supervised_update
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,8 @@ def train(cfg: SFTConfig, dist: Dist, lock: RunLock) -> None:
         )
         if tokenizer is None:
             raise ValueError(f"--init {cfg.init} holds no tokenizer.json: texts cannot be encoded")
-        model_cfg = model.cfg
         use_template(tokenizer, cfg.chat_template)
-        context = min(cfg.context, model_cfg.max_context)
+        context = min(cfg.context, model.cfg.max_context)
         examples = encode_examples(tokenizer, read_examples(cfg.data))
         packed = PackedExamples(examples, context, seed=cfg.seed, pad_id=tokenizer.pad_id)
         if dist.is_main:
@@ -97,31 +96,13 @@ def train(cfg: SFTConfig, dist: Dist, lock: RunLock) -> None:
         optimizer = make_adamw(
             model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
         )
-        run = Run(
-            cfg,
-            dist,
-            lock,
-            modules={"model": model},
-            optimizer=optimizer,
-            model_cfg=model_cfg,
-            tokenizer=tokenizer,
-        )
+        run = Run(cfg, dist, lock, {"model": model}, optimizer, tokenizer)
     for step in run.steps(cfg.num_steps, desc="sft"):
-        lr = SCHEDULES[cfg.schedule](
-            step, num_steps=cfg.num_steps, peak=cfg.lr, warmup_steps=cfg.warmup_steps
-        )
-        metrics = supervised_step(
-            model,
-            optimizer,
-            packed.batch(step, cfg.batch_size, cfg.seed),
-            lr=lr,
-            max_grad_norm=cfg.max_grad_norm,
-            micro_batch_size=cfg.micro_batch_size,
-            dist=dist,
-        )
+        batch = packed.batch(step, cfg.batch_size, cfg.seed)
+        metrics = supervised_update(run, cfg, step, batch)
         rows = epoch_order(packed.num_rows, step, cfg.batch_size, cfg.seed)
         examples = [number for row in rows for number in packed.members[row]]
-        run.log(step, {**metrics, "lr": lr}, shown=("loss",), batch=("examples", examples))
+        run.log(step, metrics, shown=("loss",), batch=("examples", examples))
     if dist.is_main:
         plot_metrics(
             cfg.run_dir,

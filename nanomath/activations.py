@@ -44,17 +44,8 @@ def _wrapped(plain, activation_checkpointing: str, compiled: bool):
     if activation_checkpointing == "selective":
         policy["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT_OPS)
 
-    def recomputing(x_BTD, rope, mask, cache):
-        return checkpoint(
-            plain,
-            x_BTD,
-            rope,
-            mask,
-            cache,
-            use_reentrant=False,
-            preserve_rng_state=False,  # nothing in a block is random
-            **policy,
-        )
+    def recomputing(*inputs):  # without the generators' state: nothing in a block is random
+        return checkpoint(plain, *inputs, use_reentrant=False, preserve_rng_state=False, **policy)
 
     trained = plain if activation_checkpointing == "none" else recomputing
     trained = torch.compile(trained) if compiled else trained

@@ -115,7 +115,7 @@ def parse(
         _add_argument(parser, field, hints[field.name], values.get(field.name, field.default))
     args = vars(parser.parse_args(argv))
     args.pop("preset", None)
-    cfg = cls(**args)
+    cfg = cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in args.items()})
     for field in dataclasses.fields(cls):
         problem = _out_of_bounds(field, getattr(cfg, field.name))
         if problem:
@@ -160,16 +160,10 @@ def _add_argument(parser: _Parser, field: dataclasses.Field, hint: Any, default:
         f"--{field.name}",
         type=_reader(kind, optional),
         nargs="+" if many else None,
-        action=_StoreTuple if many else "store",
         choices=field.metadata["choices"],
         metavar=None if field.metadata["choices"] else kind.__name__.upper(),
         **common,
     )
-
-
-class _StoreTuple(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, tuple(values))
 
 
 def _unpack(hint: Any) -> tuple[type, bool, bool]:

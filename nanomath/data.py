@@ -288,13 +288,8 @@ class PackedExamples:
         self.context, self.num_examples = context, len(examples)
         lengths = [len(prompt) + len(solution) for prompt, solution in examples]
         # A solution's first token needs one before it; without a prompt it is not a target.
-        num_targets = [
-            len(solution) - (0 if len(prompt) else 1) if len(solution) else 0
-            for prompt, solution in examples
-        ]
-        usable = [
-            length <= context and targets > 0 for length, targets in zip(lengths, num_targets)
-        ]
+        num_targets = [min(len(s), length - 1) for (_, s), length in zip(examples, lengths)]
+        usable = [length <= context and n > 0 for length, n in zip(lengths, num_targets)]
         self.dropped = [(i, lengths[i]) for i, use in enumerate(usable) if not use]
         if len(self.dropped) == len(examples):
             raise ValueError(

@@ -183,9 +183,8 @@ def shard(
     wrap_blocks(model, activation_checkpointing, compiled)
     if dist.mesh is None:
         return model.to(dist.device)
-    if is_cpu:
-        precision = MixedPrecisionPolicy()
-    else:
+    precision = MixedPrecisionPolicy()
+    if not is_cpu:
         # Inputs are token ids at the root and bf16 already at the blocks: casting would only
         # round the rotary tables.
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
@@ -280,19 +279,18 @@ def local(tensor: Tensor) -> Tensor:
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, dist: Dist) -> float:
     """Scale all gradients so that their joint 2-norm is at most max_norm; return the norm before.
 
-    Rows are summed in float64, over ranks where a gradient is sharded; equal on all ranks. A norm
-    that is not finite is returned and nothing is scaled: the caller skips the step.
+    All of them are sharded over dist's ranks. Rows are summed in float64; equal on all ranks. A
+    norm that is not finite is returned and nothing is scaled: the caller skips the step.
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     # Within a row in fp32, 30 times as fast on a CPU as float64 copies of everything (one fp32 sum
     # over 8M numbers is wrong by 4e-4, this by 1e-10); in float64 only where squares overflow.
     for dtype in (None, torch.float64):
-        squares = torch.zeros(2, dtype=torch.float64, device=dist.device)  # of whole, of sharded
+        squares = torch.zeros((), dtype=torch.float64, device=dist.device)
         for grad in grads:
             norms = torch.linalg.vector_norm(local(grad), dim=-1, dtype=dtype)
-            squares[int(isinstance(grad, DTensor))] += norms.double().square().sum()
-        whole, sharded = squares.tolist()
-        norm = math.sqrt(whole + all_reduce_sum({"sharded": sharded}, dist)["sharded"])
+            squares += norms.double().square().sum()
+        norm = math.sqrt(all_reduce_sum({"squares": squares.item()}, dist)["squares"])
         if math.isfinite(norm):
             break
     if math.isfinite(norm) and norm > max_norm:

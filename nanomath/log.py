@@ -17,30 +17,11 @@ from typing import Any
 from tqdm import tqdm
 
 
-def progress(
-    iterable: Iterable | None = None,
-    *,
-    total: int | None = None,
-    initial: int = 0,
-    desc: str = "",
-    unit: str = "it",
-    unit_scale: bool = False,
-    disable: bool = False,
-) -> tqdm:
+def progress(iterable: Iterable | None = None, **options: Any) -> tqdm:
     """Return a tqdm bar on stderr; in a file or pipe it prints at most every ten seconds."""
     interactive = sys.stderr.isatty()
-    return tqdm(
-        iterable,
-        total=total,
-        initial=initial,
-        desc=desc,
-        unit=unit,
-        unit_scale=unit_scale,
-        disable=disable,
-        dynamic_ncols=interactive,
-        mininterval=0.2 if interactive else 10.0,
-        leave=True,
-    )
+    mininterval = 0.2 if interactive else 10.0
+    return tqdm(iterable, dynamic_ncols=interactive, mininterval=mininterval, **options)
 
 
 def printable(text: str) -> str:
@@ -81,13 +62,9 @@ class RunLog:
         kept = [json.dumps(row) for row in read_metrics(self.run_dir) if row["step"] < start_step]
         _replace_text(metrics, "".join(line + "\n" for line in kept))
         samples = self.run_dir / "samples.txt"
-        text = samples.read_text(encoding="utf-8") if samples.exists() else ""
-        kept_samples = []
-        for chunk in re.split(r"(?m)^(?==== step \d+)", text):
-            match = re.match(r"=== step (\d+)", chunk)
-            if match and int(match.group(1)) < start_step:
-                kept_samples.append(chunk)
-        _replace_text(samples, "".join(kept_samples))
+        text = samples.read_text(encoding="utf-8", errors="replace") if samples.exists() else ""
+        whole = re.finditer(r"(?m)^=== step (\d+)\n(?:  .*\n)*\n", text)  # not one that a kill cut
+        _replace_text(samples, "".join(m.group() for m in whole if int(m.group(1)) < start_step))
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Append one row under this step; TensorBoard gets those of its values that are numbers."""

@@ -1,10 +1,10 @@
 """One training run: the loop over steps that resumes, logs, checkpoints, and stops when asked.
 
-    run = Run(cfg, dist, lock, modules={"model": model}, optimizer=optimizer, ...)
+    run = Run(cfg, dist, lock, {"model": model}, optimizer, tokenizer)
     for step in run.steps(num_steps, desc="pretrain"):
-        run.log(step, supervised_step(...))
+        run.log(step, supervised_update(run, cfg, step, batch))
 
-What a step does stays in the scripts; what every trainer owes its users is here.
+What every trainer owes its users is here; what its steps are about stays in the scripts.
 """
 
 import time
@@ -17,11 +17,12 @@ from torch import nn
 
 from nanomath import checkpoint
 from nanomath.config import RunConfig, lock_config, one_line_errors
+from nanomath.data import TrainBatch
 from nanomath.dist import Dist, barrier, set_timeout, setup
 from nanomath.failures import StopSignal, raise_together
 from nanomath.lock import RunInUse, RunLock, run_lock
 from nanomath.log import RunLog, progress
-from nanomath.model import ModelConfig
+from nanomath.optim import SCHEDULES, supervised_step
 from nanomath.tokenizer import Tokenizer
 
 MAX_SKIPPED_STEPS = 10  # in a row, with a gradient that is not finite
@@ -56,21 +57,16 @@ class Run:
         cfg: RunConfig,
         dist: Dist,
         lock: RunLock,
-        *,
-        modules: Mapping[str, nn.Module],
+        modules: dict[str, nn.Module],  # "model", and what else a checkpoint must hold
         optimizer: torch.optim.Optimizer,
-        model_cfg: ModelConfig,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
     ):
         self.cfg, self.dist, self.lock = cfg, dist, lock
-        self.modules, self.optimizer = dict(modules), optimizer
-        self.model_cfg, self.tokenizer = model_cfg, tokenizer
+        self.modules, self.optimizer, self.tokenizer = modules, optimizer, tokenizer
         if dist.is_main:
             lock_config(cfg, cfg.run_dir)  # not before set-up worked: a failed start binds nobody
         barrier(dist)
-        state = checkpoint.load_latest(
-            cfg.run_dir, modules=self.modules, optimizer=optimizer, dist=dist
-        )
+        state = checkpoint.load_latest(cfg.run_dir, modules=modules, optimizer=optimizer, dist=dist)
         self.state: dict[str, Any] = state or {"step": 0, "seconds": 0.0, "skipped_in_a_row": 0}
         self.failed_saves = 0
         self._log = RunLog(cfg.run_dir, start_step=self.state["step"], is_main=dist.is_main)
@@ -140,7 +136,7 @@ class Run:
                 modules=self.modules,
                 optimizer=self.optimizer,
                 state=self.state,
-                model_cfg=self.model_cfg,
+                model_cfg=self.modules["model"].cfg,
                 tokenizer=self.tokenizer,
                 dist=self.dist,
                 keep=self.cfg.keep_checkpoints,
@@ -164,3 +160,20 @@ class Run:
 
     def close(self) -> None:
         self._log.close()
+
+
+def supervised_update(run: Run, cfg: Any, step: int, batch: TrainBatch) -> dict[str, float]:
+    """Take a supervised step of a run at its schedule's rate; return what to log."""
+    lr = SCHEDULES[cfg.schedule](
+        step, num_steps=cfg.num_steps, peak=cfg.lr, warmup_steps=cfg.warmup_steps
+    )
+    metrics = supervised_step(
+        run.modules["model"],
+        run.optimizer,
+        batch,
+        lr=lr,
+        max_grad_norm=cfg.max_grad_norm,
+        micro_batch_size=cfg.micro_batch_size,
+        dist=run.dist,
+    )
+    return metrics | {"lr": lr}

@@ -64,10 +64,7 @@ def train(run_dir, num_steps=NUM_STEPS, dtype=torch.float32, each_step=None, **s
         model.init_weights(0, std=0.2)
         model = dist.shard(model, here)
         optimizer = make_adamw(model, lr=1e-2)
-        run = Run(
-            cfg, here, lock, modules={"model": model}, optimizer=optimizer, model_cfg=CFG,
-            tokenizer=None,
-        )  # fmt: skip
+        run = Run(cfg, here, lock, {"model": model}, optimizer, tokenizer=None)
         for step in run.steps(num_steps, desc="test"):
             if each_step is not None:
                 each_step(run, step)
@@ -323,6 +320,38 @@ def test_only_failures_in_a_row_end_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "save_file", real)
     train(tmp_path, num_steps=7, each_step=failing(real, {1, 2, 4, 5}))
     assert names_in(tmp_path) == {"latest", "step-000004", "step-000007"}
+
+
+@pytest.mark.parametrize("signalled", [False, True])
+def test_the_last_save_must_succeed(tmp_path, monkeypatch, signalled):
+    """At the end of a run, or when asked to stop, one failed save is an error, not a warning."""
+    real = checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", real)
+    fail = failing(real, {2})
+
+    def each_step(run, step):
+        fail(run, step)
+        if signalled and step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit, match=r"cannot be saved \(1 in a row failed\)"):
+        train(tmp_path, num_steps=4 if signalled else 3, each_step=each_step)
+
+
+def test_time_outs_are_short_after_the_first_step(tmp_path, monkeypatch):
+    """Only the first step of each start, which compiles, may keep the others waiting for long."""
+    calls, seen = [], []
+    monkeypatch.setattr("nanomath.run.set_timeout", lambda dist, seconds: calls.append(seconds))
+    train(tmp_path, num_steps=3, each_step=lambda run, step: seen.append(list(calls)))
+    assert seen == [[], [900], [900]]
+
+
+def test_seconds_count_on_over_a_restart(tmp_path):
+    """A run's seconds are those of all its starts together."""
+    train(tmp_path, num_steps=2, each_step=lambda run, step: time.sleep(0.3))
+    train(tmp_path, num_steps=3)
+    state = json.loads((tmp_path / "checkpoints" / "step-000003" / "state.json").read_text())
+    assert state["seconds"] > 0.6
 
 
 def names_in(run_dir):

@@ -22,6 +22,7 @@ from nanomath.lock import run_lock
 from nanomath.log import read_metrics
 from nanomath.model import ModelConfig, Transformer
 from nanomath.optim import cosine_lr
+from nanomath.run import Run
 from nanomath.sampler import sample_groups
 from nanomath.tasks import benchmarks
 from nanomath.tokenizer import Tokenizer
@@ -383,6 +384,42 @@ def test_killed_and_resumed_grpo_equals_the_uninterrupted_run(tmp_path, start, m
         )
         assert left == right, file
     assert any(row["kl"] > 0 for row in whole) and any(row["grad_norm"] > 0 for row in whole)
+
+
+def test_killed_and_resumed_sft_equals_the_uninterrupted_run(tmp_path, start, monkeypatch):
+    """SFT cut between checkpoints and continued ends at the same bits, rate by rate."""
+    examples = [{"prompt": f"{i}+1=", "solution": str(i + 1)} for i in range(9)]
+    (tmp_path / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in examples))
+    argv = [
+        "--preset",
+        "smoke",
+        "--threads",
+        "1",
+        "--init",
+        start,
+        "--data",
+        tmp_path / "sft.jsonl",
+    ]
+    argv += ["--context", "32", "--batch_size", "2", "--num_steps", "6", "--schedule", "cosine"]
+    argv += ["--warmup_steps", "2", "--checkpoint_interval", "2", "--seed", "3"]
+    run_script(train_sft, [*argv, "--run_dir", tmp_path / "whole"], monkeypatch)
+    real_log = Run.log
+
+    def dying_log(run, step, *args, **kwargs):
+        real_log(run, step, *args, **kwargs)
+        if step == 4:  # the newest checkpoint is of step 3
+            raise Killed
+
+    monkeypatch.setattr(Run, "log", dying_log)
+    with pytest.raises(Killed):
+        run_script(train_sft, [*argv, "--run_dir", tmp_path / "cut"], monkeypatch)
+    monkeypatch.setattr(Run, "log", real_log)
+    run_script(train_sft, [*argv, "--run_dir", tmp_path / "cut"], monkeypatch)
+    rows, cut = rows_without_times(tmp_path / "whole"), rows_without_times(tmp_path / "cut")
+    assert rows == cut and len(rows) == 6
+    share = [cosine_lr(step, num_steps=6, peak=3e-3, warmup_steps=2) for step in range(6)]
+    assert [row["lr"] for row in rows] == share
+    assert all(map(torch.equal, *(load_weights(tmp_path / name) for name in ("whole", "cut"))))
 
 
 def test_sigterm_saves_after_the_step_and_the_same_command_continues(tmp_path, start, monkeypatch):

@@ -70,6 +70,8 @@ def train(dist, activation_checkpointing="none", dtype=torch.float64):
             part = make_loss(model, step, rows)
             part.backward()
             loss += part.item()
+            if dist.mesh is not None and index < len(micro_batches) - 1:
+                assert all(p.grad is None for p in model.parameters()), "reduced before the last"
         if step == 0:
             first_grads = {name: full(p.grad) for name, p in model.named_parameters()}
         losses.append(nd.all_reduce_sum({"loss": loss}, dist)["loss"])

@@ -1,6 +1,7 @@
 """Run logs: what a resumed run drops and keeps, and text that must not drive a terminal."""
 
 import json
+import sys
 
 from nanomath.log import RunLog, plot_metrics, printable, read_metrics
 
@@ -23,6 +24,23 @@ def test_resumed_log_equals_the_uninterrupted_one(tmp_path):
     for name in ("metrics.jsonl", "samples.txt"):
         assert (tmp_path / "cut" / name).read_text() == (tmp_path / "whole" / name).read_text()
     assert [row["step"] for row in read_metrics(tmp_path / "cut")] == list(range(6))
+
+
+def test_samples_cut_at_any_byte_are_dropped(tmp_path, monkeypatch):
+    """Wherever a kill cut the samples of step 12, in its heading or within a character, a resumed
+    run keeps those of step 11 as they were."""
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    path = tmp_path / "samples.txt"
+    log = RunLog(tmp_path, start_step=11)
+    log.samples(11, ["3 + 4", "", "one\n\ntwo"])
+    whole = path.read_bytes()
+    log.samples(12, ["\u7b54 = 7"])
+    log.close()
+    raw = path.read_bytes()
+    for size in range(len(whole), len(raw) + 1):
+        path.write_bytes(raw[:size])
+        RunLog(tmp_path, start_step=12).close()
+        assert path.read_bytes() == whole, raw[:size]
 
 
 def test_other_ranks_write_nothing(tmp_path):
