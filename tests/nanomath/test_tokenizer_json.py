@@ -578,3 +578,12 @@ def test_added_tokens_are_no_pieces_where_merges_are_ignored(tmp_path):
     file.write_text(json.dumps(layout))
     with pytest.raises(ValueError, match="model.vocab would match twice"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("pattern", [r"x+$", r"^x+", r"\s+$", r"x(?=.)"])
+def test_ends_of_lines_are_those_of_the_tokenizers_package(pattern):
+    """`^` and `$` match at every line, and a dot no line break, in both packages."""
+    text = "xx\nx \n  \n\nxx x  \n"
+    theirs = peer.pre_tokenizers.Split(peer.Regex(pattern), "isolated").pre_tokenize_str(text)
+    ours = [piece for piece in compile_split(pattern).split(text) if piece]
+    assert ours == [piece for piece, _ in theirs]
