@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nanomath.data import file_sha256
+from nanomath.data import file_sha256, fsync
 from nanomath.dist import Dist, broadcast_json, gather_json, local, shard
 from nanomath.lock import RunLock
 from nanomath.model import ModelConfig, Transformer
@@ -223,15 +223,6 @@ def _write_rows(folder: Path, modules: dict[str, nn.Module], optimizer, dist: Di
 
 def _write_json(path: Path, obj: object) -> None:
     path.write_text(json.dumps(obj, allow_nan=False, indent=1))
-
-
-def fsync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _commit(temporary: Path, final: Path, hashes: list[dict[str, str]]) -> None:

@@ -73,30 +73,25 @@ def write_shards(
     shutil.rmtree(temporary, ignore_errors=True)  # what an interrupted run left
     temporary.mkdir(parents=True)
     shards: list[dict] = []
-    num_documents = num_bytes = 0
-    file = None
+    num_bytes = 0
     try:
-        for ids in token_docs:
+        for number, ids in enumerate(token_docs):
             array = np.asarray(ids, np.int64)
             if not array.size:
                 continue
             if array.min() < 0 or array.max() >= vocab_size:
                 raise ValueError(
-                    f"document {num_documents} has token id {array.min()} or {array.max()}, "
+                    f"document {number} has token id {array.min()} or {array.max()}, "
                     f"outside the vocabulary of {vocab_size}"
                 )
-            if file is None or shards[-1]["num_tokens"] >= shard_tokens:
-                _close_synced(file)
+            if not shards or shards[-1]["num_tokens"] >= shard_tokens:
                 shards.append({"name": f"shard-{len(shards):05d}.bin", "num_tokens": 0})
-                file = open(temporary / shards[-1]["name"], "wb")
-            file.write(array.astype(dtype).tobytes())
+            with open(temporary / shards[-1]["name"], "ab") as file:
+                file.write(array.astype(dtype).tobytes())
             shards[-1]["num_tokens"] += array.size
-            num_documents += 1
             num_bytes += 0 if bytes_of is None else int(bytes_of[array].sum())
         if not shards:
             raise ValueError(f"{folder}: there are no tokens to write")
-        _close_synced(file)
-        file = None
         for shard in shards:
             shard["sha256"] = file_sha256(temporary / shard["name"])
         index = {
@@ -108,23 +103,22 @@ def write_shards(
             "num_bytes": None if bytes_of is None else num_bytes,
             "shards": shards,
         }
-        index_file = open(temporary / INDEX_NAME, "wb")
-        index_file.write(json.dumps(index, indent=1).encode())
-        _close_synced(index_file)
+        (temporary / INDEX_NAME).write_text(json.dumps(index, indent=1), encoding="utf-8")
+        for path in temporary.iterdir():
+            fsync(path)
         os.rename(temporary, folder)
     finally:
-        if file is not None:
-            file.close()
         shutil.rmtree(temporary, ignore_errors=True)
     return index
 
 
-def _close_synced(file) -> None:
-    if file is None:
-        return
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
+def fsync(path: str | os.PathLike) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def file_sha256(path: str | os.PathLike) -> str:

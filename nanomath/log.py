@@ -165,20 +165,16 @@ def plot_metrics(
 ) -> Path | None:
     """Draw run_dir/plots/NAME.png: one panel per (title, metric names) that has data."""
     rows = read_metrics(run_dir)
-    series = {
-        metric: [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
-        for _, metrics in panels
-        for metric in metrics
-    }
-    panels = [(title, [m for m in metrics if series[m]]) for title, metrics in panels]
+    logged = {name for row in rows for name, value in row.items() if value is not None}
+    panels = [(title, [m for m in metrics if m in logged]) for title, metrics in panels]
     panels = [(title, metrics) for title, metrics in panels if metrics]
     if not panels:
         return None
     figure, axes = new_figure(len(panels))
     for axis, (title, metrics) in zip(axes, panels, strict=True):
         for metric in metrics:
-            steps, values = zip(*series[metric], strict=True)
-            axis.plot(steps, values, label=metric, linewidth=1.2)
+            points = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
+            axis.plot(*zip(*points, strict=True), label=metric, linewidth=1.2)
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.legend(fontsize=7)
