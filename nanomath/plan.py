@@ -16,6 +16,7 @@ time from bytes read, Pope et al. (arXiv:2211.05102 section 2.1). Shape letters:
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -145,14 +146,14 @@ def state_bytes(cfg: PlanConfig, stage: str) -> dict[str, float]:
     return state
 
 
+def rows_per_step(cfg: PlanConfig, stage: str) -> int:
+    outputs = cfg.questions * cfg.group_size
+    return {"pretrain": cfg.pretrain_rows, "sft": cfg.sft_rows, "grpo": outputs}[stage]
+
+
 def micro_batch(cfg: PlanConfig, stage: str) -> tuple[int, int, int, int]:
     """Return rows of a micro-batch, tokens of a row, tokens of a row with loss, micro-batches."""
-    rows = {
-        "pretrain": cfg.pretrain_rows,
-        "sft": cfg.sft_rows,
-        "grpo": cfg.questions * cfg.group_size,
-    }[stage]
-    mine = math.ceil(rows / cfg.num_gpus)
+    mine = math.ceil(rows_per_step(cfg, stage) / cfg.num_gpus)
     length, trained = cfg.context, cfg.context
     if stage == "grpo":
         length, trained = cfg.prompt_tokens + cfg.max_new_tokens, cfg.max_new_tokens
@@ -194,24 +195,15 @@ def training_moments(cfg: PlanConfig, stage: str) -> list[dict[str, float]]:
     passing = size * tokens * (2 * model.ffn_width + 2 * model.width)
     block_gradient = 8.0 * block * cfg.sharded  # whole, and the buffer it is reduced from, fp32
     new_table = head_gradient * (num_micro > 1)  # the embedding's, before it is added
-    common = {"weights, gathered": gathered}
+
+    def moment(gradients: float, activations: float, logits: float = 0.0) -> dict[str, float]:
+        held_too = {"logits chunk": logits, "weights, gathered": gathered}
+        return {"gradients": gradients, "activations": activations, **held_too}
+
     return [
-        {
-            "gradients": held + head_gradient,
-            "activations": kept + gradient_of_hidden,
-            "logits chunk": chunk,
-            **common,
-        },
-        {
-            "gradients": held + head_gradient + block_gradient,
-            "activations": kept + recomputed + passing,
-            **common,
-        },
-        {
-            "gradients": max(held, all_gradients) + new_table + block_gradient,
-            "activations": one_block + passing,
-            **common,
-        },
+        moment(held + head_gradient, kept + gradient_of_hidden, chunk),
+        moment(held + head_gradient + block_gradient, kept + recomputed + passing),
+        moment(max(held, all_gradients) + new_table + block_gradient, one_block + passing),
     ]
 
 
@@ -222,10 +214,7 @@ def sampling_bytes(cfg: PlanConfig) -> dict[str, float]:
     # A prompt's keys and values are held once for its group.
     whole = cache_per_token(cfg) * (prompts * cfg.prompt_tokens + rows * cfg.max_new_tokens)
     # Logits: themselves, their probabilities, and those summed, in fp32.
-    return {
-        "cache": whole,
-        "logits chunk": 12.0 * rows * cfg.model.vocab_size,
-    }
+    return {"cache": whole, "logits chunk": 12.0 * rows * cfg.model.vocab_size}
 
 
 def cache_per_token(cfg: PlanConfig) -> int:
@@ -256,18 +245,12 @@ def advice(cfg: PlanConfig, stage: str) -> str:
     sizes = [cfg.micro_batch_size >> shift for shift in range(cfg.micro_batch_size.bit_length())]
     start = POLICIES.index(cfg.activation_checkpointing)
     gpus = [cfg.num_gpus << doubling for doubling in range(8)]
-    for num_gpus in gpus:
-        for size in sizes:
-            for policy in POLICIES[start:]:
-                changes = {
-                    "num_gpus": num_gpus,
-                    "micro_batch_size": size,
-                    "activation_checkpointing": policy,
-                }
-                other = replace(cfg, **changes)
-                if fits(other):
-                    flags = [f"--{k} {v}" for k, v in changes.items() if v != getattr(cfg, k)]
-                    return "NO; fits with " + " ".join(flags)
+    names = ("num_gpus", "micro_batch_size", "activation_checkpointing")
+    for values in itertools.product(gpus, sizes, POLICIES[start:]):
+        changes = dict(zip(names, values, strict=True))
+        if fits(replace(cfg, **changes)):
+            flags = [f"--{k} {v}" for k, v in changes.items() if v != getattr(cfg, k)]
+            return "NO; fits with " + " ".join(flags)
     return "NO; shorten --context, or a smaller model"
 
 
@@ -276,16 +259,12 @@ def advice(cfg: PlanConfig, stage: str) -> str:
 
 def step_times(cfg: PlanConfig, stage: str) -> dict[str, float]:
     """Return seconds of a step by phase, and of its communication, which overlaps with them."""
-    model, rows = cfg.model, {"pretrain": cfg.pretrain_rows, "sft": cfg.sft_rows}
     speed = cfg.num_gpus * cfg.peak_tflops * 1e12 * cfg.mfu
-    if stage != "grpo":
-        flops, tokens = flops_per_token(model, cfg.context), rows[stage] * cfg.context
-        times = {"training": tokens * flops / speed}
-    else:
-        length = cfg.prompt_tokens + cfg.mean_new_tokens
-        tokens = cfg.questions * cfg.group_size * length
-        flops = flops_per_token(model, length)
-        times = {"sampling": sampling_seconds(cfg), "training": tokens * flops / speed}
+    length = cfg.prompt_tokens + cfg.mean_new_tokens if stage == "grpo" else cfg.context
+    flops = rows_per_step(cfg, stage) * length * flops_per_token(cfg.model, length)
+    times = {"training": flops / speed}
+    if stage == "grpo":
+        times["sampling"] = sampling_seconds(cfg)
         times["reference"] = cfg.kl * times["training"] / 3  # forward only
     if cfg.activation_checkpointing == "full":
         times["training"] *= 4 / 3
@@ -342,7 +321,7 @@ def report(cfg: PlanConfig) -> str:
         f"{'GB per GPU at its fullest':28}" + "".join(f"{stage:>12}" for stage in STAGES),
     ]
     columns = [memory(cfg, stage) for stage in STAGES]
-    kinds = list(dict.fromkeys(kind for column in columns for kind in column))
+    kinds = dict.fromkeys(kind for column in columns for kind in column if column[kind])
 
     def row(name: str, values, form: str = ".1f") -> str:
         cells = (f"{'-':>12}" if not value else f"{value:12{form}}" for value in values)
