@@ -1,5 +1,6 @@
 """The scripts as a user meets them: bad input is one clear line, resuming is exact."""
 
+import contextlib
 import copy
 import json
 import signal
@@ -16,7 +17,7 @@ import train_pretrain
 import train_sft
 from nanomath import activations, checkpoint
 from nanomath.config import parse
-from nanomath.data import epoch_order
+from nanomath.data import PackedExamples, TokenShards, epoch_order, write_shards
 from nanomath.dist import Dist
 from nanomath.lock import run_lock
 from nanomath.log import read_metrics
@@ -403,7 +404,10 @@ def test_killed_and_resumed_sft_equals_the_uninterrupted_run(tmp_path, start, mo
     argv += ["--context", "32", "--batch_size", "2", "--num_steps", "6", "--schedule", "cosine"]
     argv += ["--warmup_steps", "2", "--checkpoint_interval", "2", "--seed", "3"]
     run_script(train_sft, [*argv, "--run_dir", tmp_path / "whole"], monkeypatch)
-    real_log = Run.log
+    real_log, real_batch, seeds = Run.log, PackedExamples.batch, []
+    monkeypatch.setattr(
+        PackedExamples, "batch", lambda *args: seeds.append(args[-1]) or real_batch(*args)
+    )
 
     def dying_log(run, step, *args, **kwargs):
         real_log(run, step, *args, **kwargs)
@@ -416,10 +420,34 @@ def test_killed_and_resumed_sft_equals_the_uninterrupted_run(tmp_path, start, mo
     monkeypatch.setattr(Run, "log", real_log)
     run_script(train_sft, [*argv, "--run_dir", tmp_path / "cut"], monkeypatch)
     rows, cut = rows_without_times(tmp_path / "whole"), rows_without_times(tmp_path / "cut")
-    assert rows == cut and len(rows) == 6
+    assert rows == cut and len(rows) == 6 and {*seeds} == {3}
     share = [cosine_lr(step, num_steps=6, peak=3e-3, warmup_steps=2) for step in range(6)]
     assert [row["lr"] for row in rows] == share
     assert all(map(torch.equal, *(load_weights(tmp_path / name) for name in ("whole", "cut"))))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_validation_counts_every_token_once_on_any_number_of_ranks(
+    tmp_path, monkeypatch, world_size
+):
+    """Nats and tokens that the ranks add up are those of one rank, also where some of them have no
+    row in the last batch."""
+    write_shards(tmp_path / "t", [range(1, 30)] * 3, vocab_size=31, token_num_bytes=[1] * 31)
+    valid, parts = TokenShards(tmp_path / "t"), []
+    cfg = train_pretrain.PretrainConfig(context=9, micro_batch_size=2, max_valid_tokens=9 * 7)
+    model = Transformer(ModelConfig(31, 1, 16, 2, 2, 16)).double()
+    model.init_weights(0, std=0.2)
+    monkeypatch.setattr(
+        train_pretrain, "all_reduce_sum", lambda sums, dist: parts.append(sums) or sums
+    )
+    train_pretrain.bits_per_byte(model, valid, cfg, ALONE)
+    for rank in range(world_size):
+        dist = Dist(rank, rank, world_size, ALONE.device)
+        with contextlib.suppress(ZeroDivisionError):  # a rank without rows, if it were alone
+            train_pretrain.bits_per_byte(model, valid, cfg, dist)
+    one, *others = parts
+    assert one["tokens"] == 63 == sum(part["tokens"] for part in others)
+    assert sum(part["nats"] for part in others) == pytest.approx(one["nats"], rel=1e-12)
 
 
 def test_sigterm_saves_after_the_step_and_the_same_command_continues(tmp_path, start, monkeypatch):

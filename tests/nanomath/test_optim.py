@@ -56,12 +56,12 @@ def make_batch(num_rows=6, context=12):
     return TrainBatch(tokens_BT, weights_BT / weights_BT.sum())
 
 
-def updated(batch, micro_batch_size):
+def updated(batch, micro_batch_size, lr=1e-2):
     """Return the loss of one supervised step on batch and all weights after it, in float64."""
     model = Transformer(ModelConfig(31, 2, 16, 2, 2, 24, max_context=16)).double()
     model.init_weights(0, std=0.2)
     metrics = supervised_step(
-        model, make_adamw(model, lr=1e-2), batch, lr=1e-2, max_grad_norm=0.1,
+        model, make_adamw(model, lr=1.0), batch, lr=lr, max_grad_norm=0.1,
         micro_batch_size=micro_batch_size, dist=ALONE,
     )  # fmt: skip
     return metrics["loss"], torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -70,6 +70,13 @@ def updated(batch, micro_batch_size):
 def assert_same_update(left, right):
     assert left[0] == pytest.approx(right[0], rel=1e-10)
     assert (left[1] - right[1]).abs().max() < 1e-10
+
+
+def test_the_rate_of_the_step_counts():
+    """A step moves weights in proportion to its own rate, not the one AdamW was made with."""
+    still, one, two = (updated(make_batch(), 6, lr)[1] for lr in (0.0, 1e-3, 2e-3))
+    torch.testing.assert_close(two - still, 2 * (one - still), rtol=1e-9, atol=1e-15)
+    assert 0 < (one - still).abs().max() < 1.2e-3
 
 
 def test_micro_batch_size_does_not_change_the_update():
