@@ -2,12 +2,13 @@ r"""The judge of answers: finds a completion's answer, and says whether two answ
 
 `extract_answer` looks, in this order, for
 
-    "answer tag"  the last <answer>...</answer>
+    "answer tag"  the last <answer>...</answer>, or the answer given inside
     "boxed"       the last \boxed{...} whose braces balance
     "####"        the rest of the last line with ####
     "phrase"      after the last "The answer is", "Answer:", "答案是", ...
     "choice"      after the last "option (C)", "故选 C", ...
 
+(what comes before a </think> is no answer, save in a tag)
 and `is_equivalent` compares two answers as exact values (reader.py): symmetric, and never by
 evaluating a text. What is not read is compared as a string.
 
@@ -35,7 +36,9 @@ class Extraction(NamedTuple):
 _BRACES = re.compile(r"\\(?:boxed|fbox)[ \t]{0,9}(?P<open>\{)?|\\.|[{}]", re.DOTALL)
 _TAGS = re.compile(r"<(/?)answer>")
 _PHRASE = re.compile(
-    r"(?:final answer|the (?:correct )?answer|答案)\s{0,3}(?:is|are|equals|=|是|为)\s{0,3}[:：]?"
+    r"(?:final answer|the (?:correct )?answer|答案)\s{0,3}"
+    r"(?:(?:is|are|(?:would|will|must) be|equals)\b|=|是|为)\s{0,3}[:：]?"
+    r"(?:\s{0,3}(?:therefore|thus|simply|just|option|choice)\b)?"
     r"|(?:answer|答案)(?:\*\*)?\s{0,3}[:：](?:\*\*)?|答：",
     re.IGNORECASE,
 )
@@ -45,7 +48,9 @@ _CHOICE = re.compile(
     r"(?![)）]?\s?(?:or|and|,|、|或|和)\s?[(（]?[A-J])"  # two are no choice
 )
 _MATH = re.compile(r"(\$\$?)((?:\\.|[^$\\]){1,1000})\1\s*(?![;；,，、\w])")
-_SENTENCE_END = re.compile(r"\n|。|(?<!\b[ap]\.m)(?<!Mrs)(?<!\b[MDS][rst])(?<!\bsq)\.(?=\s|\*|$)")
+_SENTENCE_END = re.compile(
+    r"\n|。|,? (?:so|because|since) |(?<!\b[ap]\.m)(?<!Mrs)(?<!\b[MDS][rst])(?<!\bsq)\.(?=\s|\*|$)"
+)
 
 
 def extract_answer(text: str) -> Extraction:
@@ -55,8 +60,8 @@ def extract_answer(text: str) -> Extraction:
     """
     text = text[-MAX_COMPLETION:]
     if (inside := _last_tag(text)) is not None:
-        answer = _last_boxed(inside)
-        return Extraction((inside if answer is None else answer).strip(), "answer tag")
+        return Extraction(extract_answer(inside).answer or inside.strip(), "answer tag")
+    text = text.rpartition("</think>")[2]
     if (answer := _last_boxed(text)) is not None:
         return Extraction(answer.strip(), "boxed")
     _, mark, rest = text.rpartition("####")
@@ -167,11 +172,21 @@ def _same(a: Value, b: Value, algebra: Algebra) -> bool:
     if len(a.items) != len(b.items) or a.label != b.label:
         return False
     if a.kind in ("list", "union"):
-        return _same_items(a.items, b.items, algebra)
+        # "x = 3, y = 4" says more than "3, 4".
+        names = [_unknowns(value) for value in (a, b)]
+        alike = names[0] == names[1] or max(map(len, names)) < 2
+        return alike and _same_items(a.items, b.items, algebra)
     if a.kind == "equation" and all(side.exact for side in (*a.items, *b.items)):
         differences = [algebra.add(*(side.exact for side in v.items), -1) for v in (a, b)]
         return algebra.proportional(*differences)
     return all(_same(x, y, algebra) for x, y in zip(a.items, b.items))
+
+
+def _unknowns(value: Value) -> set[str]:
+    """Return the letters a list solves for: x of "x_1 = 3, x_2 = 4"."""
+    sides = [side.exact for item in value.items if item.kind == "equation" for side in item.items]
+    names = [next(iter(side.top))[0][0][0] for side in sides if side and is_name(side)]
+    return {name.partition("_")[0] for name in names}
 
 
 def _same_items(left: tuple[Value, ...], right: tuple[Value, ...], algebra: Algebra) -> bool:
@@ -195,13 +210,19 @@ def _same_number(a: Value, b: Value, algebra: Algebra) -> bool:
     return algebra.equal(a.exact, b.exact)
 
 
+def _is_unknown(side: Value) -> bool:
+    """Say whether a side is x, f(x), or (x, y) in the order of the alphabet."""
+    if side.kind == "tuple" and all(map(_is_unknown, side.items)):
+        return list(side.items) == sorted(side.items, key=lambda item: str(item.exact))
+    return side.exact is not None and is_name(side.exact)
+
+
 def _same_across(a: Value, b: Value, algebra: Algebra) -> bool:
     """Compare kinds that may say the same: x = 5 and 5, "5; 10" and "5, 10"."""
     if a.kind == "equation" and b.kind not in ("list", "text"):
         return any(
-            is_name(side.exact) and _same(other, b, algebra)
+            _is_unknown(side) and _same(other, b, algebra)
             for side, other in (a.items, a.items[::-1])
-            if side.exact
         )
     if a.kind == "parts" and b.kind == "list" and len(a.items) == len(b.items):
         return all(_same(x, y, algebra) for x, y in zip(a.items, b.items))

@@ -157,6 +157,8 @@ class Algebra:
             return self.root(self.power(base, number(power.numerator)), power.denominator)
         if power < 0:
             return self.divide(number(1), self.power(base, number(-power)))
+        if not power and not base.top:
+            raise Refused("0^0")
         count = int(power)
         if base.bottom == _ONE and len(base.top) == 1:
             ((term, coefficient),) = base.top.items()

@@ -43,11 +43,14 @@ MAX_CHARS = 1000
 MAX_DEPTH = 30
 
 _PLAIN = re.compile(r"[-+]?\d{1,100}(?:\.\d{1,100})?")
-_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])|(?<![\d. ])\d{1,3}(?: \d{3})+$")
+_THOUSANDS = re.compile(
+    r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])|(?<![\d. ])\d{1,3}(?: \d{3})+$"
+)
 _MIXED = re.compile(
     r"(?<![\d.^_}])(\d{1,15})"
     r"(?: ?\\frac ?\{(\d{1,15})\} ?\{(\d{1,15})\}(?!\^)| (\d{1,15})/(\d{1,15})(?![\d.^]))"
 )
+_REPEATING = re.compile(r"(\d{0,50})\.(\d{0,50})\\(?:overline|bar|dot) ?(?:\{(\d{1,50})\}|(\d))")
 _CHOICE = re.compile(r"\(?([A-Z]|[A-J](?:[ ,]{0,2}[A-J]){1,9})\)?\.?")
 # An option with its text, "(C) 12"; no other letter may stand in it: "(A) or (B)" names two.
 _OPTION = re.compile(
@@ -95,7 +98,7 @@ def read_value(text: str, *, thousands: bool = True) -> Value:
             raise Refused("a word")
         if thousands and text[:1] not in "([{\\":
             text = _THOUSANDS.sub(lambda match: re.sub("[, ]", "", match[0]), text)
-        tokens = tokenize(_MIXED.sub(_mixed, text))
+        tokens = tokenize(_MIXED.sub(_mixed, _REPEATING.sub(_repeating, text)))
         value = Reader(tokens, 1).answer()
         if any(token.text in (r"\pm", r"\mp") for token in tokens):
             value = _both_signs(value, Reader(tokens, -1).answer())
@@ -117,6 +120,13 @@ def _mixed(match: re.Match) -> str:
     return f"({whole}+{top}/{bottom})" if 0 < int(top) < int(bottom) else match[0]
 
 
+def _repeating(match: re.Match) -> str:
+    """Write 0.1\\overline{6} as (16 - 1)/90."""
+    whole, start, period = match[1], match[2], match[3] or match[4]
+    top = int(whole + start + period) - int(whole + start or 0)
+    return f"({top}/{(10 ** len(period) - 1) * 10 ** len(start)})"
+
+
 def _both_signs(plus: Value, minus: Value) -> Value:
     if plus.kind == minus.kind == "list" and len(plus.items) == len(minus.items):
         new = [b for a, b in zip(plus.items, minus.items) if a != b]
@@ -132,6 +142,13 @@ def _exact(value: Value) -> Exact:
     if value.exact is None:
         raise Refused(f"a {value.kind} in a sum")
     return value.exact
+
+
+def _finite(value: Value) -> Exact:
+    exact = _exact(value)
+    if any(name == "infty" for side in exact for term in side for (name, _, _), _ in term):
+        raise Refused("infinity in a sum or product")
+    return exact
 
 
 def _is_name(value: Value) -> bool:
@@ -284,17 +301,17 @@ class Reader:
     def sum(self) -> Value:
         value = self.product()
         while sign := self.take(*self.signs):
-            total = self.algebra.add(_exact(value), _exact(self.product()), self.signs[sign])
-            value = _scalar(total)
+            left, right = _finite(value), _finite(self.product())
+            value = _scalar(self.algebra.add(left, right, self.signs[sign]))
         return value
 
     def product(self) -> Value:
         value = self.factor()
         while True:
             if self.take("*", r"\cdot", r"\times") or self.starts_factor():
-                value = self.scaled(_exact(value), self.factor())
+                value = self.scaled(_finite(value), self.factor())
             elif self.take("/", r"\div"):
-                value = self.scaled(self.algebra.divide(number(1), _exact(self.factor())), value)
+                value = self.scaled(self.algebra.divide(number(1), _finite(self.factor())), value)
             else:
                 return value
 
@@ -302,7 +319,8 @@ class Reader:
         if value.kind in ("matrix", "tuple") and value.label in ("", "&"):
             cells = tuple(self.scaled(scale, cell) for cell in value.items)
             return value._replace(items=cells)
-        return _scalar(self.algebra.multiply(scale, _exact(value)))
+        is_sign = scale == number(-1)
+        return _scalar(self.algebra.multiply(scale, (_exact if is_sign else _finite)(value)))
 
     def starts_factor(self) -> bool:
         """Say whether a factor follows without a sign: 2x, 2(3), 2\\sqrt 3; never "2 3"."""
@@ -321,13 +339,15 @@ class Reader:
             exponent = _exact(self.postfix(self.primary()))
             if inverse:
                 exponent = self.algebra.multiply(number(-1), exponent)
-            value = self.postfix(_scalar(self.algebra.power(_exact(value), exponent)))
+            value = self.postfix(_scalar(self.algebra.power(_finite(value), exponent)))
         return value if sign == 1 else self.scaled(number(-1), value)
 
     def postfix(self, value: Value) -> Value:
         while self.here.text in ("!", "%", r"\degree") and self.here.kind != "word":
             following = self.tokens[self.position + 1]
             if self.take("!"):
+                if following.text == "!":
+                    raise Refused("a double factorial")
                 inside = _exact(value)
                 n = rational(inside)
                 exact = n is not None and 0 <= n <= 100 and n.denominator == 1

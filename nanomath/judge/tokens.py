@@ -19,13 +19,13 @@ _CHARACTERS = str.maketrans(
     | {"∪": r"\cup ", "∈": r"\in ", "±": r"\pm ", "°": r"\degree ", "℃": r"\degree "}
     | {"、": ",", "。": ".", "￥": "$", "¥": "$", "€": "$", "£": "$"}
     | {power: f"^{{{i}}}" for i, power in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
-    | dict(zip("½⅓⅔¼¾⅕⅛", (" 1/2", " 1/3", " 2/3", " 1/4", " 3/4", " 1/5", " 1/8")))
+    | dict(zip("½⅓⅔¼¾⅕⅛", (" 1/2 ", " 1/3 ", " 2/3 ", " 1/4 ", " 3/4 ", " 1/5 ", " 1/8 ")))
 )
 _REWRITES = [
     (re.compile(pattern.replace("END", "(?![a-zA-Z])")), replacement)
     for pattern, replacement in (
         (r"\\\\(?:\[[^\]]{0,9}\])?", r"\\cr "),
-        (r"\\[dtc]fracEND", r"\\frac"),
+        (r"\\[dtc](frac|binom)END", r"\\\1"),
         (r"\\frac ?(\d)", r"\\frac{\1}"),  # TeX takes one digit: \frac12, \frac1{10}, \frac{1}2
         (r"(\\frac ?\{[^{}]{0,50}\}) ?(\d)", r"\1{\2}"),
         (r"\\(?:left|right|[bB]igg?[lr]?)END\.?", ""),
@@ -53,7 +53,7 @@ def normalise(text: str) -> str:
         text = pattern.sub(replacement, text)
     text = " ".join(text.split())
     for _ in range(3):  # $...$, \(...\), **...** around, and a full stop
-        text = text.strip(" *").removesuffix(".").strip(" *")
+        text = re.sub(r"(?<!\.)\.$", "", text.strip(" *")).strip(" *")
         for start, end in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")):
             if text.startswith(start) and text.endswith(end) and len(text) >= len(start + end):
                 text = text[len(start) : len(text) - len(end)]
@@ -86,7 +86,12 @@ _PLAIN_COMMANDS = {name: name for name in (*FUNCTIONS, "sqrt", "pi", "infty")} |
     "infinity": "infty", "inf": "infty", "oo": "infty", "U": "cup", "union": "cup",
 }  # fmt: skip
 _JOINING = dict.fromkeys(("and", "or", "和", "或", "与"), ",") | {"percent": "%"}
+# After a number these words change it: "3 plus one", "3 squared" (but "3 cm squared").
+_NO_UNITS = ("plus", "minus", "half", "halves", "squared", "cubed", "not", "wrong", "maybe")
 _POWERS = {"square": "^2", "sq": "^2", "squared": "^2", "cubic": "^3"}
+_SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
+_SCALES |= {"百": 100, "千": 1000, "万": 10**4, "亿": 10**8}
+_SCALE = re.compile(rf"({'|'.join(_SCALES)})(?![a-zA-Z克米瓦分])\s*")
 # Units that must agree where both answers give one; other words after a number are ignored.
 _UNITS = {
     name: names.split()[0]
@@ -133,7 +138,17 @@ def _text_tokens(command: str, inner: str) -> list[Token]:
     roman = command.startswith((r"\text", r"\mbox", r"\mathrm", r"\op"))
     if len(inner) == 1 and (not roman or (inner in "ied" and command.startswith(r"\mathrm"))):
         return [Token("letter", inner)]
-    return [Token("word", inner)] if inner else []
+    return _word_tokens(inner) if inner else []
+
+
+def _word_tokens(words: str) -> list[Token]:
+    """Return words as one token; those that scale the number before them, as a factor."""
+    match = _SCALE.match(words)
+    if not match:
+        return [Token("word", words)]
+    rest = words[match.end() :]
+    scale = [Token("symbol", "*"), Token("number", str(_SCALES[match[1]]))]
+    return scale + (_word_tokens(rest) if rest else [])
 
 
 def _letter_tokens(piece: str, spaced: bool, after_number: bool) -> list[Token]:
@@ -145,12 +160,16 @@ def _letter_tokens(piece: str, spaced: bool, after_number: bool) -> list[Token]:
     is_unit = piece.lower().removesuffix("s") in _UNITS and len(piece) > 1
     is_word = len(piece) > 3 or (len(piece) == 3 and (spaced or piece.istitle() or piece == "not"))
     if is_word or piece[0] > "\x7f" or (is_unit and (spaced or after_number)):
-        return [Token("word", piece)]
+        return _word_tokens(piece)
     return [Token("letter", letter) for letter in piece]
 
 
 def unit_of(words: list[str], power: str) -> str:
-    """Return the unit that words after a number name, as "cm^2"; "" for none that is known."""
+    """Return the unit that words after a number name, as "cm^2"; "" for none that is known.
+
+    Raises Refused where the words say another number."""
+    if words[:1] and words[0] in _NO_UNITS:
+        raise Refused("more than a unit")
     known = [_UNITS.get(word) or _UNITS.get(word.removesuffix("s")) for word in words]
     power = power or "".join(_POWERS.get(word, "") for word in words)
     return next((unit for unit in known if unit), "") + power

@@ -230,7 +230,10 @@ def is_strictly_correct(problem: Problem, completion: str) -> bool:
 
 
 def answer_class(problem: Problem, completion: str) -> Value | None:
-    """Return what Maj@K counts as one answer, to be compared with same_answer; None: no vote."""
+    """Return what Maj@K counts as one answer, to be compared with same_answer.
+
+    None, without an answer: no vote. An answer that is not read votes as its string ("Monday").
+    """
     answer = find_answer(completion)
     return None if answer is None else read_value(answer)
 
