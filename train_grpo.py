@@ -8,6 +8,7 @@ and grpo.py (advantages, the objective of Eq. 3 and 4, the update). The same com
 run.
 """
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -70,6 +71,10 @@ class GRPOConfig(RunConfig):
     group_size: int = opt(64, "outputs per question G, Sec. 4.2", low=2)
     max_new_tokens: int = opt(1024, "tokens per output at most, Sec. 4.2", low=1)
     temperature: float = opt(1.0, "sampling temperature (paper silent)", low=1e-3)
+    max_rows: int = opt(512, "outputs sampled at a time, per process", low=1, may_change=True)
+    cache_gb: float = opt(
+        0.0, "GB for keys and values, fewer rows if need be; 0: any", low=0.0, may_change=True
+    )
     num_updates: int = opt(1, "passes mu over each batch, Sec. 4.2", low=1)
     num_minibatches: int = opt(1, "optimizer steps per pass (paper silent)", low=1)
     # Objective and optimizer
@@ -267,6 +272,8 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock) -> None:
             step=step,
             prompt_ids=my_places,  # a question drawn twice makes two groups, not one group twice
             vocab_limit=tokenizer.sample_limit,
+            max_rows=cfg.max_rows,
+            cache_gb=cfg.cache_gb or math.inf,
         )
         clock.lap("sampling")
         rewards_PG, texts, parts = judge(cfg, mine, rollouts, tokenizer)  # Alg. 1 l.8

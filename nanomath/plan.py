@@ -51,7 +51,7 @@ class PlanConfig:
     prompt_tokens: int = opt(256, "tokens of the longest prompt", low=1)
     max_new_tokens: int = opt(1024, "tokens per output at most, Sec. 4.2", low=1)
     mean_new_tokens: int = opt(512, "tokens per output on average, for the time", low=1)
-    max_rows: int = opt(512, "outputs sampled at a time: sampler.py", low=1)
+    max_rows: int = opt(512, "outputs sampled at a time, per GPU: sampler.py", low=1)
     kl: bool = opt(True, "GRPO keeps a reference model (kl_coef > 0), Sec. 4.2")
     micro_batch_size: int = opt(8, "rows of one forward and backward pass", low=1)
     activation_checkpointing: str = opt("none", "see activations.py", choices=POLICIES)
@@ -245,8 +245,9 @@ def advice(cfg: PlanConfig, stage: str) -> str:
     sizes = [cfg.micro_batch_size >> shift for shift in range(cfg.micro_batch_size.bit_length())]
     start = POLICIES.index(cfg.activation_checkpointing)
     gpus = [cfg.num_gpus << doubling for doubling in range(8)]
-    names = ("num_gpus", "micro_batch_size", "activation_checkpointing")
-    for values in itertools.product(gpus, sizes, POLICIES[start:]):
+    rows = [cfg.max_rows >> shift for shift in range(4 if stage == "grpo" else 1)]
+    names = ("num_gpus", "max_rows", "micro_batch_size", "activation_checkpointing")
+    for values in itertools.product(gpus, rows, sizes, POLICIES[start:]):
         changes = dict(zip(names, values, strict=True))
         if fits(replace(cfg, **changes)):
             flags = [f"--{k} {v}" for k, v in changes.items() if v != getattr(cfg, k)]
