@@ -30,6 +30,7 @@ from nanomath.config import one_line_errors, opt, parse, to_json, write_json
 from nanomath.dist import Dist, barrier, setup
 from nanomath.evaluation import (
     TASKS,
+    check_same_problems,
     chunks,
     compare,
     draw_at_k,
@@ -176,7 +177,11 @@ def evaluation_hash(cfg: EvalConfig, model: torch.nn.Module, problems: list[Prob
     settings = {key: value for key, value in to_json(cfg).items() if key not in NOT_IN_HASH}
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8)
     for problem in problems:
-        digest.update(f"{problem.id} {problem.task} {problem.prompt} {problem.payload}".encode())
+        digest.update(
+            f"{problem.id} {problem.task} {problem.prompt} {problem.payload}".encode(
+                errors="replace"
+            )
+        )
     for name, tensor in model.state_dict().items():
         start = tensor.flatten()[:64].double().cpu()
         digest.update(f"{name} {tuple(tensor.shape)} {start.tolist()}".encode())
@@ -324,7 +329,7 @@ def read_result(path: Path) -> dict[str, Any] | None:
         result = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); remove it or give another --out") from None
-    if not isinstance(result, dict) or "metrics" not in result or "problems" not in result:
+    if not (isinstance(result, dict) and isinstance(result.get("problems"), list)):
         raise ValueError(f"{path}: not written by evaluate.py; give another file")
     return result
 
@@ -374,6 +379,8 @@ def folder_lock(folder: Path, dist: Dist) -> Iterator[None]:
 def run(cfg: EvalConfig, dist: Dist) -> None:
     """Evaluate, or continue, or show what is finished; one task after the other."""
     with one_line_errors():
+        if cfg.problems and not {"jsonl", "countdown"} & {*cfg.tasks}:
+            raise ValueError("--problems is read by --tasks jsonl and countdown")
         files, others = {}, {}
         for task in cfg.tasks:
             default = f"{cfg.checkpoint}/evaluation-{task}.json"
@@ -385,6 +392,9 @@ def run(cfg: EvalConfig, dist: Dist) -> None:
                     raise FileNotFoundError(f"--compare {path}: no such file")
                 others[task] = {**other, "file": str(path)}
         model, tokenizer, state, problems = prepare(cfg, dist)
+        for task, other in others.items():
+            asked = [{"id": problem.id, **problem.payload} for problem in problems[task]]
+            check_same_problems(other["problems"], asked)
     results = {}
     for task, out in files.items():
         result = run_task(cfg, model, tokenizer, state, problems[task], out, dist)

@@ -228,7 +228,9 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write JSON by temporary file and rename, so that a reader never sees half of it."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    # Half a surrogate pair, from a user's file, is written as JSON's escape.
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(temporary, path)
 
 

@@ -360,12 +360,18 @@ def _describe(outputs: Sequence[dict[str, Any]]) -> dict[str, float]:
     }
 
 
+def check_same_problems(before: Sequence[dict], after: Sequence[dict]) -> None:
+    """Raise ValueError unless two lists of rows, of id and payload, are of the same problems."""
+    same = ("id", "nums", "target", "answer")
+    if [[row.get(k) for k in same] for row in before] != [
+        [row.get(k) for k in same] for row in after
+    ]:
+        raise ValueError("the two evaluations are not of the same problems: nothing to pair")
+
+
 def compare(before: dict[str, Any], after: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Return the paired difference of each metric that two summaries of the same problems share."""
-    same = ("id", "nums", "target", "answer")
-    keys = [[[row.get(key) for key in same] for row in s["problems"]] for s in (before, after)]
-    if keys[0] != keys[1]:
-        raise ValueError("the two evaluations are not of the same problems: nothing to pair")
+    check_same_problems(before["problems"], after["problems"])
     shared = [k for k in default_ks(before["num_samples"]) if k in default_ks(after["num_samples"])]
     values = [[problem_metrics(row, shared) for row in s["problems"]] for s in (before, after)]
     return {

@@ -124,8 +124,9 @@ def test_finished_is_only_shown_and_changes_start_anew(run_folder, dist, monkeyp
     assert json.loads(Path(cfg.out).read_text())["step"] == 2
 
 
-def test_compare_with_another_file(run_folder, dist, capsys):
-    """Against itself the paired difference is 0 in every metric; other problems are refused."""
+def test_compare_with_another_file(run_folder, dist, monkeypatch, capsys):
+    """Against itself the paired difference is 0 in every metric; other problems are refused,
+    before anything is sampled."""
     cfg = config(run_folder)
     evaluate.run(cfg, dist)
     other = config(run_folder, out=str(run_folder.parent / "b.json"), compare=cfg.out)
@@ -133,8 +134,19 @@ def test_compare_with_another_file(run_folder, dist, capsys):
     difference = json.loads(Path(other.out).read_text())["difference"]
     assert set(difference) == {"greedy", "pass@1", "pass@2", "maj@1", "maj@2"}
     assert all(gain["value"] == 0.0 for gain in difference.values())
+    counts = counted_chunks(monkeypatch)
     with pytest.raises(SystemExit, match="not of the same problems"):
         evaluate.run(dataclasses.replace(other, problem_seed=1), dist)
+    assert not counts
+
+
+def test_half_a_surrogate_pair(run_folder, dist):
+    """A problem and an answer that no UTF-8 can hold are evaluated and kept all the same."""
+    data = run_folder.parent / "rows.jsonl"
+    data.write_text(r'{"question": "1 + 2 \ud800?", "answer": "\ud800"}' + "\n")
+    cfg = config(run_folder, tasks=("jsonl",), problems=str(data))
+    evaluate.run(cfg, dist)
+    assert json.loads(Path(cfg.out).read_text())["problems"][0]["answer"] == "\ud800"
 
 
 def test_samples_cannot_forge_lines_or_drive_a_terminal():
@@ -201,7 +213,7 @@ def test_several_tasks(run_folder, benchmark_files, dist, monkeypatch, capsys):
     paths = {"data": str(benchmark_files), "problems": str(benchmark_files / "own.jsonl")}
     cfg = config(run_folder, num_samples=2, max_new_tokens=3, **paths)
     tasks = ("gsm8k", "math", "jsonl")
-    evaluate.run(dataclasses.replace(cfg, tasks=tasks[:2]), dist)
+    evaluate.run(dataclasses.replace(cfg, tasks=tasks[:2], problems=None), dist)
     counts = counted_chunks(monkeypatch)
     cfg = dataclasses.replace(cfg, tasks=tasks)
     evaluate.run(cfg, dist)
@@ -295,6 +307,7 @@ def test_data_without_heldout_rows_is_refused(run_folder, dist):
         ({"compare": "none.json"}, "--compare none.json: no such file"),
         ({"problems": "none.jsonl"}, "none.jsonl: no such file"),
         ({"max_number": 1, "max_target": 2}, "widen the ranges"),
+        ({"tasks": ("gsm8k",), "problems": "own.jsonl"}, "--problems is read by --tasks jsonl and"),
     ],
 )
 def test_bad_input_is_one_line(run_folder, dist, monkeypatch, changes, message):

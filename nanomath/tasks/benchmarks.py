@@ -152,7 +152,8 @@ def read_benchmark(
 def _question(benchmark: Benchmark, row: dict) -> str:
     question = row.get(benchmark.question)
     if isinstance(question, list):  # messages: the user's first
-        question = question[0].get("content")
+        first = question[0] if question else None
+        question = first.get("content") if isinstance(first, dict) else None
     options = row.get(benchmark.options)
     if isinstance(options, list):
         marked = all(re.match(r"\(?[A-J]\)", str(option)) for option in options)

@@ -46,6 +46,11 @@ def test_layouts(tmp_path):
     (tmp_path / BENCHMARKS["math"].file).write_text('{"problem": "p", "solution": ""}\n')
     with pytest.raises(ValueError, match="math_test.jsonl:1: no problem or solution"):
         read_benchmark("math", tmp_path)
+    for messages in ([], ["q"], [{}]):
+        row = json.dumps({"messages": messages, "answer": "1"}) + "\n"
+        (tmp_path / BENCHMARKS["mgsm_zh"].file).write_text(row)
+        with pytest.raises(ValueError, match="mgsm_zh.jsonl:1: no messages or answer"):
+            read_benchmark("mgsm_zh", tmp_path)
 
 
 def test_own_files(tmp_path):
