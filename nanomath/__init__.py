@@ -19,9 +19,9 @@ Read in this order (the order of the paper, then down into each part):
     ../kernels/        the loss over the vocabulary: reference.py first, then the fused forms
     sampler.py         groups of outputs; draw.py chooses a token, cache.py keeps keys and values
     model.py           the Transformer
-    rewards.py         what an output is worth; tasks/countdown.py, judge/equation.py: who says so
+    rewards.py         what an output is worth; tasks/countdown.py, judge/equation.py: Countdown
     tasks/benchmarks.py   GSM8K, MATH, CMATH, ... and your own questions and answers
-    judge/answers.py   is this the right answer? exact.py its numbers, tokens.py, reader.py its eyes
+    judge/answers.py   is this answer right? exact.py: exact numbers; tokens.py, reader.py: LaTeX
     optim.py, data.py  one weighted step; packed examples and token shards (jsonl.py reads lines)
     corpus/            Sec. 2.1: pages, classifier, domains, decontamination, recall (the loop)
     tokenizer.py       byte-level BPE (tokenizer_json.py: its file, in Hugging Face's layout)
@@ -31,11 +31,11 @@ Read in this order (the order of the paper, then down into each part):
     evaluation.py      Pass@K, Maj@K, intervals; report.py puts a whole run on one page
     run.py             what every trainer owes its users: resume, log, checkpoint, stop
     dist.py            processes, FSDP2; activations.py: what blocks recompute, and torch.compile
-    checkpoint.py      save and resume; lock.py: one trainer a folder; failures.py: ending together
+    checkpoint.py      save and resume; lock.py: one trainer per run; failures.py: ending together
     config.py, log.py  command lines; what a run writes
     plan.py            memory, FLOPs, time, traffic: does it fit, what will it cost
 
 Imports run one way: kernels -> config, dist, failures, lock, log, tokenizer, chat, judge, corpus
 -> model, data, optim -> cache, draw, sampler, checkpoint, rewards, tasks -> grpo, evaluation, run
--> the scripts. This file imports none.
+-> the scripts. This file imports nothing.
 """

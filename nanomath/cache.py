@@ -1,8 +1,8 @@
 """Keys and values while sampling: a prompt's once for its whole group, a row's own apart.
 
 `Transformer.forward(tokens, cache=cache)` asks it where the tokens stand (`positions`) and what
-they attend to (`attend`). Between `load` and the next forward pass that pass fills prompts; every
-other pass adds one token to each row. All tensors are allocated once and never move, and a pass
+they attend to (`attend`). The forward pass right after `load` fills prompts; every other pass adds
+one token to each row. All tensors are allocated once and never move, and a pass
 reads no number from the device, so that a CUDA graph can replay it as long as `shape` is the same.
 """
 
@@ -22,11 +22,12 @@ def cache_bytes_per_token(cfg: ModelConfig, dtype: torch.dtype) -> int:
 
 
 class GroupCache:
-    """Room for `num_places` prompts and `num_rows` rows, at most `per_place` behind one prompt.
+    """Room for `num_places` prompts and `num_rows` rows, at most `per_place` to one prompt.
 
-    A row of n own tokens stands at position prompt_length + n, so nothing depends on padding, on
-    the age of other rows or on where in the batch it stands. Suffixes: A places, R rows, W columns
-    (a prompt's, then the row's own).
+    A place holds one prompt; a row is a sample that continues the prompt of its place. The next
+    token of a row with n of its own is at position prompt_length + n, so nothing depends on
+    padding, on the age of other rows or on where in the batch a row is. Suffixes: A places, R rows,
+    W columns (a prompt's, then the row's own).
     """
 
     def __init__(
@@ -61,19 +62,19 @@ class GroupCache:
         self._loading_P: Tensor | None = None
 
     def load(self, places: Sequence[int], prompt_lengths: Sequence[int]) -> None:
-        """Let the next pass fill these places, one prompt each, padded on the right."""
+        """Make the next pass fill these places: its rows are prompts, padded on the right."""
         device = self.place_R.device
         self._loading_P = torch.tensor(places, device=device)
         self.prompt_length_A[self._loading_P] = torch.tensor(prompt_lengths, device=device)
 
     def open(self, rows: Tensor, places: Tensor) -> None:
-        """Put rows without tokens behind the prompts of `places`."""
+        """Begin rows, without tokens of their own yet, on the prompts of `places`."""
         self.place_R[rows], self.num_own_R[rows] = places, 0
 
     def arrange(
         self, place_of_row: Sequence[int | None], num_places: int, per_place: int, num_blocks: int
     ) -> None:
-        """Let the passes to come run the first rows, of these places, on their first blocks.
+        """Set the shape of the next passes: the first rows, their places, the first blocks.
 
         All queries of a place meet its prompt in one product: cells [place, head, at most
         `per_place` rows] lay it out; a row without a place (an idle one) has none. The blocks must
@@ -97,7 +98,7 @@ class GroupCache:
         self.row_of_cell[: len(row_of_cell)] = row_of_cell.to(self.row_of_cell.device)
 
     def move_rows(self, source: Tensor, target: Tensor) -> None:
-        """Copy rows onto others, which end."""
+        """Copy rows over others, whose tokens are lost."""
         for caches in (self.own_keys, self.own_values):
             for cache in caches:
                 for block in cache[: self.shape[3]]:
@@ -148,7 +149,7 @@ class GroupCache:
         values_AKTE = self.prompt_values[layer].view(-1, num_kv, *self.prompt_values[0].shape[1:])
         values_AKTE[self._loading_P, :, : key_BTKE.shape[1]] = value_BTKE.transpose(1, 2)
         if layer + 1 == len(self.prompt_keys):
-            self._loading_P = None
+            self._loading_P = None  # the last layer's prompts are in: from now on, one token a row
         # Right padding comes after every real token, so causal attention never sees it.
         return attend(query_BTHE, key_BTKE, value_BTKE, None)
 

@@ -65,7 +65,8 @@ class RolloutBatch:
     sequences: per output, prompt and response token ids in one list.
     prompt_lengths, response_lengths: B ints each; the sampled EOS is part of the response.
     advantages_B: float64 [B]. weights_B: float64 [B], 1 / (P G |o_i|) with global P (Eq. 3).
-    num_rows_longest: B of the rank that has most questions; all ranks make that many rows' passes.
+    num_rows_longest: the largest B of any rank. All ranks run as many passes as that takes, some
+        without rows, because sharded ranks must run each pass together.
     sampler_logp_N, ref_logp_N, old_logp_N: packed over response tokens, fp32 or wider.
     """
 
@@ -234,7 +235,7 @@ def objective_of_rows(
     """Return the negated objective J of `rows` (Eq. 3, 4) with its graph, and the METRIC_SUMS.
 
     With old_logp_N None the old policy is the current one: every ratio is 1, with its gradient.
-    status: the kernels' word for bad rows (kernels.check_status).
+    status: where the kernels report bad rows; kernels.check_status raises on them.
     """
     tokens_BT, predicted_N, targets_N = pad_rows(batch, rows, device)
     slices_N = batch.token_slices(rows)

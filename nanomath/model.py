@@ -115,7 +115,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary_frequencies(cfg: ModelConfig, device: torch.device) -> Tensor:
-    """Return the angle per position of each feature pair, fp32 [E/2], to the bit as Llama's."""
+    """Return the angle per position of each feature pair, fp32 [E/2], bit for bit Llama's."""
     pairs = torch.arange(0, cfg.head_size, 2, device=device).float() / cfg.head_size
     freqs = 1.0 / cfg.rope_theta**pairs
     if cfg.rope_original_context is None:
@@ -168,7 +168,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_size = layer, cfg.head_size
         query_width, kv_width = cfg.num_heads * cfg.head_size, cfg.num_kv_heads * cfg.head_size
-        # Three products, not one fused: equal within 10% at these sizes, and Llama's own names.
+        # Three products, not one fused: as fast within 10% at these sizes, and with Llama's names.
         self.q_proj = nn.Linear(cfg.width, query_width, bias=cfg.qkv_bias)
         self.k_proj = nn.Linear(cfg.width, kv_width, bias=cfg.qkv_bias)
         self.v_proj = nn.Linear(cfg.width, kv_width, bias=cfg.qkv_bias)
@@ -234,7 +234,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int, *, std: float = 0.02) -> None:
-        """Draw matrices from normal(0, std), norms 1, biases 0; a seed's are alike on every device.
+        """Draw matrices from normal(0, std), norms 1, biases 0; alike on every device for a seed.
 
         DeepSeek-LLM draws with std 0.006 (arXiv:2401.02954 section 2.3) at widths of 2048 and more;
         the default 0.02 (GPT-2) suits the widths of 128 to 1024 that are trained from nothing here.
@@ -278,7 +278,7 @@ class Transformer(nn.Module):
         mask = None
         if segments_BT is not None:
             same = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
-            # Numbers, not bools: of those each layer would make, and keep, numbers of its own.
+            # A mask of numbers, made once: from bools each layer would make, and keep, its own.
             mask = torch.zeros_like(same, dtype=hidden_BTD.dtype)
             mask.masked_fill_(~same.tril(), float("-inf"))
         rope = rotary_table(self.cfg, positions_BT, hidden_BTD.dtype)
