@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint: accuracy, Pass@K and Maj@K on held-out problems (Sec. 5, 6).
+"""Evaluate a checkpoint: accuracy, Pass@K and Maj@K (Sec. 5, 6).
 
     python evaluate.py --preset cpu --checkpoint runs/grpo --out runs/eval-grpo.json
     python evaluate.py --checkpoint runs/grpo --compare runs/eval-sft.json --out runs/eval-grpo.json
@@ -47,7 +47,7 @@ from nanomath.tasks import Problem, benchmarks, countdown, encode_prompt
 class EvalConfig:
     checkpoint: str = opt("runs/speedrun-cpu/grpo", "run folder, checkpoint or Hugging Face folder")
     tasks: tuple[str, ...] = opt(
-        ("countdown",), "which problems; jsonl: your own, --problems", choices=(*TASKS,)
+        ("countdown",), "which problems; jsonl: your own, in --problems", choices=(*TASKS,)
     )
     out: str = opt("", "JSON file of the figures; empty: CHECKPOINT/evaluation-TASK.json")
     compare: str | None = opt(
@@ -55,21 +55,23 @@ class EvalConfig:
     )
     # Problems
     num_problems: int | None = opt(
-        None, "problems at most of each task; none: all of a file, 1000 generated ones", low=1
+        None, "problems of each task, at most; none: all of a file, or 1000 generated ones", low=1
     )
     data: str = opt("", "folder of the benchmark files; empty: NANOMATH_DATA, else data")
     few_shot: bool = opt(False, "benchmarks: worked examples first, for base models")
     problems: str | None = opt(
         None,
-        'your own JSONL: rows of {"question": .., "answer": ..} for jsonl, for countdown of '
-        '{"nums": [..], "target": n}: its held-out ones',
+        'your own JSONL. For jsonl, {"question": .., "answer": ..}: all rows, those that GRPO '
+        'trained on too. For countdown, {"nums": [..], "target": n}: held-out rows only',
     )
     all_rows: bool = opt(False, "countdown --problems: the rows of the training split too")
     problem_seed: int = opt(0, "seed of the problems; train_grpo.py evaluates on seed 0", low=0)
     num_numbers: tuple[int, ...] = opt((3, 4), "numbers per Countdown problem", low=2, high=5)
     max_number: int = opt(99, "largest given number", low=1)
     max_target: int = opt(100, "largest target", low=1)
-    chat_template: str = opt("plain", "how a prompt is put, chat.py", choices=(*TEMPLATES,))
+    chat_template: str = opt(
+        "plain", "layout of a prompt: as in training, see chat.py", choices=(*TEMPLATES,)
+    )
     prompt_style: str = opt("short", "prompt wording", choices=countdown.STYLES)
     # Sampling
     num_samples: int = opt(
@@ -82,7 +84,7 @@ class EvalConfig:
     chunk_problems: int = opt(64, "problems sampled at once and then saved", low=1)
     shown_problems: int = opt(50, "problems whose outputs are written to the samples file", low=0)
     device: str = opt("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
-    threads: int = opt(0, "torch threads per process; 0: the cores there are", low=0)
+    threads: int = opt(0, "torch threads per process; 0: one per core", low=0)
 
 
 # The problems of train_grpo.py's presets.

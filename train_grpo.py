@@ -1,6 +1,8 @@
 """Train a policy by Group Relative Policy Optimization (Sec. 4, Algorithm 1).
 
     python train_grpo.py --preset cpu --init runs/sft --run_dir runs/grpo
+    python train_grpo.py --init models/qwen --chat_template chatml --problems mine.jsonl \\
+        --rewards answer --reward_weights 1
     torchrun --nproc_per_node 8 train_grpo.py --init runs/sft      # the paper's settings
 
 `train` reads as Algorithm 1. What its phases do is in sampler.py (sampling), rewards.py (rewards)
@@ -54,15 +56,17 @@ class GRPOConfig(RunConfig):
         "run folder, checkpoint or Hugging Face folder to start from",
         may_change=True,
     )
-    chat_template: str = opt("plain", "how a prompt is put, chat.py", choices=(*TEMPLATES,))
+    chat_template: str = opt("plain", "layout of a prompt, see chat.py", choices=(*TEMPLATES,))
     # Problems
     problems: str | None = opt(
-        None, "JSONL of question and answer instead of Countdown; needs --rewards answer"
+        None,
+        "your own JSONL of question and answer, instead of Countdown; one in ten is held out; "
+        "needs --rewards answer, or your own",
     )
     num_numbers: tuple[int, ...] = opt((3, 4), "numbers per Countdown problem", low=2, high=5)
     max_number: int = opt(99, "largest given number", low=1)
     max_target: int = opt(100, "largest target", low=1)
-    num_problems: int = opt(20_000, "training problems", low=1)
+    num_problems: int = opt(20_000, "training problems; of --problems, at most", low=1)
     prompt_style: str = opt("short", "prompt wording", choices=countdown.STYLES)
     # Algorithm 1
     num_iterations: int = opt(1, "outer iterations I: reference <- policy at each", low=1)
@@ -88,15 +92,18 @@ class GRPOConfig(RunConfig):
     beta1: float = opt(0.9, "AdamW (paper silent: as in pretraining)", low=0.0, high=1.0)
     beta2: float = opt(0.95, "AdamW (paper silent: as in pretraining)", low=0.0, high=1.0)
     # Rewards
-    rewards: tuple[str, ...] = opt(("format", "equation"), "reward functions, summed")
+    rewards: tuple[str, ...] = opt(
+        ("format", "equation"),
+        "reward functions, summed: format, equation, answer, my_file.py:my_function",
+    )
     reward_weights: tuple[float, ...] = opt((1.0, 1.0), "one weight per reward function")
     # What is shown
     eval_interval: int = opt(25, "steps between held-out evaluations", low=1)
-    num_eval_problems: int = opt(200, "held-out problems of each", low=1)
+    num_eval_problems: int = opt(200, "problems of one held-out evaluation", low=1)
 
 
 PRESETS = {
-    "countdown_qwen_3b": {  # the well-known Countdown run of Qwen2.5-3B-Instruct, README
+    "countdown_qwen_3b": {  # the well-known Countdown run of Qwen2.5-3B-Instruct
         "num_numbers": (3, 4),
         "prompt_style": "full",
         "lr": 5e-7,
@@ -231,6 +238,7 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock) -> None:
         if tokenizer is None:
             raise ValueError(f"--init {cfg.init} holds no tokenizer.json: texts cannot be encoded")
         use_template(tokenizer, cfg.chat_template)
+        # Its weights are set at the start of each iteration (l.3), or come from a checkpoint.
         reference, _, _ = load_model(cfg.init, dist, compile=cfg.compile)
         reference.requires_grad_(False)
         # On one CPU the policy samples for itself; else a whole copy does, refreshed before use.

@@ -32,7 +32,7 @@ class SFTConfig(RunConfig):
     data: str = opt(
         "runs/speedrun-cpu/solutions.jsonl", "JSON lines: prompt, solution", may_change=True
     )
-    chat_template: str = opt("plain", "how an example is put, chat.py", choices=(*TEMPLATES,))
+    chat_template: str = opt("plain", "layout of an example, see chat.py", choices=(*TEMPLATES,))
     context: int = opt(4096, "tokens per packed row, Sec. 3", low=8)
     batch_size: int = opt(256, "packed rows per step, all ranks together, Sec. 3", low=1)
     num_steps: int = opt(500, "optimizer steps, Sec. 3", low=1)

@@ -59,9 +59,7 @@ class RunConfig:
     )
     seed: int = opt(0, "seed of weights, data order and samples", low=0)
     device: str = opt("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"), may_change=True)
-    threads: int = opt(
-        0, "torch threads per process; 0: the cores there are", low=0, may_change=True
-    )
+    threads: int = opt(0, "torch threads per process; 0: one per core", low=0, may_change=True)
     micro_batch_size: int = opt(
         8,
         "rows of one forward and backward pass; lower it when memory runs out",
@@ -82,7 +80,9 @@ class RunConfig:
     )
     checkpoint_interval: int = opt(50, "steps between checkpoints", low=1, may_change=True)
     keep_checkpoints: int = opt(2, "how many checkpoints to keep", low=1, may_change=True)
-    max_grad_norm: float = opt(1.0, "gradient norm is clipped here (paper silent)", low=0.0)
+    max_grad_norm: float = opt(
+        1.0, "largest gradient norm; a larger one is scaled down (paper silent)", low=0.0
+    )
 
 
 def parse(
@@ -108,7 +108,7 @@ def parse(
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if presets:
         parser.add_argument(
-            "--preset", choices=sorted(presets), help="a set of values; with --help, shown"
+            "--preset", choices=sorted(presets), help="a set of values; add --help to see them"
         )
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):

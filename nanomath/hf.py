@@ -1,15 +1,15 @@
 """Hugging Face folders, in and out: Llama, DeepSeek in Llama's layout, Qwen2 / 2.5, Qwen3 dense.
 
-    model, tokenizer = load_hf("models/deepseek-math-7b-base")
     python -m nanomath.hf --checkpoint runs/grpo --out exported
+    model, tokenizer = load_hf("models/deepseek-math-7b-base")
 
 Every command that takes a checkpoint takes such a folder too (`checkpoint.load_model`). Reading is
 exact or refused: every tensor is used once, and a setting that `model.py` does not have is an error
 that names file and field, raised before any weight is read. Files of code (.py) and pickles (.bin)
 are never opened. Weights stream tensor by tensor, each rank reads only its own rows.
 
-Left to others: what config.json means (hf_config.py), tokenizer files (tokenizer.py). Chat
-templates are not written.
+Left to others: what config.json means (hf_config.py), tokenizer files (tokenizer.py). No chat
+template is written: a program that chats with the exported model must be given one.
 """
 
 from __future__ import annotations
@@ -270,9 +270,11 @@ Made with nanomath, a small reproduction of DeepSeekMath (arXiv:2402.03300). {ab
 
 @dataclass(frozen=True)
 class Config:
-    checkpoint: str = opt("", "run folder, one step's folder or Hugging Face folder to export")
-    out: str = opt("", "folder to write, in Hugging Face's layout; must not exist yet")
-    dtype: str = opt("bf16", "of the weights; fp32 keeps every bit", choices=tuple(DTYPES))
+    checkpoint: str = opt(
+        "", "needed: run folder, one step's folder or Hugging Face folder to export"
+    )
+    out: str = opt("", "needed: folder to write, in Hugging Face's layout; must not exist yet")
+    dtype: str = opt("bf16", "type of the weights; fp32 keeps every bit", choices=tuple(DTYPES))
 
 
 def main(cfg: Config) -> None:

@@ -52,9 +52,11 @@ class PlanConfig:
     max_new_tokens: int = opt(1024, "tokens per output at most, Sec. 4.2", low=1)
     mean_new_tokens: int = opt(512, "tokens per output on average, for the time", low=1)
     max_rows: int = opt(512, "outputs sampled at a time, per GPU: sampler.py", low=1)
-    kl: bool = opt(True, "GRPO keeps a reference model (kl_coef > 0), Sec. 4.2")
+    kl: bool = opt(True, "GRPO keeps a reference model (kl_coef > 0), Sec. 4.2; --no_kl: none")
     micro_batch_size: int = opt(8, "rows of one forward and backward pass", low=1)
-    activation_checkpointing: str = opt("none", "see activations.py", choices=POLICIES)
+    activation_checkpointing: str = opt(
+        "none", "what blocks recompute: see activations.py", choices=POLICIES
+    )
     device: str = opt("cuda", "cuda: bf16 under FSDP2; cpu: fp32", choices=("cuda", "cpu"))
     num_gpus: int = opt(8, "GPUs (or processes on CPUs) W", low=1)
     gpus_per_node: int = opt(8, "GPUs joined by NVLink", low=1)

@@ -490,7 +490,7 @@ def _check_prompts(
 class Config:
     checkpoint: str = opt("", "a run folder, one step's folder or a Hugging Face folder")
     prompt: str = opt("", "text to continue; empty: begin of sequence alone")
-    chat_template: str = opt("plain", "how a prompt is put, chat.py", choices=(*TEMPLATES,))
+    chat_template: str = opt("plain", "layout of a prompt, see chat.py", choices=(*TEMPLATES,))
     num_samples: int = opt(8, "samples", low=1, short="n")
     max_new_tokens: int = opt(256, "tokens at most in a sample", low=1)
     temperature: float = opt(1.0, "0: greedy", low=0.0)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The same on two machines that share this folder. On both: bash runs/two_nodes.sh FIRST_HOST runs/sft
+# GRPO with the paper's settings on two machines of eight GPUs that share this folder. On both:
+# bash runs/two_nodes.sh FIRST_HOST runs/sft
 set -euo pipefail
 cd "$(dirname "$0")/.."
 torchrun --nnodes 2 --nproc_per_node 8 --max-restarts 3 \
