@@ -26,7 +26,7 @@ import torch
 
 from nanomath.chat import TEMPLATES, use_template
 from nanomath.checkpoint import load_model
-from nanomath.config import one_line_errors, opt, parse, to_json, write_json
+from nanomath.config import one_line_errors, opt, parse, to_json, write_json, write_text
 from nanomath.dist import Dist, barrier, setup
 from nanomath.evaluation import (
     TASKS,
@@ -235,13 +235,6 @@ def all_records(
     texts = [path.read_text(encoding="utf-8") for path, _ in parts]
     barrier(dist)  # the first rank removes them
     return [json.loads(line) for text in texts for line in text.splitlines()]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write by temporary file and rename: a file that exists is whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(temporary, path)
 
 
 def sample_pages(records: list[dict[str, Any]]) -> str:

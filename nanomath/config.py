@@ -225,11 +225,15 @@ def to_json(cfg: Any) -> dict[str, Any]:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write JSON by temporary file and rename, so that a reader never sees half of it."""
+    """Write JSON as write_text does."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write by temporary file and rename, so that a reader never sees half of it."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    # Half a surrogate pair, from a user's file, is written as JSON's escape.
+    # Half a surrogate pair, from a user's file, is written as its escape, also JSON's.
     temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(temporary, path)
 

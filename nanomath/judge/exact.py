@@ -71,8 +71,8 @@ def is_formal(name: Exact) -> bool:
 class Algebra:
     """Arithmetic on Exact values; raises Refused when the work or a number grows too large."""
 
-    def __init__(self, work: int = MAX_WORK):
-        self.work_left = work
+    def __init__(self):
+        self.work_left = MAX_WORK
 
     def spend(self, steps: int) -> None:
         self.work_left -= steps

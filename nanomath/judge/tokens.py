@@ -143,12 +143,11 @@ def _text_tokens(command: str, inner: str) -> list[Token]:
 
 def _word_tokens(words: str) -> list[Token]:
     """Return words as one token; those that scale the number before them, as a factor."""
-    match = _SCALE.match(words)
-    if not match:
-        return [Token("word", words)]
-    rest = words[match.end() :]
-    scale = [Token("symbol", "*"), Token("number", str(_SCALES[match[1]]))]
-    return scale + (_word_tokens(rest) if rest else [])
+    tokens = []
+    while match := _SCALE.match(words):
+        tokens += [Token("symbol", "*"), Token("number", str(_SCALES[match[1]]))]
+        words = words[match.end() :]
+    return [*tokens, Token("word", words)] if words else tokens
 
 
 def _letter_tokens(piece: str, spaced: bool, after_number: bool) -> list[Token]:
