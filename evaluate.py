@@ -140,17 +140,16 @@ def load_problems(cfg: EvalConfig, task: str) -> tuple[list[Problem], list[str]]
         )
         return problems, []
     found, bad = countdown.read_jsonl(cfg.problems, style=cfg.prompt_style)
-    problems = [problem for problem in found if cfg.all_rows or is_heldout(problem)]
+    problems = [
+        problem for problem in found
+        if cfg.all_rows or countdown.split_of(**problem.payload) == "heldout"
+    ]  # fmt: skip
     if not problems:
         raise ValueError(
             f"{cfg.problems}: all {len(found)} problems are of the training split; "
             "--all_rows evaluates on them"
         )
     return problems[: cfg.num_problems], data_notes(cfg, len(found), len(problems), bad)
-
-
-def is_heldout(problem: Problem) -> bool:
-    return countdown.split_of(problem.payload["nums"], problem.payload["target"]) == "heldout"
 
 
 def data_notes(cfg: EvalConfig, num_found: int, num_kept: int, bad: list[str]) -> list[str]:
@@ -162,11 +161,6 @@ def data_notes(cfg: EvalConfig, num_found: int, num_kept: int, bad: list[str]) -
         notes.append(
             f"{cfg.problems}: {num_found - num_kept} of {num_found} problems left out, "
             "of the training split (--all_rows keeps them)"
-        )
-    if cfg.num_problems is not None and cfg.num_problems < num_kept:
-        notes.append(
-            f"{cfg.problems}: {num_kept - cfg.num_problems} of {num_kept} problems left out, "
-            f"after the first {cfg.num_problems} (--num_problems)"
         )
     return notes
 

@@ -28,7 +28,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from nanomath.config import one_line_errors, opt, parse
+from nanomath.config import one_line_errors, opt, parse, write_text
 from nanomath.judge.equation import Reading, read_equation
 from nanomath.tasks import Problem
 from nanomath.tasks.expressions import MAX_NUMBERS, expressions, is_reachable, solutions
@@ -357,13 +357,9 @@ def main(cfg: CountdownConfig) -> None:
         max_target=cfg.max_target,
         style=cfg.style,
     )
+    rows = sft_rows(problems, cfg.seed, max_wrong_attempts=cfg.max_wrong_attempts)
     out.parent.mkdir(parents=True, exist_ok=True)
-    # By temporary file and rename: a reader never sees half a data set.
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        for row in sft_rows(problems, cfg.seed, max_wrong_attempts=cfg.max_wrong_attempts):
-            file.write(json.dumps(row) + "\n")
-    os.replace(temporary, out)
+    write_text(out, "".join(json.dumps(row) + "\n" for row in rows))
     print(f"{out}: {len(problems)} worked solutions")
 
 
