@@ -34,6 +34,7 @@ from nanomath.judge.tokens import (
     MAX_DIGITS,
     Token,
     normalise,
+    spell_out,
     tokenize,
     unit_of,
     without_text_commands,
@@ -43,14 +44,6 @@ MAX_CHARS = 1000
 MAX_DEPTH = 30
 
 _PLAIN = re.compile(r"[-+]?\d{1,100}(?:\.\d{1,100})?")
-_THOUSANDS = re.compile(
-    r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])|(?<![\d. ])\d{1,3}(?: \d{3})+$"
-)
-_MIXED = re.compile(
-    r"(?<![\d.^_}])(\d{1,15})"
-    r"(?: ?\\frac ?\{(\d{1,15})\} ?\{(\d{1,15})\}(?!\^)| (\d{1,15})/(\d{1,15})(?![\d.^]))"
-)
-_REPEATING = re.compile(r"(\d{0,50})\.(\d{0,50})\\(?:overline|bar|dot) ?(?:\{(\d{1,50})\}|(\d))")
 _CHOICE = re.compile(r"\(?([A-Z]|[A-J](?:[ ,]{0,2}[A-J]){1,9})\)?\.?")
 # An option with its text, "(C) 12"; no other letter may stand in it: "(A) or (B)" names two.
 _OPTION = re.compile(
@@ -96,9 +89,7 @@ def read_value(text: str, *, thousands: bool = True) -> Value:
     try:
         if _WORD.fullmatch(shown):
             raise Refused("a word")
-        if thousands and text[:1] not in "([{\\":
-            text = _THOUSANDS.sub(lambda match: re.sub("[, ]", "", match[0]), text)
-        tokens = tokenize(_MIXED.sub(_mixed, _REPEATING.sub(_repeating, text)))
+        tokens = tokenize(spell_out(text, thousands=thousands))
         value = Reader(tokens, 1).answer()
         if any(token.text in (r"\pm", r"\mp") for token in tokens):
             value = _both_signs(value, Reader(tokens, -1).answer())
@@ -112,19 +103,6 @@ def option_letter(text: str) -> str | None:
     """Return the letter of "(C) 12" and "C. 12"."""
     match = _OPTION.fullmatch(text)
     return (match[1] or match[2]) if match else None
-
-
-def _mixed(match: re.Match) -> str:
-    """Spell out "3 1/2" and "3\\frac12", where the fraction is proper."""
-    whole, top, bottom = match[1], match[2] or match[4], match[3] or match[5]
-    return f"({whole}+{top}/{bottom})" if 0 < int(top) < int(bottom) else match[0]
-
-
-def _repeating(match: re.Match) -> str:
-    """Write 0.1\\overline{6} as (16 - 1)/90."""
-    whole, start, period = match[1], match[2], match[3] or match[4]
-    top = int(whole + start + period) - int(whole + start or 0)
-    return f"({top}/{(10 ** len(period) - 1) * 10 ** len(start)})"
 
 
 def _both_signs(plus: Value, minus: Value) -> Value:

@@ -64,6 +64,36 @@ def without_text_commands(text: str) -> str:
     return _TEXT_COMMAND.sub(r"\1", text).strip()
 
 
+_THOUSANDS = re.compile(
+    r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])|(?<![\d. ])\d{1,3}(?: \d{3})+$"
+)
+_MIXED = re.compile(
+    r"(?<![\d.^_}])(\d{1,15})"
+    r"(?: ?\\frac ?\{(\d{1,15})\} ?\{(\d{1,15})\}(?!\^)| (\d{1,15})/(\d{1,15})(?![\d.^]))"
+)
+_REPEATING = re.compile(r"(\d{0,50})\.(\d{0,50})\\(?:overline|bar|dot) ?(?:\{(\d{1,50})\}|(\d))")
+
+
+def spell_out(text: str, *, thousands: bool) -> str:
+    """Write repeating decimals and mixed numbers as fractions, and numbers without separators."""
+    if thousands and text[:1] not in "([{\\":
+        text = _THOUSANDS.sub(lambda match: re.sub("[, ]", "", match[0]), text)
+    return _MIXED.sub(_mixed, _REPEATING.sub(_repeating, text))
+
+
+def _mixed(match: re.Match) -> str:
+    """Spell out "3 1/2" and "3\\frac12", where the fraction is proper."""
+    whole, top, bottom = match[1], match[2] or match[4], match[3] or match[5]
+    return f"({whole}+{top}/{bottom})" if 0 < int(top) < int(bottom) else match[0]
+
+
+def _repeating(match: re.Match) -> str:
+    """Write 0.1\\overline{6} as (16 - 1)/90."""
+    whole, start, period = match[1], match[2], match[3] or match[4]
+    top = int(whole + start + period) - int(whole + start or 0)
+    return f"({top}/{(10 ** len(period) - 1) * 10 ** len(start)})"
+
+
 class Token(NamedTuple):
     kind: str  # number, letter, word, command, symbol, or end
     text: str
