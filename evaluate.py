@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from nanomath.chat import TEMPLATES, use_template
+from nanomath.chat import CHOICES, use_template
 from nanomath.checkpoint import load_model
 from nanomath.config import one_line_errors, opt, parse, to_json, write_json, write_text
 from nanomath.dist import Dist, barrier, setup
@@ -70,7 +70,7 @@ class EvalConfig:
     max_number: int = opt(99, "largest given number", low=1)
     max_target: int = opt(100, "largest target", low=1)
     chat_template: str = opt(
-        "plain", "layout of a prompt: as in training, see chat.py", choices=(*TEMPLATES,)
+        "auto", "layout of a prompt, see chat.py; auto: as trained, else plain", choices=CHOICES
     )
     prompt_style: str = opt("short", "prompt wording", choices=countdown.STYLES)
     # Sampling

@@ -2,7 +2,7 @@
 
     python train_grpo.py --preset cpu --init runs/sft --run_dir runs/grpo
     python train_grpo.py --init models/qwen --chat_template chatml --problems mine.jsonl \\
-        --rewards answer --reward_weights 1
+        --rewards answer
     torchrun --nproc_per_node 8 train_grpo.py --init runs/sft      # the paper's settings
 
 `train` reads as Algorithm 1. What its phases do is in sampler.py (sampling), rewards.py (rewards)
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanomath.chat import TEMPLATES, use_template
+from nanomath.chat import CHOICES, use_template
 from nanomath.checkpoint import load_model
 from nanomath.config import RunConfig, one_line_errors, opt, parse
 from nanomath.data import epoch_order
@@ -56,7 +56,9 @@ class GRPOConfig(RunConfig):
         "run folder, checkpoint or Hugging Face folder to start from",
         may_change=True,
     )
-    chat_template: str = opt("plain", "layout of a prompt, see chat.py", choices=(*TEMPLATES,))
+    chat_template: str = opt(
+        "auto", "layout of a prompt, see chat.py; auto: as trained, else plain", choices=CHOICES
+    )
     # Problems
     problems: str | None = opt(
         None,
@@ -96,7 +98,7 @@ class GRPOConfig(RunConfig):
         ("format", "equation"),
         "reward functions, summed: format, equation, answer, my_file.py:my_function",
     )
-    reward_weights: tuple[float, ...] = opt((1.0, 1.0), "one weight per reward function")
+    reward_weights: tuple[float, ...] = opt((), "a weight for each reward function; none: 1 each")
     # What is shown
     eval_interval: int = opt(25, "steps between held-out evaluations", low=1)
     num_eval_problems: int = opt(200, "problems of one held-out evaluation", low=1)
@@ -186,7 +188,8 @@ def judge(
             texts.append(tokenizer.decode(tokens_T[:length]))
     group_size = rollouts.lengths_PG.shape[1]
     repeated = [problem for problem in problems for _ in range(group_size)]
-    totals, parts = compute_rewards(repeated, texts, cfg.rewards, cfg.reward_weights)
+    weights = cfg.reward_weights or (1.0,) * len(cfg.rewards)
+    totals, parts = compute_rewards(repeated, texts, cfg.rewards, weights)
     values = [float("nan") if total is None else total for total in totals]
     rewards_PG = torch.tensor(values, dtype=torch.float64).view(len(problems), group_size)
     return rewards_PG, texts, parts
@@ -321,7 +324,7 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock) -> None:
 
 def check(cfg: GRPOConfig, dist: Dist) -> None:
     """Refuse what would only fail in the middle of a step. Raises ValueError."""
-    if len(cfg.rewards) != len(cfg.reward_weights):
+    if cfg.reward_weights and len(cfg.rewards) != len(cfg.reward_weights):
         raise ValueError("--reward_weights needs one weight for each of --rewards")
     labels = [reward_label(name) for name in cfg.rewards]
     if len(set(labels)) != len(labels):
@@ -330,7 +333,7 @@ def check(cfg: GRPOConfig, dist: Dist) -> None:
         load_reward(name)
     if cfg.problems and "equation" in cfg.rewards:
         raise ValueError(
-            "--problems needs --rewards answer --reward_weights 1: equation is Countdown's"
+            "--problems needs --rewards answer, or one of your own: equation is Countdown's"
         )
     parts = cfg.num_minibatches * dist.world_size
     if cfg.num_minibatches > 1 and cfg.batch_size % parts:

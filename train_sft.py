@@ -9,7 +9,7 @@ inside each. The loss is on solution tokens only, every one with the same weight
 
 from dataclasses import dataclass
 
-from nanomath.chat import TEMPLATES, use_template
+from nanomath.chat import CHOICES, use_template
 from nanomath.checkpoint import load_model
 from nanomath.config import RunConfig, one_line_errors, opt, parse
 from nanomath.data import PackedExamples, encode_examples, epoch_order
@@ -32,7 +32,9 @@ class SFTConfig(RunConfig):
     data: str = opt(
         "runs/speedrun-cpu/solutions.jsonl", "JSON lines: prompt, solution", may_change=True
     )
-    chat_template: str = opt("plain", "layout of an example, see chat.py", choices=(*TEMPLATES,))
+    chat_template: str = opt(
+        "auto", "layout of a prompt, see chat.py; auto: as trained, else plain", choices=CHOICES
+    )
     context: int = opt(4096, "tokens per packed row, Sec. 3", low=8)
     batch_size: int = opt(256, "packed rows per step, all ranks together, Sec. 3", low=1)
     num_steps: int = opt(500, "optimizer steps, Sec. 3", low=1)

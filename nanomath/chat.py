@@ -65,14 +65,19 @@ TEMPLATES = {
         strip=True,
     ),
 }
+CHOICES = ("auto", *TEMPLATES)  # of --chat_template
 _CONTROL = re.compile(r"(<\|\w+\|>|<bos\??>|<eos>)")
 
 
 def use_template(tokenizer: Any, name: str) -> None:
     """Set the template of a tokenizer, and stop its samples where an answer ends.
 
+    name auto: the one that its checkpoint was trained with, which is saved beside it, else plain.
     Raises ValueError naming the template's control tokens that the tokenizer lacks.
     """
+    name = tokenizer.template if name == "auto" else name
+    if name not in tuple(TEMPLATES):
+        raise ValueError(f"chat template {name!r}; known are {', '.join(TEMPLATES)}")
     template = TEMPLATES[name]
     layouts = template.start + template.user + template.assistant
     named = {*_CONTROL.findall(layouts)} - {"<bos?>"}

@@ -20,6 +20,7 @@ import difflib
 import json
 import math
 import os
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -127,7 +128,9 @@ class _Parser(argparse.ArgumentParser):
     """argparse without prefixes, whose error for an unknown flag names the nearest one."""
 
     def __init__(self, **kwargs: Any):
-        super().__init__(allow_abbrev=False, **kwargs)
+        spec = sys.modules["__main__"].__spec__  # of a module run by python -m
+        prog = f"python -m {spec.name}" if spec and spec.name.startswith("nanomath.") else None
+        super().__init__(prog=prog, allow_abbrev=False, **kwargs)
 
     def parse_args(self, args=None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)

@@ -94,7 +94,11 @@ def _shape(name: str) -> dict[str, int]:
 
 PRESETS = {
     "deepseek_llm_1b3": _shape("deepseek_llm_1b3"),
-    "deepseekmath_7b": {**_shape("deepseek_llm_7b"), "pretrain_rows": 2560},  # Sec. 2.3
+    "deepseekmath_7b": {  # Sec. 2.3
+        **_shape("deepseek_llm_7b"),
+        "pretrain_rows": 2560,
+        "activation_checkpointing": "full",
+    },
 }
 
 

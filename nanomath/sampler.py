@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from nanomath.cache import GroupCache, cache_bytes_per_token
-from nanomath.chat import TEMPLATES, prompt_ids, use_template
+from nanomath.chat import CHOICES, prompt_ids, use_template
 from nanomath.checkpoint import load_model
 from nanomath.config import one_line_errors, opt, parse
 from nanomath.dist import setup
@@ -490,7 +490,9 @@ def _check_prompts(
 class Config:
     checkpoint: str = opt("", "a run folder, one step's folder or a Hugging Face folder")
     prompt: str = opt("", "text to continue; empty: begin of sequence alone")
-    chat_template: str = opt("plain", "layout of a prompt, see chat.py", choices=(*TEMPLATES,))
+    chat_template: str = opt(
+        "auto", "layout of a prompt, see chat.py; auto: as trained, else plain", choices=CHOICES
+    )
     num_samples: int = opt(8, "samples", low=1, short="n")
     max_new_tokens: int = opt(256, "tokens at most in a sample", low=1)
     temperature: float = opt(1.0, "0: greedy", low=0.0)

@@ -26,7 +26,16 @@ import tiktoken
 from nanomath.config import one_line_errors, opt, parse, write_json
 from nanomath.jsonl import read_jsonl
 from nanomath.log import progress
-from nanomath.tokenizer_json import BOS, EOS, PAD, compile_split, dump_layout, load_parts, read_json
+from nanomath.tokenizer_json import (
+    BOS,
+    EOS,
+    PAD,
+    TEMPLATE_KEY,
+    compile_split,
+    dump_layout,
+    load_parts,
+    read_json,
+)
 
 ADDED_TOKENS = ("<think>", "</think>", "<answer>", "</answer>")
 CONTROL_TOKENS = (EOS, BOS, PAD)  # the only one that is sampled comes first: sample_limit
@@ -70,6 +79,7 @@ class Tokenizer:
         add_bos: bool = True,
         stop_ids: Sequence[int] = (),
         nfc: bool = False,
+        template: str = "plain",
     ):
         self.ranks, self.splits = dict(ranks), tuple(splits)
         self.added, self.control, self.nfc = dict(added), dict(control), nfc
@@ -77,7 +87,7 @@ class Tokenizer:
         self.bos_id, self.add_bos = None if bos is None else control[bos], add_bos
         self.eos_id, self.pad_id = control[eos], control[pad]
         self.stop_ids = tuple(dict.fromkeys((self.eos_id, *stop_ids)))
-        self.template = "plain"  # chat.py's: its use_template adds to stop_ids, too
+        self.template = template  # chat.py's: its use_template adds to stop_ids, too
         self._bytes = {token_id: token for token, token_id in self.ranks.items()}
         self._bytes |= {token_id: text.encode() for text, token_id in self.added.items()}
         self._bytes |= dict.fromkeys(self.control.values(), b"")
@@ -229,7 +239,7 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         kind = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        names = {"add_bos_token": self.add_bos, **self.names}
+        names = {"add_bos_token": self.add_bos, **self.names, TEMPLATE_KEY: self.template}
         write_json(folder / "tokenizer_config.json", {**kind, **names})
         ids = {"bos_token_id": self.bos_id, "pad_token_id": self.pad_id}
         write_json(folder / "generation_config.json", {"eos_token_id": list(self.stop_ids), **ids})

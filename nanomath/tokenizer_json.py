@@ -13,6 +13,7 @@ from typing import Any
 import regex
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"  # control tokens, where a file names no others
+TEMPLATE_KEY = "nanomath_chat_template"  # in tokenizer_config.json: what the model was trained with
 
 # What Unicode 17 and 18 assigned: letters, digits and signs to the `regex` package, nothing yet to
 # the engine of `tokenizers`, which knows Unicode 16. A test compares all code points.
@@ -168,7 +169,9 @@ def load_parts(folder: Path) -> dict:
         read = generated
         stop_ids = _parse_stop_ids(generation.get("eos_token_id"), parts)
         read = named
-        return {**parts, **_parse_names(config, first, parts, stop_ids), "stop_ids": stop_ids}
+        names = _parse_names(config, first, parts, stop_ids)
+        template = config.get(TEMPLATE_KEY, "plain")
+        return {**parts, **names, "stop_ids": stop_ids, "template": template}
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{read}: not a complete {read.name} ({error!r})") from None
     except (ValueError, OverflowError, regex.error) as error:

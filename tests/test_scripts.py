@@ -296,7 +296,7 @@ def test_grpo_on_own_problems(tmp_path, tokenizer, monkeypatch, capsys):
     argv = [*SMALL_GRPO, "--init", start, "--run_dir", tmp_path / "grpo"]
     argv += ["--num_steps", "2", "--problems", tmp_path / "own.jsonl"]
     assert "needs --rewards answer" in message(train_grpo, argv, monkeypatch, capsys)
-    argv += ["--rewards", "answer", "--reward_weights", "1"]
+    argv += ["--rewards", "answer"]
     run_script(train_grpo, argv, monkeypatch)
     last = read_metrics(tmp_path / "grpo")[-1]
     assert (last["reward_answer"], last["no_reward"], last["heldout_pass@1"]) == (0.0, 0.0, 0.0)

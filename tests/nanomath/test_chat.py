@@ -179,6 +179,28 @@ def test_prompt_and_answer_are_the_chat(family):
     assert answer[-1] == end_id and tokenizer.decode(whole[len(prompt + answer) :]).strip() == ""
 
 
+def test_a_saved_template_is_taken_again(family, tmp_path):
+    """What a model was trained with comes back by `auto`: same ids and stops; a flag wins."""
+    name, tokenizer, folder = family
+    tokenizer = Tokenizer.load(folder)
+    use_template(tokenizer, name)
+    tokenizer.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    use_template(again, "auto")
+    assert prompt_ids(again, "1 + 2?") == prompt_ids(tokenizer, "1 + 2?")
+    assert again.stop_ids == tokenizer.stop_ids
+    use_template(again, "plain")
+    assert prompt_ids(again, "1 + 2?") == again.encode("1 + 2?", bos=True)
+    fresh = Tokenizer.load(folder)
+    use_template(fresh, "auto")
+    assert fresh.template == "plain"
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["nanomath_chat_template"] = ["chatml"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="chat template .* known are plain"):
+        use_template(Tokenizer.load(tmp_path), "auto")
+
+
 def test_sampling_stops_where_the_turn_ends(family, monkeypatch):
     """The sampler's command and evaluation give the template's prompt ids and its stop ids."""
     name, _, folder = family

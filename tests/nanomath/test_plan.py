@@ -216,6 +216,8 @@ def test_known_models():
 def test_following_the_advice_makes_it_fit():
     """Where a stage does not fit, the flags that the advice names make it fit."""
     cfg = plan.PlanConfig(**plan.PRESETS["deepseekmath_7b"])
+    assert [plan.advice(cfg, stage) for stage in ("pretrain", "sft")] == ["fits", "fits"]
+    cfg = replace(cfg, activation_checkpointing="none")
     for stage in plan.STAGES:
         text = plan.advice(cfg, stage)
         assert text.startswith("NO; fits with --")
