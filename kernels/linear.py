@@ -26,7 +26,7 @@ from kernels.rows import (
 
 # On a CPU a chunk's logits should stay in the cache (1M are 4 MiB), but each chunk also reads the
 # head twice and its gradient once: below 256 rows that is what it would wait for.
-CPU_CHUNK_ELEMENTS = 2**20
+CPU_CHUNK_ELEMENTS = 2**20  # a thread
 CPU_CHUNK_MIN_ROWS = 256
 GPU_CHUNK_ROWS = 8192  # each chunk re-reads and re-writes the fp32 head gradient: 4-9% at 4096-8192
 
@@ -106,7 +106,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
             ids_N = torch.arange(num_rows, device=hidden_ND.device)
             rows = rows._replace(ids_N=ids_N).take(index_M)
             hidden_MD = hidden_ND[index_M]
-        grad_hidden_MD = torch.empty_like(hidden_MD) if needs_grads[0] else None
+        grad_hidden_MD = hidden_MD.new_empty(hidden_MD.shape) if needs_grads[0] else None
         grad_head_VD = _new_head_grad(head_VD) if needs_grads[1] else None
         stats = RowStats.new(hidden_MD, len(index_M), has_loss=True)
         _run_chunks(
@@ -117,7 +117,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         if dropped:
             stats = stats.spread(index_M, num_rows)
             if grad_hidden_MD is not None:
-                grad_ND = torch.zeros_like(hidden_ND)
+                grad_ND = hidden_ND.new_zeros(hidden_ND.shape)
                 grad_hidden_MD = grad_ND.index_copy_(0, index_M, grad_hidden_MD)
         if grad_head_VD is not None:
             grad_head_VD = grad_head_VD.to(head_VD.dtype)
@@ -157,6 +157,8 @@ def _run_chunks(
 ) -> None:
     """Fill stats and the wanted gradients, chunk by chunk, with one buffer for the logits."""
     num_rows, vocab_size = hidden_ND.shape[0], head_VD.shape[0]
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     if num_rows == 0:
         if grad_head_VD is not None:
             grad_head_VD.zero_()
@@ -190,7 +192,8 @@ def _numbered(rows: Rows, span: slice) -> Rows:
 
 def _default_chunk_rows(hidden_ND: Tensor, vocab_size: int) -> int:
     if hidden_ND.device.type == "cpu":
-        return max(CPU_CHUNK_MIN_ROWS, CPU_CHUNK_ELEMENTS // vocab_size)
+        elements = CPU_CHUNK_ELEMENTS * torch.get_num_threads()
+        return max(CPU_CHUNK_MIN_ROWS, elements // vocab_size)
     device = hidden_ND.device
     free_bytes, _ = torch.cuda.mem_get_info(device)  # does not count what torch holds unused
     free_bytes += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

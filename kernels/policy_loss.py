@@ -105,6 +105,9 @@ def run_rows(
     if uses_triton(logits_NV):
         from kernels.policy_loss_triton import launch_rows
 
+        word = (torch.int64, (1,), logits_NV.device)
+        if status is not None and (status.dtype, status.shape, status.device) != word:
+            raise ValueError(f"status must be int64 [1] on {logits_NV.device}: see check_status")
         launch_rows(logits_NV, rows, settings, stats, grad_NV, status)
     else:
         policy_loss_torch.run_rows(logits_NV, rows, settings, stats, grad_NV)
@@ -164,7 +167,8 @@ class _PolicyLossFromLogits(torch.autograd.Function):
         logits_NV = logits_NV.detach()
         grad_NV = None
         if needs_grad:
-            grad_NV = logits_NV if inplace else torch.empty_like(logits_NV)
+            # Row by row in memory, as the kernels write it, however the logits lie.
+            grad_NV = logits_NV if inplace else logits_NV.new_empty(logits_NV.shape)
         stats = RowStats.new(logits_NV, logits_NV.shape[0], has_loss=True)
         # The Triton kernel skips rows of weight 0 itself: finding them here would wait for it.
         index_M = None if uses_triton(logits_NV) else rows.weights_N.nonzero()[:, 0]

@@ -11,7 +11,6 @@ from torch import Tensor
 from kernels.rows import LossSettings, Rows, RowStats, bad_row_error
 
 BLOCK_ELEMENTS = 2**19  # logits per block: 2 MiB in fp32, so that its buffers stay in the cache
-FLOOR = -1e30  # stands for -inf, where 0 * -inf would be NaN: its share of the entropy is 0
 
 
 def run_rows(
@@ -20,47 +19,50 @@ def run_rows(
     """Fill stats, and grad_NV (which may be logits_NV) with d(sum w loss)/dlogits if given."""
     num_rows, vocab_size = logits_NV.shape
     dtype = stats.logp_N.dtype
-    block = max(1, min(num_rows, BLOCK_ELEMENTS // vocab_size))
+    threads = torch.get_num_threads()
+    # With several threads each operation ends in a wait for all: fewer, larger blocks.
+    elements = BLOCK_ELEMENTS * (1 if threads == 1 else 2 * threads)
+    block = max(1, min(num_rows, elements // vocab_size))
     centred = torch.empty(block, vocab_size, dtype=dtype, device=logits_NV.device)
     direct = grad_NV is not None and grad_NV.dtype == dtype
     exps = None if direct else torch.empty_like(centred)
-    targets_N = _checked_targets(rows, vocab_size)
+    rows = rows._replace(targets_N=_checked_targets(rows, vocab_size))
     _check_finite(rows)
     for start in range(0, num_rows, block):
         span = slice(start, min(start + block, num_rows))
         size = span.stop - start
         exps_BV = grad_NV[span] if direct else exps[:size]
-        _run_block(
-            logits_NV[span], targets_N[span], rows.take(span), settings, stats.take(span),
-            centred[:size], exps_BV, grad_NV is not None,
-        )  # fmt: skip
-        if grad_NV is not None and not direct:
+        slope_B, sum_B = _run_block(
+            logits_NV[span], rows.take(span), settings, stats.take(span), centred[:size], exps_BV
+        )
+        if grad_NV is None:
+            continue
+        exps_BV.mul_((-slope_B / sum_B).to(dtype)[:, None])
+        exps_BV.scatter_add_(1, rows.targets_N[span, None], slope_B.to(dtype)[:, None])
+        if not direct:
             grad_NV[span].copy_(exps_BV)
 
 
 def _run_block(
     logits_BV: Tensor,
-    targets_B: Tensor,
     rows: Rows,
     settings: LossSettings,
     stats: RowStats,
     centred_BV: Tensor,
     exps_BV: Tensor,
-    needs_grad: bool,
-) -> None:
-    """One block; exps_BV ends as the gradient. It may be the memory of logits_BV."""
+) -> tuple[Tensor | None, Tensor]:
+    """Fill stats, and exps_BV with e^((x - max)/T); it may be the memory of logits_BV. Return
+    (weight * dloss/dlogp / T, or None without weights; sum of exps_BV) of each row, in float64."""
     max_B1 = logits_BV.amax(1, keepdim=True).to(centred_BV.dtype)
-    if logits_BV.dtype == centred_BV.dtype:
-        torch.sub(logits_BV, max_B1, out=centred_BV)
-    else:
-        centred_BV.copy_(logits_BV).sub_(max_B1)
     # The target's difference in float64: two fp32 logits 160 apart would give it 8e-6 wrong.
-    target_B1 = logits_BV.gather(1, targets_B[:, None]).double() - max_B1
+    target_B1 = logits_BV.gather(1, rows.targets_N[:, None]).double() - max_B1
     target_B = target_B1[:, 0] / settings.temperature
-    centred_BV.mul_(1.0 / settings.temperature).clamp_(min=FLOOR)
+    torch.sub(logits_BV, max_B1, out=centred_BV)
+    if settings.temperature != 1.0:
+        centred_BV.mul_(1.0 / settings.temperature)
     torch.exp(centred_BV, out=exps_BV)
     sum_B = exps_BV.sum(1).double()
-    moment_B = centred_BV.mul_(exps_BV).sum(1).double()
+    moment_B = centred_BV.mul_(exps_BV).nansum(1).double()  # an entry of -inf makes 0 * -inf: 0
     log_sum_B = sum_B.log()
     logp_B = target_B - log_sum_B
     if not bool(logp_B.isfinite().all()):
@@ -68,13 +70,9 @@ def _run_block(
     stats.logp_N.copy_(logp_B)
     stats.entropy_N.copy_(log_sum_B - moment_B / sum_B)
     if rows.weights_N is None:
-        return
+        return None, sum_B
     slope_B = _loss_and_slope(logp_B, rows, settings, stats)
-    if needs_grad:
-        slope_B *= rows.weights_N / settings.temperature
-        exps_BV.mul_((-slope_B / sum_B).to(exps_BV.dtype)[:, None])
-        at_target_B1 = slope_B.to(exps_BV.dtype)[:, None]
-        exps_BV.scatter_add_(1, targets_B[:, None], at_target_B1)
+    return slope_B * rows.weights_N / settings.temperature, sum_B
 
 
 def _loss_and_slope(logp_B: Tensor, rows: Rows, settings: LossSettings, stats: RowStats) -> Tensor:

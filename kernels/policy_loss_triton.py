@@ -17,6 +17,7 @@ interpreter. Not measured: no claim is made before `ncu` has counted the bytes.
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,7 +30,12 @@ FLOOR = tl.constexpr(-1e30)
 PER_THREAD = tl.constexpr(8)  # logits a thread loads at a time: 16 bytes of bf16
 
 
-@triton.jit
+# Lengths and chunks shift these pointers by any number of rows: that must not compile again.
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        name.removesuffix("_N") + "_ptr" for name in Rows._fields + RowStats._fields
+    ]
+)
 def policy_loss_kernel(
     logits_ptr,  # (N, V) bf16, fp16 or fp32, row stride = logits_stride
     grad_ptr,  # (N, V) dtype of the logits, row stride = grad_stride; may be logits_ptr; or None
@@ -77,7 +83,11 @@ def policy_loss_kernel(
         old_logp = tl.load(old_logp_ptr + row).to(tl.float64)
     if ref_logp_ptr is not None:
         ref_logp = tl.load(ref_logp_ptr + row).to(tl.float64)
-    row_max, row_sum, moment = _log_sum_exp(logits_ptr, vocab_size, exponent_scale, THREADS)
+    # Kept in the L2 cache for sweep 2, if there is one.
+    EVICTION: tl.constexpr = "evict_first" if grad_ptr is None else "evict_last"
+    row_max, row_sum, moment = _log_sum_exp(
+        logits_ptr, vocab_size, exponent_scale, EVICTION, THREADS
+    )
 
     # The row's scalars, in float64: a difference of log-probabilities must not lose digits.
     log_sum = tl.log(row_sum.to(tl.float64))
@@ -118,20 +128,22 @@ def policy_loss_kernel(
 
 
 @triton.jit
-def _log_sum_exp(logits_ptr, vocab_size, exponent_scale, THREADS: tl.constexpr):
+def _log_sum_exp(
+    logits_ptr, vocab_size, exponent_scale, EVICTION: tl.constexpr, THREADS: tl.constexpr
+):
     """Sweep 1: m = max x, s = sum e^((x-m)/T), w = sum (x-m) e^((x-m)/T), per thread, then of the
     row. 7 instructions a logit, no reduction among threads inside the loop."""
     offsets = _offsets(THREADS)
     m = tl.full([THREADS], FLOOR, tl.float32)
     s = tl.zeros([THREADS], tl.float32)
     w = tl.zeros([THREADS], tl.float32)
-    first = _load(logits_ptr, offsets, vocab_size, "evict_last")
-    second = _load(logits_ptr, THREADS * PER_THREAD + offsets, vocab_size, "evict_last")
+    first = _load(logits_ptr, offsets, vocab_size, EVICTION)
+    second = _load(logits_ptr, THREADS * PER_THREAD + offsets, vocab_size, EVICTION)
     for start in range(0, vocab_size, THREADS * PER_THREAD):
         x = first.to(tl.float32)
         first = second
         ahead = start + 2 * THREADS * PER_THREAD + offsets
-        second = _load(logits_ptr, ahead, vocab_size, "evict_last")
+        second = _load(logits_ptr, ahead, vocab_size, EVICTION)
         new_m = tl.maximum(m, tl.max(x, axis=1))
         rescale = tl.exp2((m - new_m) * exponent_scale)
         w = (w + s * (m - new_m)) * rescale
@@ -250,26 +262,20 @@ def launch_rows(
     # With one sweep there is nothing to keep in the L2: several rows an SM hide each other's waits.
     most = 8 if grad_NV is None else 32
     warps = max(1, min(most, triton.next_power_of_2(vocab_size) // (32 * PER_THREAD.value)))
-    policy_loss_kernel[(num_rows,)](
-        logits_NV,
-        grad_NV,
-        *rows,
-        *stats,
-        status,
-        logits_NV.stride(0),
-        0 if grad_NV is None else grad_NV.stride(0),
-        vocab_size,
-        1.0 / settings.temperature,
-        *(settings.clip_eps_low, settings.clip_eps_high, settings.kl_coef),
-        THREADS=32 * warps,
-        num_warps=warps,
-    )
+    strides = logits_NV.stride(0), 0 if grad_NV is None else grad_NV.stride(0)
+    with torch.cuda.device_of(logits_NV):  # Triton launches on the current one
+        policy_loss_kernel[(num_rows,)](
+            logits_NV, grad_NV, *rows, *stats, status, *strides, vocab_size,
+            1.0 / settings.temperature, settings.clip_eps_low, settings.clip_eps_high,
+            settings.kl_coef, THREADS=32 * warps, num_warps=warps,
+        )  # fmt: skip
 
 
 def launch_scale(grad: Tensor, upstream: Tensor) -> None:
     """Multiply a gradient matrix by the upstream gradient (a device scalar) in place."""
     num_rows, num_columns = grad.shape
     block = min(4096, triton.next_power_of_2(num_columns))
-    scale_kernel[(min(num_rows, 1024),)](
-        grad, upstream, grad.stride(0), num_rows, num_columns, BLOCK=block
-    )
+    with torch.cuda.device_of(grad):
+        scale_kernel[(min(num_rows, 1024),)](
+            grad, upstream, grad.stride(0), num_rows, num_columns, BLOCK=block
+        )

@@ -32,17 +32,20 @@ driver.set_active(Driver())
 for kernel in (source.policy_loss_kernel, source.scale_kernel):
     kernel.run = lambda *args, run=kernel.run, **kwargs: run(*args, **kwargs | {"warmup": True})
 
-def launch(kind, num_rows, vocab_size, settings, dtype=torch.bfloat16, stride=None):
+def launch(kind, num_rows, vocab_size, settings, dtype=torch.bfloat16, stride=None, first=0):
     logits_NV = torch.zeros(num_rows, stride or vocab_size, dtype=dtype)[:, :vocab_size]
-    ones_N, ids_N = torch.ones(num_rows), torch.zeros(num_rows, dtype=torch.int64)
+    ones_N, ids_N = torch.ones(first + num_rows), torch.zeros(first + num_rows, dtype=torch.int64)
+    ones_N, ids_N = ones_N[first:], ids_N[first:]
     rows = {
         "policy_loss": Rows(ids_N, ones_N, ones_N, ones_N, ones_N, ids_N),
         "cross_entropy": Rows(ids_N, ones_N),
         "token_logprobs": Rows(ids_N),
     }[kind]
-    stats = RowStats.new(logits_NV, num_rows, has_loss=rows.weights_N is not None)
+    stats = RowStats.new(logits_NV, first + num_rows, has_loss=rows.weights_N is not None)
+    stats = stats.take(slice(first, None))
     grad_NV = None if rows.weights_N is None else logits_NV
-    source.launch_rows(logits_NV, rows, settings, stats, grad_NV, ids_N[:1])
+    status = torch.zeros(1, dtype=torch.int64)
+    source.launch_rows(logits_NV, rows, settings, stats, grad_NV, status)
 
 def compiled(kernel):
     return list(kernel.device_caches[0][0].values())
@@ -62,8 +65,9 @@ def report(kernel):
         "warps": int(re.search(r'"ttg.num-warps" = (\d+)', ttgir)[1]),
         "registers": int(re.search(r"Used (\d+) registers", usage)[1]),
         "spilled_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", usage))),
-        "keeping": sum("evict_last" in x for x in wide("ld")),
-        "releasing": sum("evict_first" in x for x in wide("ld")),
+        "keeping": sum("L1::evict_last.L2::cache_hint" in x for x in wide("ld")),
+        "releasing": sum("L1::evict_first.L2::cache_hint" in x for x in wide("ld")),
+        "policies": sorted(set(re.findall(r"createpolicy.fractional.L2::(\w+)", ptx))),
         "wide_stores": len(wide("st")),
         "rounded": len(re.findall(r"cvt\.rn\.bf16x2\.f32", ptx)),
         "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),
@@ -84,6 +88,8 @@ for num_rows in (1, 3, 16, 257):
         launch("policy_loss", num_rows, 102400, LossSettings(*settings))
 launch("policy_loss", 2, 51200, LossSettings())
 launch("policy_loss", 2, 51200, LossSettings(), stride=51216)
+for first in (1, 2, 4, 8):
+    launch("policy_loss", 2, 102400, LossSettings(), first=first)
 for num_rows in (2, 48, 100):
     source.launch_scale(torch.zeros(num_rows, 4096), torch.ones(()))
 print(len(compiled(source.policy_loss_kernel)), len(compiled(source.scale_kernel)))
@@ -123,11 +129,12 @@ def test_no_spills_on_sm_90(reports):
 def test_each_sweep_reads_once_16_bytes_at_a_time(reports):
     """A block of 8 bf16 logits a thread is one load in sweep 1 (kept in the cache) and one in sweep
     2 (released), each there three times (two before the loop, one in it), and one store; without
-    gradient there is no second sweep. A gradient is rounded to bf16, not cut off."""
+    gradient there is one sweep, and nothing is kept. A gradient is rounded to bf16, not cut off."""
     for row in reports[0]:
         print(row)
         has_gradient = row["kind"] != "token_logprobs"
-        assert row["keeping"] == 3 and row["releasing"] == 3 * has_gradient, row
+        assert row["keeping"] == 3 * has_gradient and row["releasing"] == 3, row
+        assert row["policies"] == ["evict_first", "evict_last"][: 1 + has_gradient], row
         assert (row["wide_stores"] > 0) == has_gradient, row
         assert row["rounded"] == 4 * has_gradient, row  # two at a time
 
@@ -137,13 +144,13 @@ def test_one_row_of_a_large_vocabulary_fills_an_sm(reports):
     second one there the rows in flight would not stay in the L2 cache between the sweeps. With one
     sweep there is nothing to keep, and at least four rows share an SM."""
     for row in reports[0]:
-        if row["vocab_size"] > 100_000 and row["releasing"]:
+        if row["vocab_size"] > 100_000 and row["keeping"]:
             assert row["warps"] == 32 and row["registers"] > 32, row
         if row["kind"] == "token_logprobs":
             assert row["registers"] * 32 * row["warps"] * 4 <= 65536, row
 
 
 def test_nothing_compiles_again(reports):
-    """Other lengths, vocabularies of the same block, temperatures, clips and betas launch the
-    kernel that is there: one entry in its cache."""
+    """Other lengths, chunks that begin at any row, vocabularies of the same block, temperatures,
+    clips and betas launch the kernel that is there: one entry in its cache."""
     assert reports[1] == [1, 1]

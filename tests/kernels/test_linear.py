@@ -225,6 +225,23 @@ def test_frozen_inputs_and_upstream(device, make_hidden_case):
     assert not output.loss.requires_grad
 
 
+def test_hidden_states_may_lie_in_memory_in_any_way(device, make_hidden_case):
+    """Transposed hidden states and head, under an upstream gradient: the gradients of the same
+    numbers row by row."""
+    hidden_ND, head_VD, case = make_hidden_case(24, 40, seed=7)
+    leaves = hidden_ND.to(device), head_VD.to(device)
+    case = case.to(device)
+    for weights_N in (case.weights_N, torch.ones_like(case.weights_N)):
+        _, *expected = run(
+            kernels.linear_cross_entropy, *leaves, case.targets_N, weights_N=weights_N
+        )
+        turned = [x.t().contiguous().t().requires_grad_() for x in leaves]
+        output = kernels.linear_cross_entropy(*turned, case.targets_N, weights_N=weights_N)
+        grads = torch.autograd.grad(3.0 * output.loss, turned)
+        for grad, exact in zip(grads, expected, strict=True):
+            assert_near(grad, 3.0 * exact.cpu().double(), 2e-6)
+
+
 class LargestTensor(TorchDispatchMode):
     """Watches what operators return: the most elements of one tensor, the operators by name."""
 
@@ -392,3 +409,12 @@ def test_misfit_names_the_argument(hidden, head, message):
     """A wrong shape or dtype raises ValueError with the argument's name."""
     with pytest.raises(ValueError, match=message):
         kernels.linear_cross_entropy(hidden, head, torch.zeros(4).long(), weights_N=torch.ones(4))
+
+
+@pytest.mark.parametrize("chunk_rows", [0, -3])
+def test_chunk_of_no_rows_is_refused(chunk_rows):
+    """A chunk holds at least one row; 0 does not mean the default."""
+    with pytest.raises(ValueError, match="chunk_rows must be at least 1"):
+        kernels.linear_token_logprobs(
+            torch.zeros(4, 8), torch.zeros(30, 8), torch.zeros(4).long(), chunk_rows=chunk_rows
+        )

@@ -345,6 +345,28 @@ def test_upstream_gradient_is_applied(device, make_case):
     torch.testing.assert_close(logits_NV.grad, 2.5 * once_NV, rtol=1e-6, atol=0)
 
 
+def test_logits_may_lie_in_memory_in_any_way(device, make_case):
+    """Transposed, sliced and repeated logits give the loss and the scaled gradient of the same
+    numbers row by row."""
+    case = make_case(24, 100, seed=10).to(device)
+    wide_NV, plain = torch.cat([case.logits_NV, case.logits_NV], 1), torch.contiguous_format
+    for logits_NV in (
+        case.logits_NV.t().contiguous().t(),
+        wide_NV[:, 3:103],
+        wide_NV[::2, :100].repeat_interleave(2, 0),
+        case.logits_NV[:1].expand(24, -1),
+    ):
+        targets_N = logits_NV.argmax(1)
+        grads, losses = [], []
+        for x_NV in (logits_NV.detach(), logits_NV.detach().clone(memory_format=plain)):
+            loss = kernels.cross_entropy(
+                x_NV.requires_grad_(), targets_N, weights_N=case.weights_N
+            ).loss
+            grads += torch.autograd.grad(0.5 * loss, x_NV)
+            losses.append(loss.item())
+        assert losses[0] == losses[1] and torch.equal(*grads) and grads[0].any()
+
+
 def test_gradient_is_handed_out_once(device, make_case):
     """A second backward and a double backward raise instead of giving a wrong number."""
     case = make_case(7, 100, seed=9).to(device)
@@ -450,6 +472,19 @@ def test_misfit_names_the_argument(make_case, change, message):
     arguments = make_case(9, 100)._asdict() | SETTINGS | change
     with pytest.raises(ValueError, match=message):
         kernels.policy_loss(arguments.pop("logits_NV"), arguments.pop("targets_N"), **arguments)
+
+
+@pytest.mark.parametrize(
+    "status", [torch.zeros(1, dtype=torch.int32), torch.zeros(0).long(), torch.zeros(()).long()]
+)
+def test_a_status_word_that_does_not_fit(interpreted, make_case, status):
+    """The kernel writes 8 bytes there: anything but one int64 is refused before the launch."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    case = make_case(3, 20)
+    with interpreted():
+        kernels.token_logprobs(case.logits_NV, case.targets_N)
+        with pytest.raises(ValueError, match=r"status must be int64 \[1\] on cpu"):
+            kernels.token_logprobs(case.logits_NV, case.targets_N, status=status)
 
 
 def test_runs_without_triton():
