@@ -26,7 +26,7 @@ from kernels.rows import (
 
 # On a CPU a chunk's logits should stay in the cache (1M are 4 MiB), but each chunk also reads the
 # head twice and its gradient once: below 256 rows that is what it would wait for.
-CPU_CHUNK_ELEMENTS = 2**20  # a thread
+CPU_CHUNK_ELEMENTS = 2**20
 CPU_CHUNK_MIN_ROWS = 256
 GPU_CHUNK_ROWS = 8192  # each chunk re-reads and re-writes the fp32 head gradient: 4-9% at 4096-8192
 
@@ -192,8 +192,7 @@ def _numbered(rows: Rows, span: slice) -> Rows:
 
 def _default_chunk_rows(hidden_ND: Tensor, vocab_size: int) -> int:
     if hidden_ND.device.type == "cpu":
-        elements = CPU_CHUNK_ELEMENTS * torch.get_num_threads()
-        return max(CPU_CHUNK_MIN_ROWS, elements // vocab_size)
+        return max(CPU_CHUNK_MIN_ROWS, CPU_CHUNK_ELEMENTS // vocab_size)
     device = hidden_ND.device
     free_bytes, _ = torch.cuda.mem_get_info(device)  # does not count what torch holds unused
     free_bytes += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.rows import LossSettings, Rows, RowStats, bad_row_error
 
-BLOCK_ELEMENTS = 2**19  # logits per block: 2 MiB in fp32, so that its buffers stay in the cache
+BLOCK_ELEMENTS = 2**19  # logits a thread: 2 MiB in fp32, so that its buffers stay in the cache
 
 
 def run_rows(
@@ -19,10 +19,8 @@ def run_rows(
     """Fill stats, and grad_NV (which may be logits_NV) with d(sum w loss)/dlogits if given."""
     num_rows, vocab_size = logits_NV.shape
     dtype = stats.logp_N.dtype
-    threads = torch.get_num_threads()
-    # With several threads each operation ends in a wait for all: fewer, larger blocks.
-    elements = BLOCK_ELEMENTS * (1 if threads == 1 else 2 * threads)
-    block = max(1, min(num_rows, elements // vocab_size))
+    # Each operation ends in a wait for all threads: blocks grow with them, the waits do not.
+    block = max(1, min(num_rows, BLOCK_ELEMENTS * torch.get_num_threads() // vocab_size))
     centred = torch.empty(block, vocab_size, dtype=dtype, device=logits_NV.device)
     direct = grad_NV is not None and grad_NV.dtype == dtype
     exps = None if direct else torch.empty_like(centred)

@@ -125,7 +125,10 @@ def make_case():
         logits_NV = logits_NV.to(dtype)
         logp_NV = torch.log_softmax(logits_NV.double() / temperature, 1)
         logp_N = logp_NV.gather(1, targets_N[:, None])[:, 0]
-        log_ratio_N = torch.tensor([-0.7, -0.05, 0.0, 0.05, 0.7]).repeat(num_rows)[:num_rows]
+        # Two lie between the sides' bounds of 0.2 and 0.28; seven, so that each kind meets each.
+        log_ratio_N = torch.tensor([-0.7, -0.29, -0.05, 0.0, 0.05, 0.22, 0.7]).repeat(num_rows)[
+            :num_rows
+        ]
         log_ref_N = torch.tensor([0.9, -0.4, 0.002, -1.3]).repeat(num_rows)[:num_rows]
         sign_N = torch.tensor([1.0, -1.0, -1.0]).repeat(num_rows)[:num_rows]
         weights_N = torch.rand(num_rows, generator=generator) / 64 + 1e-3
