@@ -61,10 +61,10 @@ class EvalConfig:
     few_shot: bool = opt(False, "benchmarks: worked examples first, for base models")
     problems: str | None = opt(
         None,
-        'your own JSONL. For jsonl, {"question": .., "answer": ..}: all rows, those that GRPO '
-        'trained on too. For countdown, {"nums": [..], "target": n}: held-out rows only',
+        'your own JSONL: {"question": .., "answer": ..} for jsonl, {"nums": [..], "target": n} for '
+        "countdown; of its rows those that train_grpo.py holds out, one in ten",
     )
-    all_rows: bool = opt(False, "countdown --problems: the rows of the training split too")
+    all_rows: bool = opt(False, "all rows of --problems: a file that was not trained on")
     problem_seed: int = opt(0, "seed of the problems; train_grpo.py evaluates on seed 0", low=0)
     num_numbers: tuple[int, ...] = opt((3, 4), "numbers per Countdown problem", low=2, high=5)
     max_number: int = opt(99, "largest given number", low=1)
@@ -115,20 +115,7 @@ NOT_IN_HASH = (
 
 def load_problems(cfg: EvalConfig, task: str) -> tuple[list[Problem], list[str]]:
     """Return a task's problems, and what is to be said about them."""
-    if task != "countdown":
-        if task == "jsonl":
-            if cfg.problems is None:
-                raise ValueError(
-                    "--tasks jsonl needs --problems: your JSONL of question and answer"
-                )
-            problems = benchmarks.read_own(cfg.problems, few_shot=cfg.few_shot)
-        else:
-            folder = cfg.data or os.environ.get("NANOMATH_DATA") or "data"
-            problems = benchmarks.read_benchmark(task, folder, few_shot=cfg.few_shot)
-        # Evenly through the file: MATH is sorted by subject.
-        count = min(cfg.num_problems or len(problems), len(problems))
-        return [problems[i * len(problems) // count] for i in range(count)], []
-    if cfg.problems is None:
+    if task == "countdown" and cfg.problems is None:
         problems = countdown.generate(
             cfg.num_problems or 1000,
             split="heldout",
@@ -139,17 +126,33 @@ def load_problems(cfg: EvalConfig, task: str) -> tuple[list[Problem], list[str]]
             style=cfg.prompt_style,
         )
         return problems, []
-    found, bad = countdown.read_jsonl(cfg.problems, style=cfg.prompt_style)
-    problems = [
-        problem for problem in found
-        if cfg.all_rows or countdown.split_of(**problem.payload) == "heldout"
-    ]  # fmt: skip
+    if task not in ("countdown", "jsonl"):
+        folder = cfg.data or os.environ.get("NANOMATH_DATA") or "data"
+        problems = benchmarks.read_benchmark(task, folder, few_shot=cfg.few_shot)
+        return spread(problems, cfg.num_problems), []
+    if cfg.problems is None:
+        raise ValueError("--tasks jsonl needs --problems: your JSONL of question and answer")
+    bad: list[str] = []
+    if task == "countdown":
+        found, bad = countdown.read_jsonl(cfg.problems, style=cfg.prompt_style)
+        splits = [countdown.split_of(**problem.payload) for problem in found]
+    else:
+        found = benchmarks.read_own(cfg.problems, few_shot=cfg.few_shot)
+        splits = [problem.payload["split"] for problem in found]
+    pairs = zip(found, splits, strict=True)
+    problems = [problem for problem, split in pairs if cfg.all_rows or split == "heldout"]
     if not problems:
         raise ValueError(
             f"{cfg.problems}: all {len(found)} problems are of the training split; "
             "--all_rows evaluates on them"
         )
-    return problems[: cfg.num_problems], data_notes(cfg, len(found), len(problems), bad)
+    return spread(problems, cfg.num_problems), data_notes(cfg, len(found), len(problems), bad)
+
+
+def spread(problems: list[Problem], num: int | None) -> list[Problem]:
+    """Return at most num of the problems, evenly through them: MATH is sorted by subject."""
+    count = min(num or len(problems), len(problems))
+    return [problems[i * len(problems) // count] for i in range(count)]
 
 
 def data_notes(cfg: EvalConfig, num_found: int, num_kept: int, bad: list[str]) -> list[str]:

@@ -15,6 +15,7 @@ from nanomath import checkpoint, hf
 from nanomath.config import parse
 from nanomath.dist import setup
 from nanomath.model import ModelConfig, Transformer
+from nanomath.tasks import benchmarks
 from nanomath.tasks.countdown import generate, split_of, worked_solution
 from nanomath.tokenizer import Tokenizer
 
@@ -144,7 +145,7 @@ def test_half_a_surrogate_pair(run_folder, dist):
     """A problem and an answer that no UTF-8 can hold are evaluated and kept all the same."""
     data = run_folder.parent / "rows.jsonl"
     data.write_text(r'{"question": "1 + 2 \ud800?", "answer": "\ud800"}' + "\n")
-    cfg = config(run_folder, tasks=("jsonl",), problems=str(data))
+    cfg = config(run_folder, tasks=("jsonl",), problems=str(data), all_rows=True)
     evaluate.run(cfg, dist)
     assert json.loads(Path(cfg.out).read_text())["problems"][0]["answer"] == "\ud800"
 
@@ -183,7 +184,7 @@ def test_data_file(run_folder, dist, capsys):
     assert "rows.jsonl:1: 50 cannot be reached from [1, 2]" in printed
     left = len(rows) - len(heldout)
     assert f"{left} of {len(rows)} problems left out, of the training split" in printed
-    assert evaluated(num_problems=7)[0] == heldout[:7]
+    assert evaluated(num_problems=7)[0] == [heldout[i * len(heldout) // 7] for i in range(7)]
     found, printed = evaluated(all_rows=True)
     assert found == rows
     assert "of the training split" not in printed
@@ -209,6 +210,7 @@ def test_several_tasks(run_folder, benchmark_files, dist, monkeypatch, capsys):
     """Each task has files of its own and a line in the last table; adding one keeps the others;
     the difference to another checkpoint is paired task by task."""
     paths = {"data": str(benchmark_files), "problems": str(benchmark_files / "own.jsonl")}
+    paths["all_rows"] = True
     cfg = config(run_folder, num_samples=2, max_new_tokens=3, **paths)
     tasks = ("gsm8k", "math", "jsonl")
     evaluate.run(dataclasses.replace(cfg, tasks=tasks[:2], problems=None), dist)
@@ -243,6 +245,26 @@ def test_several_tasks(run_folder, benchmark_files, dist, monkeypatch, capsys):
         evaluate.run(dataclasses.replace(other, num_problems=1), dist)
 
 
+def test_rows_that_grpo_trained_on_are_left_out(run_folder, benchmark_files):
+    """Of a user's file the rows that train_grpo.py holds out, however the prompt is worded, and a
+    note of the others; --all_rows takes all."""
+    file = benchmark_files / "own.jsonl"
+    rows = [{"question": f"q{i}", "answer": str(i)} for i in range(100)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out = [problem.id for problem in benchmarks.read_split(file, "heldout")]
+    assert 4 <= len(held_out) <= 20
+    for few_shot in (False, True):
+        cfg = config(run_folder, problems=str(file), few_shot=few_shot, num_problems=None)
+        problems, notes = evaluate.load_problems(cfg, "jsonl")
+        assert [problem.id for problem in problems] == held_out
+        assert f"{100 - len(held_out)} of 100 problems left out" in notes[0]
+    problems, notes = evaluate.load_problems(dataclasses.replace(cfg, all_rows=True), "jsonl")
+    assert (len(problems), notes) == (100, [])
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[:1]))
+    with pytest.raises(ValueError, match="--all_rows"):
+        evaluate.load_problems(cfg, "jsonl")
+
+
 def test_hugging_face_folder(run_folder, benchmark_files, dist):
     """An exported model is evaluated from its folder, to the same figures as its run."""
     model, tokenizer, _ = checkpoint.load_model(run_folder)
@@ -261,7 +283,8 @@ def test_some_problems_of_a_benchmark_are_spread_over_it(run_folder, benchmark_f
     rows = [json.dumps({"question": f"q{i}", "answer": "1"}) for i in range(10)]
     (benchmark_files / "own.jsonl").write_text("\n".join(rows))
     for count, expected in ((3, [0, 3, 6]), (10, list(range(10))), (None, list(range(10)))):
-        cfg = config(run_folder, problems=str(benchmark_files / "own.jsonl"), num_problems=count)
+        own = {"problems": str(benchmark_files / "own.jsonl"), "all_rows": True}
+        cfg = config(run_folder, num_problems=count, **own)
         problems, _ = evaluate.load_problems(cfg, "jsonl")
         assert [problem.prompt.split("\n")[0] for problem in problems] == [
             f"q{i}" for i in expected

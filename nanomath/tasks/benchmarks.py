@@ -180,18 +180,16 @@ def read_own(
             )
         chinese = re.search("[\u4e00-\u9fff]", question) is not None
         prompt = make_prompt(question, few_shot=few_shot, chinese=chinese)
-        problems.append(Problem(number, task, prompt, {"answer": gold}))
+        # One in ten is never trained on: by the question's hash, whatever file it is in.
+        digest = hashlib.blake2b(question.encode("utf-8", "surrogatepass")).digest()
+        split = "train" if digest[0] % 10 else "heldout"
+        problems.append(Problem(number, task, prompt, {"answer": gold, "split": split}))
     return problems
 
 
 def read_split(path: str | os.PathLike, split: str) -> list[Problem]:
-    """Return the problems of a user's JSONL that are of the split: one in ten is "heldout", by a
-    hash of its prompt, the others are "train". Raises ValueError where there is none."""
-    problems = []
-    for problem in read_own(path):
-        digest = hashlib.blake2b(problem.prompt.encode("utf-8", "surrogatepass")).digest()
-        if ("heldout" if digest[0] % 10 == 0 else "train") == split:
-            problems.append(problem)
+    """Return the problems of a user's JSONL that are of the split. Raises ValueError for none."""
+    problems = [problem for problem in read_own(path) if problem.payload["split"] == split]
     if not problems:
         raise ValueError(f"{path}: none of its problems falls into the {split} split; give more")
     return problems
