@@ -70,6 +70,7 @@ def report(kernel):
         "policies": sorted(set(re.findall(r"createpolicy.fractional.L2::(\w+)", ptx))),
         "wide_stores": len(wide("st")),
         "rounded": len(re.findall(r"cvt\.rn\.bf16x2\.f32", ptx)),
+        "target_last": bool(re.search(r"st\.global\.cs.*bar\.sync.*st\.global\.b16", ptx, re.S)),
         "atomics": len(re.findall(r"\b(?:atom|red)\.", ptx)),
         "narrow_offsets": len(re.findall(r"arith.muli %\w+, %logits_stride.* : i32", ttgir)),
     }
@@ -129,13 +130,15 @@ def test_no_spills_on_sm_90(reports):
 def test_each_sweep_reads_once_16_bytes_at_a_time(reports):
     """A block of 8 bf16 logits a thread is one load in sweep 1 (kept in the cache) and one in sweep
     2 (released), each there three times (two before the loop, one in it), and one store; without
-    gradient there is one sweep, and nothing is kept. A gradient is rounded to bf16, not cut off."""
+    gradient there is one sweep, and nothing is kept. A gradient is rounded to bf16, not cut off,
+    and a barrier parts the stores of a row from the one over its target's entry."""
     for row in reports[0]:
         print(row)
         has_gradient = row["kind"] != "token_logprobs"
         assert row["keeping"] == 3 * has_gradient and row["releasing"] == 3, row
         assert row["policies"] == ["evict_first", "evict_last"][: 1 + has_gradient], row
         assert (row["wide_stores"] > 0) == has_gradient, row
+        assert row["target_last"] == has_gradient, row
         assert row["rounded"] == 4 * has_gradient, row  # two at a time
 
 

@@ -209,6 +209,7 @@ def test_float64_is_exact(make_case):
             getattr(output, name), getattr(exact, name), rtol=1e-12, atol=1e-12
         )
     torch.testing.assert_close(grad_NV, exact_grad_NV, rtol=0, atol=1e-13)
+    assert output.loss.item() == pytest.approx(exact.loss.item(), rel=1e-12)
 
 
 def test_terms_switch_off(device, make_case):
@@ -459,6 +460,7 @@ def test_bad_row_in_token_logprobs(make_case):
         ({"targets_N": torch.zeros(8).long()}, r"targets_N must be \[9\], got \[8\]"),
         ({"targets_N": torch.zeros(9)}, "targets_N must be torch.int64"),
         ({"weights_N": torch.zeros(9, 1)}, r"weights_N must be \[9\]"),
+        ({"weights_N": torch.zeros(9, device="meta")}, "weights_N is on meta"),
         ({"advantages_N": torch.zeros(9).bfloat16()}, "advantages_N must be torch.float32"),
         ({"old_logp_N": torch.zeros(9, requires_grad=True)}, "old_logp_N is a constant"),
         ({"ref_logp_N": None}, "kl_coef > 0 needs ref_logp_N"),
