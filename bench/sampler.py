@@ -1,7 +1,7 @@
 """The group sampler beside transformers' generate: same weights, prompts, lengths, one process.
 
-    python -m bench.sampler                                   # CPU: 4,096 and 32,000 ids
-    python -m bench.sampler --device cuda --preset deepseek_llm_1b3 --prompts 1 --group 64 \
+    python bench/sampler.py                                   # CPU: 4,096 and 32,000 ids
+    python bench/sampler.py --device cuda --preset deepseek_llm_1b3 --prompts 1 --group 64 \
         --prompt_tokens 512 512 --new_tokens 512              # one GPU, bf16
 
 The two take turns; the first turn warms up and is not counted. Peer: LlamaForCausalLM.generate,
@@ -23,9 +23,11 @@ from pathlib import Path
 import torch
 import transformers
 
-from nanomath.hf import llama_name
-from nanomath.model import MODEL_PRESETS, ModelConfig, Transformer
-from nanomath.sampler import sample_groups
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)  # beside this file lies a kernels.py
+from nanomath.hf import llama_name  # noqa: E402
+from nanomath.model import MODEL_PRESETS, ModelConfig, Transformer  # noqa: E402
+from nanomath.sampler import sample_groups  # noqa: E402
 
 
 def llama(model: Transformer) -> transformers.LlamaForCausalLM:
@@ -147,7 +149,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--bandwidth_tb_s", type=float, default=3.0, help="measured by a copy")
-    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--out", type=Path, help="bench/results/sampler-DEVICE.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.preset:
@@ -167,14 +169,15 @@ def main() -> None:
         )
     device = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     result = {
-        "command": "python -m bench.sampler " + " ".join(sys.argv[1:]),
+        "command": "python bench/sampler.py " + " ".join(sys.argv[1:]),
         "date": date.today().isoformat(),
         "device": f"{device}, {args.threads} threads",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "rows": rows,
     }
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    out = args.out or ROOT / "bench" / "results" / f"sampler-{args.device}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -144,37 +145,52 @@ def sample_stream(
     room_P = [min(max_new_tokens, cfg.max_context - len(prompt)) for prompt in prompts]
     is_static = weight.is_cuda if static is None else static
     own_width, prompt_width = max(room_P, default=0), max(map(len, prompts), default=0)
-    num_blocks = math.ceil(own_width / (128 if is_static else 32))
+    num_blocks = math.ceil(own_width / (128 if is_static else 16))
     block = math.ceil(own_width / max(num_blocks, 1))
-    num_rows, num_places = _fit(
-        [len(prompts), group_size, max_rows],
-        cache_gb,
-        cache_bytes_per_token(cfg, weight.dtype) * prompt_width,
-        cache_bytes_per_token(cfg, weight.dtype) * num_blocks * block,
-    )
+    prompt_bytes = cache_bytes_per_token(cfg, weight.dtype) * prompt_width
+    row_bytes = cache_bytes_per_token(cfg, weight.dtype) * num_blocks * block
+    counts = (len(prompts), group_size, max_rows)
+    num_rows, num_places = _fit(*counts, cache_gb, prompt_bytes, row_bytes)
+    sizes = (num_places, min(group_size, num_rows), num_rows, prompt_width, num_blocks, block)
     choose = partial(
         choose_tokens, temperature=temperature, vocab_limit=vocab_limit, top_k=top_k, top_p=top_p
     )
+    ends = [text.encode() for text in stop]
+    keys = stream_keys(seed, step, prompt_ids, range(group_size)).tolist()
+    pairs = [(p, g) for p in range(len(prompts)) for g in range(group_size)]
+    waiting = deque(_Row(p, g, keys[p][g], room_P[p]) for p, g in pairs)
 
-    def start() -> _Decoder:
-        per_place = min(group_size, num_rows)
-        sizes = (num_places, per_place, num_rows, prompt_width, num_blocks, block)
-        cache = GroupCache(cfg, *sizes, weight.detach())
-        return _Decoder(model, cache, choose, eos_ids, own_width, is_static)
+    def loop() -> Iterator[Sample]:
+        began, num_tokens = time.perf_counter(), 0
+        cache = GroupCache(cfg, *sizes, weight.detach(), is_static)
+        batch = _Batch(model, cache, prompts, waiting, choose, eos_ids, ends, tokenizer, is_static)
+        bar = progress_bar(total=len(pairs), desc="sampling", unit=" samples", disable=not progress)
+        try:
+            while batch.waiting or batch.rows:
+                batch.admit()
+                batch.step()
+                for sample in batch.collect():
+                    num_tokens += len(sample.tokens_T)
+                    rate = num_tokens / (time.perf_counter() - began)
+                    bar.set_postfix_str(f"{rate:.0f} tokens/s, {len(batch.rows)} rows", False)
+                    bar.update()
+                    yield sample
+        finally:
+            batch.free()
+            bar.close()
 
-    keys_PG = stream_keys(seed, step, prompt_ids, range(group_size))
-    stops = [text.encode() for text in stop]
-    bar = progress_bar(
-        total=len(prompts) * group_size, desc="sampling", unit=" samples", disable=not progress
-    )
-    return _schedule(start, prompts, keys_PG, room_P, stops, tokenizer, bar)
+    return loop()
 
 
 def _fit(
-    sizes: Sequence[int], cache_gb: float, prompt_bytes: int, row_bytes: int
+    num_prompts: int,
+    group_size: int,
+    max_rows: int,
+    cache_gb: float,
+    prompt_bytes: int,
+    row_bytes: int,
 ) -> tuple[int, int]:
     """Return how many rows are sampled at a time, and from how many prompts."""
-    num_prompts, group_size, max_rows = sizes
     for num_rows in range(max(1, min(max_rows, num_prompts * group_size)), 0, -1):
         # The last rows of a group keep its prompt while later groups already run: three times the
         # prompts that would fill the batch let every row be used at lengths of a third.
@@ -189,192 +205,153 @@ def _fit(
 
 @dataclass
 class _Row:
-    """What the host knows of a sample being drawn."""
+    """What the host knows of a sample."""
 
     prompt: int
     index: int
-    born: int  # the step before which its first token was drawn
+    key: int  # of its random stream
+    limit: int  # tokens at most
+    born: int = 0  # steps made before its first token was drawn
     text: bytes = b""  # of the first num_read tokens, kept where there are stop strings
     num_read: int = 0
 
 
-def _schedule(
-    start: Callable[[], _Decoder],
-    prompts: Sequence[Sequence[int]],
-    keys_PG: Tensor,
-    room_P: Sequence[int],
-    stops: Sequence[bytes],
-    tokenizer: Tokenizer | None,
-    bar,
-) -> Iterator[Sample]:
-    """Give rows to samples and places to prompts, in order, until every sample has been yielded."""
-    pairs = [(p, g) for p in range(keys_PG.shape[0]) for g in range(keys_PG.shape[1])]
-    waiting = deque((p, g) for p, g in pairs if room_P[p] > 0)
-    decoder = start()
-    rows: dict[int, _Row] = {}
-    place_of: dict[int, int] = {}  # of the prompts in the cache
-    open_P = Counter(p for p, _ in waiting)  # samples that have not ended
-    began, steps, num_tokens = time.perf_counter(), 0, 0
-    try:
-        for p, g in pairs:
-            if room_P[p] <= 0:
-                bar.update()
-                yield Sample(p, g, *decoder.nothing(), finished=False)
-        while waiting or rows:
-            ended = decoder.ended(rows, steps, stops, tokenizer)
-            for row, sample in ended.items():
-                del rows[row]
-                open_P[sample.prompt] -= 1
-                if not open_P[sample.prompt]:
-                    del place_of[sample.prompt]
-                num_tokens += len(sample.tokens_T)
-            changed = _admit(decoder, waiting, rows, place_of, prompts, keys_PG, room_P, steps)
-            rate = num_tokens / (time.perf_counter() - began)
-            bar.set_postfix_str(f"{rate:.0f} tokens/s, {len(rows)} rows", refresh=False)
-            bar.update(len(ended))
-            yield from ended.values()
-            if rows:
-                steps += decoder.advance(rows, place_of, room_P, steps, changed)
-    finally:
-        decoder.free()
-        bar.close()
+class _Batch:
+    """The rows being sampled, the prompts they continue, and what waits for a row.
 
+    What a step reads and writes lies on the device and never moves; the host knows which sample is
+    in which row, and which prompt in which place of the cache.
+    """
 
-def _admit(decoder, waiting, rows, place_of, prompts, keys_PG, room_P, steps) -> bool:
-    """Give free rows to waiting samples, as long as their prompts find a place."""
-    cache = decoder.cache
-    free_rows = deque(row for row in range(len(cache.place_R)) if row not in rows)
-    taken = set(place_of.values())
-    free_places = deque(a for a in range(len(cache.prompt_length_A)) if a not in taken)
-    loaded, admitted = [], []
-    while waiting and free_rows:
-        p, g = waiting[0]
-        if p not in place_of:
-            if not free_places:
-                break
-            place_of[p] = free_places.popleft()
-            loaded.append(p)
-        waiting.popleft()
-        admitted.append(free_rows.popleft())
-        rows[admitted[-1]] = _Row(p, g, born=steps)
-    decoder.prefill([prompts[p] for p in loaded], [place_of[p] for p in loaded])
-    if admitted:
-        of = [rows[row].prompt for row in admitted]
-        keys = [keys_PG[rows[row].prompt, rows[row].index] for row in admitted]
-        places, limits = [place_of[p] for p in of], [room_P[p] for p in of]
-        decoder.open(admitted, places, torch.stack(keys), limits)
-    return bool(admitted)
-
-
-class _Decoder:
-    """The rows being sampled: their state on the device, and one step of all of them."""
-
-    def __init__(self, model, cache, choose, eos_ids, max_new_tokens, static: bool):
-        weight, num_rows = model.embedding.weight, len(cache.place_R)
-        self.model, self.cache, self.choose = model, cache, choose
+    def __init__(self, model, cache, prompts, waiting, choose, eos_ids, stops, tokenizer, static):
+        self.model, self.cache, self.prompts, self.choose = model, cache, prompts, choose
+        self.waiting, self.stops, self.tokenizer = waiting, stops, tokenizer
+        self.rows: dict[int, _Row] = {}
+        self.place_of: dict[int, int] = {}  # of the prompts in the cache
+        self.steps, self.arranged = 0, None
         # A GPU stalls when asked who has ended, and wants few shapes; a CPU has the answer at once,
         # and every row that it does not compute is time won.
-        self.static, self.interval = static, 8 if static else 1
-        self.shrink = 0.5 if static else 0.9
+        self.static, self.interval, self.shrink = static, *((8, 0.5) if static else (1, 0.9))
         self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
-        self.is_eos_V = torch.zeros(model.cfg.vocab_size, dtype=torch.bool, device=weight.device)
-        self.is_eos_V[list(eos_ids)] = True
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        self.prompt_logits_AV = weight.detach().new_zeros(
-            len(cache.prompt_length_A), model.cfg.vocab_size
-        )
-        long_R = torch.zeros(num_rows, dtype=torch.long, device=weight.device)
-        self.token_R, self.limit_R, self.key_R = long_R, long_R.clone(), long_R.clone()
-        self.done_R = torch.ones(num_rows, dtype=torch.bool, device=weight.device)
+        num_rows, num_places = len(cache.place_R), len(cache.prompt_length_A)
+        num_blocks, _, block, _ = cache.own_keys[0].shape
+        zeros = partial(torch.zeros, device=cache.place_R.device)
+        self.is_eos_V = zeros(model.cfg.vocab_size, dtype=torch.bool)
+        self.is_eos_V[list(eos_ids)], self.eos_ids = True, {*eos_ids}
+        dtype = model.embedding.weight.dtype
+        self.prompt_logits_AV = zeros(num_places, model.cfg.vocab_size, dtype=dtype)
+        self.token_R, self.limit_R, self.key_R = zeros(3, num_rows, dtype=torch.long).unbind(0)
+        self.done_R = zeros(num_rows, dtype=torch.bool) | True
         # One column more than tokens: where rows that have ended write.
-        width = max_new_tokens + 1
-        self.tokens_RT = torch.zeros(num_rows, width, dtype=torch.long, device=weight.device)
-        self.logp_RT = torch.zeros(num_rows, width, dtype=wide, device=weight.device)
+        self.tokens_RT = zeros(num_rows, num_blocks * block + 1, dtype=torch.long)
+        wide = torch.promote_types(dtype, torch.float32)
+        self.logp_RT = zeros(num_rows, num_blocks * block + 1, dtype=wide)
 
-    def nothing(self) -> tuple[Tensor, Tensor]:
-        """Return the tokens and logp of an empty sample."""
-        return self.tokens_RT[:0, 0].cpu(), self.logp_RT[:0, 0].cpu()
+    # ------------------------------------------------------------------------------- admit
 
     @torch.no_grad()
-    def prefill(self, prompts: Sequence[Sequence[int]], places: Sequence[int]) -> None:
-        """Run each prompt once: fill its place, and keep the logits after its last token."""
-        device = self.token_R.device
-        while prompts:
-            count, longest = 1, len(prompts[0])
-            while count < len(prompts):
-                longest = max(longest, len(prompts[count]))
-                if (count + 1) * longest > PREFILL_TOKENS:
+    def admit(self) -> None:
+        """Give free rows to waiting samples, in order, as long as their prompts find a place."""
+        needed = {row.prompt for row in (*self.rows.values(), *islice(self.waiting, 1))}
+        self.place_of = {p: place for p, place in self.place_of.items() if p in needed}
+        if not self.waiting:
+            return
+        rows = [row for row in range(len(self.token_R)) if row not in self.rows]
+        taken = self.place_of.values()
+        places = [a for a in range(len(self.prompt_logits_AV)) if a not in taken]
+        admitted, loaded = {}, []
+        while self.waiting and rows:
+            p = self.waiting[0].prompt
+            if p not in self.place_of:
+                if not places:
                     break
-                count += 1
-            tokens = [torch.tensor(prompt) for prompt in prompts[:count]]
-            last_P = torch.tensor([len(prompt) - 1 for prompt in tokens], device=device)
-            self.cache.load(places[:count], [len(prompt) for prompt in tokens])
-            rows_P = torch.arange(count, device=device)
-            self.prompt_logits_AV[places[:count]] = self.model(
+                self.place_of[p] = places.pop(0)
+                loaded.append(p)
+            admitted[rows.pop(0)] = self.waiting.popleft()
+        if not (admitted or self.rows):
+            raise RuntimeError("sample_groups: no sample finds a row: a fault in here")
+        if admitted:
+            self._prefill(loaded)
+            self._open(admitted)
+            self.rows |= admitted
+            self.arranged = None
+
+    def _prefill(self, loaded: list[int]) -> None:
+        """Run each prompt once: fill its place, and keep the logits after its last token."""
+        device, count = (
+            self.token_R.device,
+            max(1, PREFILL_TOKENS // self.cache.prompt_values[0].shape[1]),
+        )
+        for some in (loaded[i : i + count] for i in range(0, len(loaded), count)):
+            tokens = [torch.tensor(self.prompts[p]) for p in some]
+            lengths_P = torch.tensor([len(prompt) for prompt in tokens], device=device)
+            places_P = torch.tensor([self.place_of[p] for p in some], device=device)
+            last = torch.arange(len(some), device=device), lengths_P - 1
+            self.cache.load(places_P, lengths_P)
+            self.prompt_logits_AV[places_P] = self.model(
                 pad_sequence(tokens, batch_first=True).to(device),
                 cache=self.cache,
-                head_fn=lambda hidden_PTD, head_VD, at=(rows_P, last_P): F.linear(
-                    hidden_PTD[at], head_VD
-                ),
+                head_fn=lambda hidden_PTD, head_VD, at=last: F.linear(hidden_PTD[at], head_VD),
             )
-            prompts, places = prompts[count:], places[count:]
 
-    @torch.no_grad()
-    def open(self, rows: list[int], places: list[int], keys_R: Tensor, limits: list[int]) -> None:
-        """Begin a sample in each of `rows`: draw its first token from its prompt's logits."""
-        device = self.token_R.device
-        rows_R, places_R = torch.tensor(rows, device=device), torch.tensor(places, device=device)
+    def _open(self, admitted: dict[int, _Row]) -> None:
+        """Begin each sample in its row: draw its first token from its prompt's logits."""
+        for row in admitted.values():
+            row.born = self.steps
+        values = [(r, self.place_of[s.prompt], s.key, s.limit) for r, s in admitted.items()]
+        rows_R, places_R, key_R, limit_R = torch.tensor(values, device=self.token_R.device).T
         self.cache.open(rows_R, places_R)
-        self.key_R[rows_R] = key_R = keys_R.to(device)
-        self.limit_R[rows_R] = limit_R = torch.tensor(limits, device=device)
-        token_R, logp_R = self.choose(
-            self.prompt_logits_AV[places_R], uniform_noise(key_R, torch.zeros_like(key_R))
-        )
+        uniform_R = uniform_noise(key_R, torch.zeros_like(key_R))
+        token_R, logp_R = self.choose(self.prompt_logits_AV[places_R], uniform_R)
+        self.key_R[rows_R], self.limit_R[rows_R] = key_R, limit_R
         self.token_R[rows_R] = self.tokens_RT[rows_R, 0] = token_R
         self.logp_RT[rows_R, 0] = logp_R
         self.done_R[rows_R] = self.is_eos_V[token_R] | (limit_R <= 1)
 
+    # -------------------------------------------------------------------------------- step
+
     @torch.no_grad()
-    def advance(self, rows, place_of, room_P, steps: int, changed: bool) -> int:
-        """Draw a token in each row that has not ended, a few times; return how many times."""
-        cache = self.cache
-        ages = [(steps - row.born, room_P[row.prompt]) for row in rows.values()]
-        count = min(self.interval, max(room - age for age, room in ages) - 1)
+    def step(self) -> None:
+        """Draw a token in each row that has not ended; on a GPU a few times."""
+        cache, rows = self.cache, self.rows
+        left = max(row.limit + row.born - self.steps for row in rows.values()) - 1
+        count = min(self.interval, max(left, 0))
         if count == 0:
-            return 0
-        size = self._size(len(rows), len(cache.place_R))
-        num_places = self._size(len(place_of), len(cache.prompt_length_A))
-        # Rows that end within these steps stand still: none outgrows the cache.
-        _, _, block, _ = cache.own_keys[0].shape
-        num_blocks = min(math.ceil((max(ages)[0] + count) / block), len(cache.own_keys[0]))
-        changed |= self._move(rows, place_of, size, num_places)
-        if changed or (size, num_places, num_blocks) != cache.shape[:2] + cache.shape[3:]:
-            seats = [place_of[rows[r].prompt] if r in rows else None for r in range(size)]
-            fullest = max(Counter(seat for seat in seats if seat is not None).values())
-            cache.arrange(
-                seats, num_places, cache.per_place if self.static else fullest, num_blocks
-            )
+            return
+        num_blocks, _, block, _ = cache.own_keys[0].shape
+        num_blocks = min(math.ceil((self.steps + count) / block), num_blocks)
+        shape = self._move_below()
+        if self.arranged != (*shape, num_blocks):
+            fullest = max(Counter(row.prompt for row in rows.values()).values())
+            per_place = cache.per_place if self.static else fullest
+            cache.arrange(*shape, per_place, num_blocks)
+            self.arranged = (*shape, num_blocks)
         for _ in range(count):
             self._replay()
-        return count
+        self.steps += count
 
-    def _move(self, rows, place_of, size: int, num_places: int) -> bool:
-        """Move prompts and rows that stand beyond the first ones into holes before them."""
-        device, moved = self.token_R.device, _into_holes({*place_of.values()}, num_places)
-        if moved:
-            place_of.update({p: moved.get(place, place) for p, place in place_of.items()})
-            source, target = (torch.tensor([*x], device=device) for x in zip(*moved.items()))
+    def _move_below(self) -> tuple[int, int]:
+        """Move the last rows and prompts into holes; return how many rows and places hold all."""
+        num_rows = self._size(len(self.rows), len(self.token_R))
+        num_places = self._size(len(self.place_of), len(self.prompt_logits_AV))
+        new_place = _holes(self.place_of.values(), num_places)
+        if new_place:
+            self.place_of = {p: new_place.get(a, a) for p, a in self.place_of.items()}
+            source, target = torch.tensor([*new_place.items()], device=self.token_R.device).T
             self.cache.move_prompts(source, target)
             self.prompt_logits_AV[target] = self.prompt_logits_AV[source]
-        moved_rows = _into_holes(rows, size)
-        if moved_rows:
-            rows.update({new: rows.pop(old) for old, new in moved_rows.items()})
-            source, target = (torch.tensor([*x], device=device) for x in zip(*moved_rows.items()))
+        new_row = _holes(self.rows, num_rows)
+        if new_row:
+            self.rows |= {new: self.rows.pop(old) for old, new in new_row.items()}
+            source, target = torch.tensor([*new_row.items()], device=self.token_R.device).T
             self.cache.move_rows(source, target)
-            for state in (self.token_R, self.limit_R, self.key_R, self.tokens_RT, self.logp_RT):
-                state[target] = state[source]
-            self.done_R[target], self.done_R[source] = self.done_R[source], True
-        return bool(moved or moved_rows)
+            state = (self.token_R, self.limit_R, self.key_R, self.tokens_RT, self.logp_RT)
+            for tensor in (*state, self.done_R):
+                tensor[target] = tensor[source]
+            self.done_R[source] = True
+        if new_place or new_row:
+            self.arranged = None
+        return num_rows, num_places
 
     def _size(self, needed: int, total: int) -> int:
         """Return the smallest of total, total * shrink, total * shrink^2, ... that is enough."""
@@ -388,58 +365,69 @@ class _Decoder:
         if not self.token_R.is_cuda or shape not in self.graphs:
             # The first step of a shape runs as it is, which warms up what a capture may not start.
             self.graphs[shape] = None
-            self.step()
+            self.decode()
             return
         if self.graphs[shape] is None:
             self.graphs[shape] = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graphs[shape]):
-                self.step()
+                self.decode()
         self.graphs[shape].replay()
 
-    def step(self) -> None:
+    def decode(self) -> None:
         """Feed each row its last token and draw the next; nothing here depends on the host."""
         num_rows = self.cache.shape[0]
         logits_RV = self.model(self.token_R[:num_rows, None], cache=self.cache)[:, 0]
-        num_own_R, done_R = self.cache.num_own_R[:num_rows], self.done_R[:num_rows]
-        place_R = num_own_R + 1  # of the token to draw, in the sample
+        done_R = self.done_R[:num_rows]
+        place_R = self.cache.num_own_R[:num_rows] + 1  # of the token to draw, in the sample
         token_R, logp_R = self.choose(logits_RV, uniform_noise(self.key_R[:num_rows], place_R))
         at_R1 = place_R.masked_fill(done_R, self.tokens_RT.shape[1] - 1)[:, None]
         self.tokens_RT[:num_rows].scatter_(1, at_R1, token_R[:, None])
         self.logp_RT[:num_rows].scatter_(1, at_R1, logp_R[:, None])
         self.token_R[:num_rows] = token_R
-        num_own_R += ~done_R
+        self.cache.advance(~done_R)
         done_R |= self.is_eos_V[token_R] | (self.limit_R[:num_rows] <= place_R + 1)
 
-    def ended(
-        self, rows: dict[int, _Row], steps: int, stops: Sequence[bytes], tokenizer
-    ) -> dict[int, Sample]:
-        """Return the samples that have ended, by row. Raises ValueError if one holds NaN."""
+    # ----------------------------------------------------------------------------- collect
+
+    def collect(self) -> list[Sample]:
+        """Take out the samples that have ended. Raises ValueError if one holds NaN."""
         done = self.done_R.tolist()
-        cut = {row: None for row in rows if done[row]}
-        if stops and rows:
-            lengths = (self.cache.num_own_R + 1).tolist()
-            tokens = self.tokens_RT[:, : max(lengths)].tolist()
-            for row, state in rows.items():
-                length = _stop_length(state, tokens[row][: lengths[row]], stops, tokenizer)
-                if length is not None:
-                    cut[row] = length
-        if not cut:
-            return {}
-        index_R = torch.tensor(list(cut), device=self.token_R.device)
-        self.done_R[index_R] = True
-        lengths = (self.cache.num_own_R[index_R] + 1).tolist()
-        tokens, logps = self.tokens_RT[index_R].cpu(), self.logp_RT[index_R].cpu()
-        if not bool(all(logp[:n].isfinite().all() for logp, n in zip(logps, lengths))):
+        stopped = self._stop_lengths() if self.stops else {}
+        ended = [row for row in self.rows if done[row] or row in stopped]
+        left = (self.rows[row] for row in self.rows.keys() - ended)
+        if any(row.limit <= self.steps - row.born + 1 for row in left):
+            raise RuntimeError("sample_groups: a sample passed its limit: a fault in here")
+        if not ended:
+            return []
+        rows_R = torch.tensor(ended, device=self.done_R.device)
+        lengths_R = torch.minimum(self.cache.num_own_R[rows_R] + 1, self.limit_R[rows_R])
+        lengths = [stopped.get(row, n) for row, n in zip(ended, lengths_R.tolist())]
+        tokens_RT, logp_RT = self.tokens_RT[rows_R].cpu(), self.logp_RT[rows_R].cpu()
+        if not bool(logp_RT.isfinite().all()):
             raise ValueError(
                 "sample_groups: the model's logits are not finite: its weights diverged"
             )
-        samples = {}
-        for i, (row, stopped) in enumerate(cut.items()):
-            tokens_T = tokens[i, : stopped or lengths[i]].clone()
-            finished = stopped is not None or bool(self.is_eos_V[tokens_T[-1]])
-            logp_T = logps[i, : len(tokens_T)].clone()
-            samples[row] = Sample(rows[row].prompt, rows[row].index, tokens_T, logp_T, finished)
+        self.done_R[rows_R] = True
+        self.cache.open(rows_R, torch.full_like(rows_R, -1))
+        samples = []
+        for r, n, tokens_T, logp_T in zip(ended, lengths, tokens_RT.unbind(), logp_RT.unbind()):
+            row, tokens_T, logp_T = self.rows.pop(r), tokens_T[:n], logp_T[:n]
+            finished = r in stopped or (n > 0 and int(tokens_T[-1]) in self.eos_ids)
+            samples.append(Sample(row.prompt, row.index, tokens_T, logp_T, finished))
         return samples
+
+    def _stop_lengths(self) -> dict[int, int]:
+        """Read on in every row; return its tokens up to one that completes a stop string."""
+        lengths = (self.cache.num_own_R + 1).tolist()
+        tokens, found = self.tokens_RT[:, : max(lengths)].tolist(), {}
+        for r, row in self.rows.items():
+            for token in tokens[r][row.num_read : min(lengths[r], row.limit)]:
+                piece = self.tokenizer.decode_bytes([token])
+                row.text, row.num_read = row.text + piece, row.num_read + 1
+                if any(text in row.text[-len(text) - len(piece) :] for text in self.stops):
+                    found[r] = row.num_read
+                    break
+        return found
 
     def free(self) -> None:
         """Give back the memory of cache and graphs, also while a traceback holds this object."""
@@ -447,20 +435,10 @@ class _Decoder:
         self.__dict__.clear()
 
 
-def _into_holes(taken, size: int) -> dict[int, int]:
+def _holes(taken, size: int) -> dict[int, int]:
     """Return what has to move where, so that everything taken lies below `size`."""
     beyond = [i for i in taken if i >= size]
     return dict(zip(beyond, (i for i in range(size) if i not in taken)))
-
-
-def _stop_length(row: _Row, tokens: list[int], stops: Sequence[bytes], tokenizer) -> int | None:
-    """Read on to the token that completes a stop string; return the tokens up to it, or None."""
-    for token in tokens[row.num_read :]:
-        piece = tokenizer.decode_bytes([token])
-        row.text, row.num_read = row.text + piece, row.num_read + 1
-        if any(text in row.text[-len(text) - len(piece) :] for text in stops):
-            return row.num_read
-    return None
 
 
 def _check_prompts(
