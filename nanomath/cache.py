@@ -83,8 +83,8 @@ class GroupCache:
         the passes.
         """
         self.shape = (num_rows, num_places, per_place, num_blocks)
-        # Zeroed when first used: memory that is never touched costs nothing, and fresh memory was
-        # a tenth of a small model's time.
+        # Zeroed when first used: memory that is never touched costs nothing, and touching fresh
+        # memory is a visible part of a small model's time.
         for block, num_clean in enumerate(self.num_clean_B[:num_blocks]):
             if num_clean < num_rows:
                 for cache in (*self.own_keys, *self.own_values):

@@ -12,6 +12,7 @@ import torch
 
 from nanomath import sampler
 from nanomath.checkpoint import save
+from nanomath.config import parse
 from nanomath.dist import setup
 from nanomath.draw import choose_tokens, stream_keys, uniform_noise
 from nanomath.hf import llama_name
@@ -486,11 +487,20 @@ def test_nothing_to_do():
     assert sample(model, []).lengths_PG.shape == (0, 4)
 
 
-def test_all_end_at_once_or_none_does():
-    """Every id an EOS: one token each; no EOS at all: max_new_tokens each, one prompt token too."""
-    model, prompts = make_model(), make_prompts([1, 6, 3])
+def test_all_end_at_once_or_none_does(monkeypatch):
+    """Every id an EOS: one token each; no EOS at all: max_new_tokens each, one prompt token too.
+
+    Where all rows end at once, a prompt whose samples still wait stays in the cache.
+    """
+    model, prompts, runs = make_model(), make_prompts([1, 6, 3]), []
+    prefill = sampler._Batch._prefill
+    monkeypatch.setattr(
+        sampler._Batch, "_prefill", lambda self, new: (runs.extend(new), prefill(self, new))
+    )
     for static in (False, True):
+        runs.clear()
         at_once = sample(model, prompts, eos_ids=range(53), max_rows=5, static=static)
+        assert runs == [0, 1, 2]
         assert at_once.lengths_PG.tolist() == [[1] * 4] * 3 and at_once.finished_PG.all()
         never = sample(model, prompts, eos_ids=(), max_rows=5, static=static)
         assert never.lengths_PG.tolist() == [[24] * 4] * 3 and not never.finished_PG.any()
@@ -636,20 +646,30 @@ def test_command_prints_samples_of_a_checkpoint(tmp_path, capsys):
         tokenizer=tokenizer,
         dist=setup("cpu", threads=1),
     )
-    arguments = sampler.Config(
-        checkpoint=str(tmp_path), prompt="1 +", num_samples=3, max_new_tokens=5
-    )
-    sampler.main(arguments)
-    printed = capsys.readouterr().out
-    expected = sample_groups(
-        model,
-        [tokenizer.encode("1 +", bos=True)],
-        3,
-        max_new_tokens=5,
-        eos_ids=tokenizer.stop_ids,
-        vocab_limit=tokenizer.sample_limit,
-    )
-    for g in range(3):
-        length = int(expected.lengths_PG[0, g])
-        mean = float(expected.logp_PGT[0, g, :length].mean())
-        assert f"sample {g}: {length} tokens, " in printed and f"mean logp {mean:.3f}" in printed
+    seen = set()
+    for flags, settings in (
+        ("", {}),
+        ("--top_k 3", {"top_k": 3}),
+        ("--top_p 0.2", {"top_p": 0.2}),
+        ("--stop 1 = --temperature 0.5", {"stop": ("1", "="), "temperature": 0.5}),
+    ):
+        argv = f"--checkpoint {tmp_path} --prompt 1+ -n 3 --max_new_tokens 9 --device cpu {flags}"
+        sampler.main(parse(sampler.Config, argv=argv.split()))
+        printed = capsys.readouterr().out
+        expected = sample_groups(
+            model,
+            [tokenizer.encode("1+", bos=True)],
+            3,
+            max_new_tokens=9,
+            eos_ids=tokenizer.stop_ids,
+            vocab_limit=tokenizer.sample_limit,
+            tokenizer=tokenizer,
+            **settings,
+        )
+        for g in range(3):
+            length = int(expected.lengths_PG[0, g])
+            mean = float(expected.logp_PGT[0, g, :length].mean())
+            line = f"sample {g}: {length} tokens, "
+            assert line in printed and f"mean logp {mean:.3f}" in printed
+        seen.add(printed)
+    assert len(seen) == 4  # every flag changed what is printed
