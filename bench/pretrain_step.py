@@ -203,7 +203,8 @@ def measure(cfg: BenchConfig) -> dict[str, list[dict]]:
             worker.stdin.close()
             worker.wait()
     for step, (ours, theirs) in enumerate(zip(*rows.values())):
-        tolerance = 1e-4 if cfg.device == "cpu" else 2e-2
+        # Both start from the same weights; Adam lets what rounding differs in grow with the steps.
+        tolerance = 2e-5 * (step + 1) if cfg.device == "cpu" else 2e-2
         if abs(ours["loss"] - theirs["loss"]) > tolerance:
             raise SystemExit(f"step {step}: losses {ours['loss']} and {theirs['loss']} differ")
     return {side: values[cfg.num_warmup :] for side, values in rows.items()}
