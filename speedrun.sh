@@ -63,6 +63,9 @@ if [ -n "${NANOMATH_DATA:-}" ]; then
 fi
 if [ ${#BENCHMARKS[@]} -gt 0 ]; then BENCHMARKS=(--benchmarks "${BENCHMARKS[@]}"); fi
 
+# Without this, bash goes on to the next stage when Ctrl-C finds one in its last moments.
+trap 'echo "speedrun.sh: interrupted; the same command continues" >&2; exit 130' INT
+
 # ---- stages -----------------------------------------------------------------------------------
 stage corpus    "$PY" build_corpus.py --preset "$PRESET" --run_dir "$RUN/corpus" ${BENCHMARKS[@]+"${BENCHMARKS[@]}"}
 stage tokenizer "$PY" -m nanomath.tokenizer --preset "$PRESET" --corpus "$RUN/corpus/corpus.jsonl" --out "$RUN/tokenizer"
