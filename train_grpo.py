@@ -11,7 +11,6 @@ run.
 """
 
 import math
-import time
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +21,6 @@ from nanomath.config import RunConfig, one_line_errors, opt, parse
 from nanomath.data import epoch_order
 from nanomath.dist import (
     Dist,
-    all_reduce_sum,
     copy_weights,
     make_replica,
     refresh_replica,
@@ -31,15 +29,14 @@ from nanomath.evaluation import greedy_accuracy
 from nanomath.grpo import (
     Objective,
     RolloutBatch,
-    constant_groups,
     make_batch,
     outcome_advantages,
     policy_update,
     response_logprobs,
 )
 from nanomath.lock import RunLock
-from nanomath.log import plot_metrics
 from nanomath.model import Transformer
+from nanomath.monitor import Clock, draw_plots, rollout_metrics, sample_lines
 from nanomath.optim import SCHEDULES, make_adamw
 from nanomath.rewards import compute_rewards, load_reward, reward_label
 from nanomath.run import Run, open_run
@@ -343,79 +340,10 @@ def check(cfg: GRPOConfig, dist: Dist) -> None:
         )
 
 
-class Clock:
-    """Seconds of each phase of a step."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        now = time.perf_counter()
-        self.seconds[f"seconds_{phase}"] = now - self._last
-        self._last = now
-
-
-def rollout_metrics(
-    rewards_PG: torch.Tensor, parts: dict[str, list], rollouts: Rollouts, dist: Dist
-) -> dict[str, float]:
-    """Describe a batch of rollouts; sums over sums across ranks."""
-    known = rewards_PG[~rewards_PG.isnan()]
-    sums = {
-        "outputs": rewards_PG.numel(),
-        "known": known.numel(),
-        "reward": known.sum(),
-        "reward_square": known.square().sum(),
-        "groups": rewards_PG.shape[0],
-        "constant": constant_groups(rewards_PG).sum(),
-        "tokens": rollouts.lengths_PG.sum(),
-        "truncated": (~rollouts.finished_PG).sum(),
-    }
-    for name, values in parts.items():
-        given = [value for value in values if value is not None]
-        sums |= {f"sum_{name}": sum(given), f"count_{name}": len(given)}
-    totals = all_reduce_sum({name: float(value) for name, value in sums.items()}, dist)
-
-    def mean(name: str, count: str) -> float:
-        return totals[name] / max(totals[count], 1.0)
-
-    reward = mean("reward", "known")
-    return {
-        "reward": reward,
-        "reward_std": max(mean("reward_square", "known") - reward**2, 0.0) ** 0.5,
-        **{f"reward_{name}": mean(f"sum_{name}", f"count_{name}") for name in parts},
-        "no_reward": totals["outputs"] - totals["known"],
-        "constant_groups": mean("constant", "groups"),
-        "length": mean("tokens", "outputs"),
-        "truncated": mean("truncated", "outputs"),
-    }
-
-
-def sample_lines(
-    problem: Problem, texts: list[str], rewards_G: torch.Tensor, advantages_G: torch.Tensor
-) -> list[str]:
-    """Return the first group of a step as text: prompt, then outputs with reward, advantage."""
-    rows = zip(texts[: len(rewards_G)], rewards_G.tolist(), advantages_G.tolist(), strict=True)
-    return [f"prompt: {problem.prompt}"] + [
-        f"reward {reward:.2f} advantage {advantage:+.2f}: {text}"
-        for text, reward, advantage in rows
-    ]
-
-
 def finish(cfg: GRPOConfig, run: Run, dist: Dist) -> None:
     """Draw the run's plots."""
     if dist.is_main:
-        plot_metrics(
-            cfg.run_dir,
-            [
-                ("reward", ["reward", *(f"reward_{reward_label(name)}" for name in cfg.rewards)]),
-                ("held-out accuracy, greedy", ["heldout_pass@1"]),
-                ("loss: policy term and beta * KL", ["loss_policy", "loss_kl"]),
-                ("KL to the reference, entropy (nats per token)", ["kl", "entropy"]),
-                ("output length (tokens)", ["length"]),
-                ("constant groups, truncated outputs", ["constant_groups", "truncated"]),
-            ],
-        )
+        draw_plots(cfg.run_dir, cfg.rewards)
     run.close()
 
 

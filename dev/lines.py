@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CORE_MODULES = (
     "__init__", "activations", "config", "dist", "failures", "lock", "log", "run",
     "tokenizer", "tokenizer_json", "model", "optim", "checkpoint", "data", "cache", "draw",
-    "sampler", "rewards", "grpo",
+    "sampler", "rewards", "grpo", "monitor",
 )  # fmt: skip
 CORE = ["kernels/*.py", *(f"nanomath/{name}.py" for name in CORE_MODULES), "train_*.py"]
 RL_PATH = [

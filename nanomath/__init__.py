@@ -29,6 +29,7 @@ Read in this order (the order of the paper, then down into each part):
     download.py        models and data sets: the only file that opens connections
     hf.py              Hugging Face folders, in and out; hf_config.py: their config.json
     evaluation.py      Pass@K, Maj@K, intervals; report.py puts a whole run on one page
+    monitor.py         what a run of GRPO shows: metrics, samples, plots
     run.py             what every trainer owes its users: resume, log, checkpoint, stop
     dist.py            processes, FSDP2; activations.py: what blocks recompute, and torch.compile
     checkpoint.py      save and resume; lock.py: one trainer per run; failures.py: ending together
@@ -37,5 +38,5 @@ Read in this order (the order of the paper, then down into each part):
 
 Imports run one way: kernels -> config, dist, failures, lock, log, tokenizer, chat, judge, corpus
 -> model, data, optim -> cache, draw, sampler, checkpoint, rewards, tasks -> grpo, evaluation, run
--> the scripts. This file imports nothing.
+-> monitor -> the scripts. This file imports nothing.
 """
