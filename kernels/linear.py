@@ -44,6 +44,7 @@ def linear_policy_loss(
     clip_eps_high: float = 0.2,
     kl_coef: float = 0.0,
     temperature: float = 1.0,
+    kl_estimator: str = "k3",
     chunk_rows: int | None = None,
     status: Tensor | None = None,
 ) -> PolicyLossOutput:
@@ -54,7 +55,7 @@ def linear_policy_loss(
     The other arguments, `status` and the errors are policy_loss's.
     """
     rows = Rows(targets_N, weights_N, advantages_N, old_logp_N, ref_logp_N)
-    settings = LossSettings(clip_eps_low, clip_eps_high, kl_coef, temperature)
+    settings = LossSettings(clip_eps_low, clip_eps_high, kl_coef, temperature, kl_estimator)
     return _from_hidden(hidden_ND, head_VD, rows, settings, chunk_rows, status)
 
 

@@ -39,20 +39,22 @@ def policy_loss(
     clip_eps_high: float = 0.2,
     kl_coef: float = 0.0,
     temperature: float = 1.0,
+    kl_estimator: str = "k3",
     inplace: bool = False,
     status: Tensor | None = None,
 ) -> PolicyLossOutput:
-    """Compute GRPO's loss sum_n w_n * -(min(rho A, clip(rho) A) - kl_coef * k3) (Eq. 3, 4).
+    """Compute GRPO's loss sum_n w_n * -(min(rho A, clip(rho) A) - kl_coef * kl) (Eq. 3, 4).
 
     logits_NV bf16, fp16, fp32 or fp64; targets_N int64 or int32; the rest fp32 or fp64, constants
     of the loss. old_logp_N None: the policy is its own old policy, rho = 1 with its gradient (one
     update per batch of rollouts). Rows of weight 0 are skipped and hold 0 in every output.
+    kl_estimator: k3 (Eq. 4), k1 or k2; reference.py has their gradients.
     inplace: the gradient overwrites the logits (no second [N, V]); for logits nobody reads later.
     status: on a GPU, a word (int64 [1], zeros) to share among calls; see check_status.
     Raises ValueError for a shape, dtype or setting that does not fit, and on a CPU for bad values.
     """
     rows = Rows(targets_N, weights_N, advantages_N, old_logp_N, ref_logp_N)
-    settings = LossSettings(clip_eps_low, clip_eps_high, kl_coef, temperature)
+    settings = LossSettings(clip_eps_low, clip_eps_high, kl_coef, temperature, kl_estimator)
     return _from_logits(logits_NV, rows, settings, inplace, status)
 
 

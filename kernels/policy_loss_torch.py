@@ -90,16 +90,24 @@ def _loss_and_slope(logp_B: Tensor, rows: Rows, settings: LossSettings, stats: R
     loss_B = -torch.minimum(ratio_B * advantages_B, bounded_B * advantages_B)  # Eq. 3
     slope_B = (-ratio_B * advantages_B).masked_fill_(low_B | high_B, 0.0)
     if rows.ref_logp_N is not None:
-        log_ref_ratio_B = rows.ref_logp_N - logp_B
-        excess_B = torch.expm1(log_ref_ratio_B)  # pi_ref / pi - 1
-        kl_B = excess_B - log_ref_ratio_B  # Eq. 4
+        kl_B, pull_B = _kl_and_pull(rows.ref_logp_N - logp_B, settings.kl_estimator)
         stats.kl_N.copy_(kl_B)
         loss_B += settings.kl_coef * kl_B
-        slope_B -= settings.kl_coef * excess_B
+        slope_B -= settings.kl_coef * pull_B
     stats.loss_N.copy_(loss_B)
     stats.ratio_N.copy_(ratio_B)
     stats.clipped_N.copy_(high_B.to(torch.int8) - low_B.to(torch.int8))
     return slope_B
+
+
+def _kl_and_pull(log_ref_ratio_B: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
+    """The estimator's value at log(pi_ref / pi), and -dkl/dlogp (float64)."""
+    if estimator == "k1":
+        return -log_ref_ratio_B, torch.full_like(log_ref_ratio_B, -1.0)
+    if estimator == "k2":
+        return 0.5 * log_ref_ratio_B.square(), log_ref_ratio_B
+    excess_B = torch.expm1(log_ref_ratio_B)  # pi_ref / pi - 1
+    return excess_B - log_ref_ratio_B, excess_B  # Eq. 4
 
 
 def _checked_targets(rows: Rows, vocab_size: int) -> Tensor:

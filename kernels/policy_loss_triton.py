@@ -59,6 +59,7 @@ def policy_loss_kernel(
     clip_eps_low: tl.float64,
     clip_eps_high: tl.float64,
     kl_coef: tl.float64,
+    KL: tl.constexpr,  # k1, k2 or k3
     THREADS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # N * V passes 2^31 at 20,971 rows of 102,400
@@ -94,7 +95,7 @@ def policy_loss_kernel(
     logp = (x_target.to(tl.float64) - row_max) * inverse_temperature - log_sum
     entropy = log_sum - moment / row_sum * inverse_temperature
     loss, slope, kl, ratio, side, inputs = _loss_and_slope(
-        logp, advantage, old_logp, ref_logp, clip_eps_low, clip_eps_high, kl_coef
+        logp, advantage, old_logp, ref_logp, clip_eps_low, clip_eps_high, kl_coef, KL
     )
     inputs += weight
 
@@ -163,8 +164,10 @@ def _log_sum_exp(
 
 
 @triton.jit
-def _loss_and_slope(logp, advantage, old_logp, ref_logp, clip_eps_low, clip_eps_high, kl_coef):
-    """(loss, dloss/dlogp, k3, rho, clip side, a sum that is finite where every input is)."""
+def _loss_and_slope(
+    logp, advantage, old_logp, ref_logp, clip_eps_low, clip_eps_high, kl_coef, KL: tl.constexpr
+):
+    """(loss, dloss/dlogp, KL, rho, clip side, a sum that is finite where every input is)."""
     one = tl.full([], 1.0, tl.float64)
     ratio, kl, inputs, side = one, one - one, one, tl.full([], 0, tl.int8)
     loss, slope = -logp, -one  # cross entropy is A = 1, rho = 1
@@ -182,10 +185,15 @@ def _loss_and_slope(logp, advantage, old_logp, ref_logp, clip_eps_low, clip_eps_
         if ref_logp is not None:
             inputs += ref_logp
             log_ref_ratio = ref_logp - logp
-            excess = tl.exp(log_ref_ratio) - 1.0
-            kl = excess - log_ref_ratio  # Eq. 4
+            if KL == "k1":
+                kl, pull = -log_ref_ratio, -one  # value, and -dkl/dlogp
+            elif KL == "k2":
+                kl, pull = 0.5 * log_ref_ratio * log_ref_ratio, log_ref_ratio
+            else:
+                pull = tl.exp(log_ref_ratio) - 1.0  # pi_ref / pi - 1
+                kl = pull - log_ref_ratio  # Eq. 4
             loss += kl_coef * kl
-            slope -= kl_coef * excess
+            slope -= kl_coef * pull
     return loss, slope, kl, ratio, side, inputs
 
 
@@ -267,7 +275,7 @@ def launch_rows(
         policy_loss_kernel[(num_rows,)](
             logits_NV, grad_NV, *rows, *stats, status, *strides, vocab_size,
             1.0 / settings.temperature, settings.clip_eps_low, settings.clip_eps_high,
-            settings.kl_coef, THREADS=32 * warps, num_warps=warps,
+            settings.kl_coef, KL=settings.kl_estimator, THREADS=32 * warps, num_warps=warps,
         )  # fmt: skip
 
 

@@ -44,10 +44,26 @@ def clip_side(
     return high_N.to(torch.int8) - low_N.to(torch.int8)
 
 
+def kl_k1(logp_N: Tensor, ref_logp_N: Tensor) -> Tensor:
+    """log(pi/pi_ref): unbiased for the KL, of either sign. As a loss it only adds noise: its
+    derivative by logp is 1, and E_pi[grad logp] = 0."""
+    return logp_N - ref_logp_N
+
+
+def kl_k2(logp_N: Tensor, ref_logp_N: Tensor) -> Tensor:
+    """log(pi/pi_ref)^2 / 2: biased, never negative; its derivative by logp is log(pi/pi_ref), so on
+    the policy's own samples its expected gradient is that of the KL."""
+    return 0.5 * (logp_N - ref_logp_N).square()
+
+
 def kl_k3(logp_N: Tensor, ref_logp_N: Tensor) -> Tensor:
-    """pi_ref/pi - log(pi_ref/pi) - 1: unbiased for the KL, never negative."""  # Eq. 4
+    """pi_ref/pi - log(pi_ref/pi) - 1: unbiased for the KL, never negative; its derivative by logp
+    is 1 - pi_ref/pi: on the policy's own samples the expected gradient is KL(pi_ref || pi)'s."""
     log_ratio_N = ref_logp_N - logp_N
-    return torch.expm1(log_ratio_N) - log_ratio_N
+    return torch.expm1(log_ratio_N) - log_ratio_N  # Eq. 4
+
+
+KL = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 
 
 def gradient_coefficient(
@@ -58,14 +74,22 @@ def gradient_coefficient(
     clip_eps_low: float,
     clip_eps_high: float,
     kl_coef: float,
+    kl_estimator: str = "k3",
 ) -> Tensor:
     """dJ/dlogp of one token in closed form: rho A where the clip lets it through, plus
-    beta (pi_ref/pi - 1). At rho = 1 this is GRPO's coefficient of Sec. 5.2."""
+    beta (pi_ref/pi - 1). At rho = 1 this is GRPO's coefficient of Sec. 5.2. For k2 log(pi_ref/pi)
+    stands in place of pi_ref/pi - 1, for k1 the constant -1."""
     ratio_N = ratio(logp_N, old_logp_N)
     passes_N = clip_side(ratio_N, advantages_N, clip_eps_low, clip_eps_high) == 0
     coefficient_N = torch.where(passes_N, ratio_N * advantages_N, 0.0)
     if ref_logp_N is not None:
-        coefficient_N = coefficient_N + kl_coef * torch.expm1(ref_logp_N - logp_N)
+        log_ref_ratio_N = ref_logp_N - logp_N
+        pull_N = {
+            "k1": -torch.ones_like(logp_N),
+            "k2": log_ref_ratio_N,
+            "k3": torch.expm1(log_ref_ratio_N),
+        }[kl_estimator]
+        coefficient_N = coefficient_N + kl_coef * pull_N
     return coefficient_N
 
 
@@ -81,15 +105,18 @@ def policy_loss(
     clip_eps_high: float = 0.2,
     kl_coef: float = 0.0,
     temperature: float = 1.0,
+    kl_estimator: str = "k3",
 ) -> PolicyLossOutput:
-    """GRPO's loss, sum_n w_n * -(min(rho A, clip(rho) A) - beta k3); rows of weight 0 give 0."""
+    """GRPO's loss, sum_n w_n * -(min(rho A, clip(rho) A) - beta kl); rows of weight 0 give 0."""
     kept_N = weights_N != 0
     logp_MV = log_softmax(logits_NV[kept_N], temperature)
     logp_M = logp_MV.gather(1, targets_N[kept_N].long()[:, None])[:, 0]
     advantages_M, weights_M = advantages_N[kept_N], weights_N[kept_N]
     ratio_M = ratio(logp_M, None if old_logp_N is None else old_logp_N[kept_N])
     surrogate_M = clipped_surrogate(ratio_M, advantages_M, clip_eps_low, clip_eps_high)
-    kl_M = torch.zeros_like(logp_M) if ref_logp_N is None else kl_k3(logp_M, ref_logp_N[kept_N])
+    kl_M = torch.zeros_like(logp_M)
+    if ref_logp_N is not None:
+        kl_M = KL[kl_estimator](logp_M, ref_logp_N[kept_N])
     loss_M = -(surrogate_M - kl_coef * kl_M)  # Eq. 3
     clipped_M = clip_side(ratio_M, advantages_M, clip_eps_low, clip_eps_high)
     rows_M = (loss_M, logp_M, entropy(logp_MV), kl_M, ratio_M, clipped_M)

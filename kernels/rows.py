@@ -18,22 +18,26 @@ class PolicyLossOutput(NamedTuple):
     """
 
     loss: Tensor  # scalar, differentiable: sum_n weights_N * loss_N
-    loss_N: Tensor  # -[min(rho A, clip(rho) A) - kl_coef * k3], or -logp for cross entropy
+    loss_N: Tensor  # -[min(rho A, clip(rho) A) - kl_coef * kl], or -logp for cross entropy
     logp_N: Tensor  # log-probability of the target at the temperature
     entropy_N: Tensor  # nats
-    kl_N: Tensor  # k3, Eq. 4; 0 without reference log-probabilities
+    kl_N: Tensor  # the estimator's value, k3 in Eq. 4; 0 without reference log-probabilities
     ratio_N: Tensor  # rho; 1 without old log-probabilities
     clipped_N: Tensor  # int8: -1 held back by the low side of the clip, +1 by the high one, else 0
     status: Tensor | None = None  # GPU only: the device word that check_status reads
 
 
+KL_ESTIMATORS = ("k1", "k2", "k3")  # of KL(pi || pi_ref); k3 is Eq. 4, see reference.py
+
+
 class LossSettings(NamedTuple):
-    """The run-time numbers of Eq. 3; none of them makes a kernel compile again."""
+    """The settings of Eq. 3; of these only the KL's estimator makes a kernel compile again."""
 
     clip_eps_low: float = 0.2
     clip_eps_high: float = 0.2
     kl_coef: float = 0.0
     temperature: float = 1.0
+    kl_estimator: str = "k3"
 
     def check(self, has_ref: bool) -> "LossSettings":
         if not 0.0 < self.temperature < float("inf"):
@@ -43,6 +47,8 @@ class LossSettings(NamedTuple):
                 raise ValueError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
         if self.kl_coef > 0 and not has_ref:
             raise ValueError("kl_coef > 0 needs ref_logp_N: the KL is against the reference")
+        if self.kl_estimator not in KL_ESTIMATORS:
+            raise ValueError(f"kl_estimator must be of {KL_ESTIMATORS}, got {self.kl_estimator}")
         return self
 
 

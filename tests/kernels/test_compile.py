@@ -81,6 +81,10 @@ for kind in ("policy_loss", "cross_entropy", "token_logprobs"):
         source.policy_loss_kernel.device_caches.clear()
         launch(kind, 4, vocab_size, LossSettings())
         rows.append({"kind": kind, "vocab_size": vocab_size, **report(source.policy_loss_kernel)})
+for estimator in ("k1", "k2"):
+    source.policy_loss_kernel.device_caches.clear()
+    launch("policy_loss", 4, 1024, LossSettings(kl_estimator=estimator))
+    rows.append({"kind": estimator, "vocab_size": 1024, **report(source.policy_loss_kernel)})
 print(json.dumps(rows))
 
 source.policy_loss_kernel.device_caches.clear()
@@ -119,7 +123,7 @@ def reports(tmp_path_factory):
 def test_no_spills_on_sm_90(reports):
     """Every form and block compiles for sm_90 without spilling, its registers fit into an SM and
     row offsets are 64 bits wide; nothing is atomic."""
-    assert len(reports[0]) == 9
+    assert len(reports[0]) == 11
     for row in reports[0]:
         print(row)
         assert row["spilled_bytes"] == 0, row

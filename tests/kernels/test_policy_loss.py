@@ -48,6 +48,7 @@ def assert_equal_to_reference(case, device, **kwargs):
     coefficient_N = reference.gradient_coefficient(
         exact.logp_N, *(x.double() for x in list(case.rows().values())[1:]),
         kwargs["clip_eps_low"], kwargs["clip_eps_high"], kwargs["kl_coef"],
+        kwargs.get("kl_estimator", "k3"),
     )  # fmt: skip
     scale_N = case.weights_N.double() * coefficient_N[case.weights_N != 0].abs().max()
     scale_N = scale_N / kwargs.get("temperature", 1.0)
@@ -79,6 +80,19 @@ def test_equals_float64_reference(device, make_case, num_rows, vocab_size, dtype
     assert set(exact.clipped_N.tolist()) == {-1, 0, 1}
     log_ref_N = case.ref_logp_N - exact.logp_N
     assert int((log_ref_N[kept_N] > 0.1).sum()) > 9 and int((log_ref_N[kept_N] < -0.1).sum()) > 9
+
+
+@pytest.mark.parametrize("kl_estimator", ["k1", "k2"])
+def test_other_kl_estimators_equal_float64_reference(device, make_case, kl_estimator):
+    """Value and gradient with k1 or k2 in place of k3, on all kinds of rows; they differ from k3's
+    by far more than the tolerance."""
+    case = make_case(60, 100, seed=3)
+    settings = SETTINGS | {"kl_coef": 0.5}
+    exact = assert_equal_to_reference(case, device, **settings, kl_estimator=kl_estimator)
+    k3, k3_grad_NV = run(reference, case.double(), **settings)
+    _, grad_NV = run(reference, case.double(), **settings, kl_estimator=kl_estimator)
+    assert (exact.kl_N - k3.kl_N).abs().max() > 0.1
+    assert (grad_NV - k3_grad_NV).abs().max() > 0.1 * k3_grad_NV.abs().max()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -467,6 +481,7 @@ def test_bad_row_in_token_logprobs(make_case):
         ({"temperature": 0.0}, "temperature must be"),
         ({"clip_eps_high": -0.1}, "clip_eps_high must be"),
         ({"kl_coef": float("nan")}, "kl_coef must be"),
+        ({"kl_estimator": "k4"}, "kl_estimator must be"),
     ],
 )
 def test_misfit_names_the_argument(make_case, change, message):

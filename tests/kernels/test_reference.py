@@ -6,7 +6,8 @@ import torch
 from kernels import reference
 
 
-def test_gradient_coefficient_is_the_derivative_of_eq_3():
+@pytest.mark.parametrize("kl_estimator", reference.KL)
+def test_gradient_coefficient_is_the_derivative_of_eq_3(kl_estimator):
     """The closed form of dJ/dlogp equals autograd's in each clip case and for both KL signs."""
     torch.manual_seed(0)
     logp_N = -3 * torch.rand(400, dtype=torch.float64)
@@ -16,9 +17,9 @@ def test_gradient_coefficient_is_the_derivative_of_eq_3():
     advantages_N = torch.randn(400, dtype=torch.float64)
     ratio_N = reference.ratio(logp_N, old_N)
     surrogate_N = reference.clipped_surrogate(ratio_N, advantages_N, 0.2, 0.3)
-    (surrogate_N - 0.04 * reference.kl_k3(logp_N, ref_N)).sum().backward()
+    (surrogate_N - 0.04 * reference.KL[kl_estimator](logp_N, ref_N)).sum().backward()
     coefficient_N = reference.gradient_coefficient(
-        logp_N.detach(), advantages_N, old_N, ref_N, 0.2, 0.3, 0.04
+        logp_N.detach(), advantages_N, old_N, ref_N, 0.2, 0.3, 0.04, kl_estimator
     )
     torch.testing.assert_close(logp_N.grad, coefficient_N, rtol=1e-12, atol=1e-12)
     sides = reference.clip_side(ratio_N, advantages_N, 0.2, 0.3)
@@ -47,15 +48,26 @@ def test_clip_cases_by_hand(ratio, advantage, objective, side):
     assert reference.clip_side(ratio, advantage, 0.2, 0.2).item() == side
 
 
-def test_k3_is_unbiased_and_never_negative():
-    """E_pi[k3] is the KL(pi || ref), and each sample's value is at least 0 (Eq. 4)."""
+def test_values_and_gradients_of_the_kl_estimators():
+    """E_pi of k1 and of k3 is KL(pi || ref), of k2 it is not; k2 and k3 are at least 0 (Eq. 4). As
+    a loss on pi's samples k1 has no expected gradient, k2 that of KL(pi || ref), k3 that of
+    KL(ref || pi)."""
     torch.manual_seed(1)
-    logp_V = torch.randn(50, dtype=torch.float64).log_softmax(0)
+    logits_V = torch.randn(50, dtype=torch.float64, requires_grad=True)
+    logp_V = logits_V.log_softmax(0)
     ref_V = torch.randn(50, dtype=torch.float64).log_softmax(0)
-    k3_V = reference.kl_k3(logp_V, ref_V)
-    kl = (logp_V.exp() * (logp_V - ref_V)).sum()
-    assert k3_V.min() >= 0
-    assert (logp_V.exp() * k3_V).sum().item() == pytest.approx(kl.item(), rel=1e-12)
+    kl, reverse = (torch.sum(a.exp() * (a - b)) for a, b in ((logp_V, ref_V), (ref_V, logp_V)))
+    gradients = {"k1": torch.zeros(50, dtype=torch.float64)}
+    for name, exact in (("k2", kl), ("k3", reverse)):
+        (gradients[name],) = torch.autograd.grad(exact, logits_V, retain_graph=True)
+    pi_V = logp_V.detach().exp()  # the samples are fixed when the loss is made
+    for name, estimator in reference.KL.items():
+        values_V = estimator(logp_V, ref_V)
+        mean = (pi_V * values_V).sum()
+        assert (mean.item() == pytest.approx(kl.item(), rel=1e-12)) == (name != "k2")
+        assert (values_V.min() >= 0) == (name != "k1")
+        (gradient_V,) = torch.autograd.grad(mean, logits_V, retain_graph=True)
+        torch.testing.assert_close(gradient_V, gradients[name], rtol=1e-10, atol=1e-14)
 
 
 def test_entropy_by_hand():
