@@ -5,9 +5,9 @@
         --rewards answer
     torchrun --nproc_per_node 8 train_grpo.py --init runs/sft      # the paper's settings
 
-`train` reads as Algorithm 1. What its phases do is in sampler.py (sampling), rewards.py (rewards)
-and grpo.py (advantages, the objective of Eq. 3 and 4, the update). The same command continues a
-run.
+`train` reads as Algorithm 1. What its phases do is in sampler.py (sampling), rewards.py (rewards),
+advantages.py (advantages, weights) and grpo.py (the objective of Eq. 3 and 4, the update). The same
+command continues a run.
 """
 
 import math
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.rows import KL_ESTIMATORS
+from nanomath.advantages import ADVANTAGES, LOSS_NORMS, outcome_advantages, output_weights
 from nanomath.chat import CHOICES, use_template
 from nanomath.checkpoint import load_model
 from nanomath.config import RunConfig, one_line_errors, opt, parse
@@ -30,9 +32,9 @@ from nanomath.grpo import (
     Objective,
     RolloutBatch,
     make_batch,
-    outcome_advantages,
     policy_update,
     response_logprobs,
+    update_metrics,
 )
 from nanomath.lock import RunLock
 from nanomath.model import Transformer
@@ -82,7 +84,29 @@ class GRPOConfig(RunConfig):
     num_minibatches: int = opt(1, "optimizer steps per pass (paper silent)", low=1)
     # Objective and optimizer
     clip_eps: float = opt(0.2, "clip range eps of Eq. 3 (paper silent)", low=0.0)
+    clip_eps_high: float | None = opt(
+        None, "clip range above 1 (DAPO: 0.28); none: --clip_eps", low=0.0
+    )
     kl_coef: float = opt(0.04, "weight beta of the KL to the reference, Sec. 4.2", low=0.0)
+    kl_estimator: str = opt("k3", "estimate of the KL; k3: Eq. 4", choices=KL_ESTIMATORS)
+    advantage: str = opt(
+        "std",
+        "reward less its group's mean; std: over its std, Sec. 4.1.2; leave_one_out: less the mean "
+        "of the others (RLOO)",
+        choices=ADVANTAGES,
+    )
+    loss_norm: str = opt(
+        "response",
+        "weight of a token; response: 1/|o_i|, Eq. 3; token: the same for all of a batch (DAPO); "
+        "constant: 1/--max_new_tokens (Dr. GRPO)",
+        choices=LOSS_NORMS,
+    )
+    mask_truncated: bool = opt(
+        False, "outputs cut at --max_new_tokens leave the loss, but not their group's mean and std"
+    )
+    drop_constant_groups: bool = opt(
+        False, "groups of equal rewards leave the loss and P, instead of counting with advantage 0"
+    )
     lr: float = opt(1e-6, "learning rate, Sec. 4.2", low=0.0)
     schedule: str = opt(
         "constant", "learning rate over steps (paper silent)", choices=(*SCHEDULES,)
@@ -175,6 +199,34 @@ def problem_set(cfg: GRPOConfig, split: str, num: int) -> list[Problem]:
     )
 
 
+def drop_long_prompts(
+    cfg: GRPOConfig, problems: list[Problem], tokenizer: Tokenizer, max_context: int, dist: Dist
+) -> list[Problem]:
+    """Return the problems whose prompt leaves room for an output; name the others.
+
+    Raises ValueError where none does.
+    """
+    lengths = [len(encode_prompt(tokenizer, problem)) for problem in problems]
+    kept, dropped = [], []
+    for problem, length in zip(problems, lengths, strict=True):
+        (kept if length < max_context else dropped).append(problem)
+    if not kept:
+        shorter = "shorten the questions" if cfg.problems else "give --prompt_style short"
+        raise ValueError(
+            f"no prompt leaves room for an output: the shortest has {min(lengths)} tokens and "
+            f"{cfg.init} a context of {max_context}; {shorter}, or take another model"
+        )
+    if dropped and dist.is_main:
+        ids = ", ".join(str(problem.id) for problem in dropped[:8])
+        print(
+            f"warning: {len(dropped)} of {len(problems)} problems are left out, prompts of "
+            f"{max_context} tokens or more fill the context of {cfg.init}: "
+            f"{cfg.problems or 'Countdown'} {ids}{', ...' if len(dropped) > 8 else ''}",
+            flush=True,
+        )
+    return kept
+
+
 def judge(
     cfg: GRPOConfig, problems: list[Problem], rollouts: Rollouts, tokenizer: Tokenizer
 ) -> tuple[torch.Tensor, list[str], dict[str, list]]:
@@ -200,11 +252,11 @@ def update(
     lr: float,
     dist: Dist,
 ) -> dict[str, float]:
-    """Make mu passes of num_minibatches optimizer steps over the batch (Alg. 1 l.10-11).
-
-    The metrics are means over those steps; `stepped` is 1 only if none was skipped.
-    """
-    objective = Objective(cfg.clip_eps, cfg.kl_coef, cfg.temperature)
+    """Make mu passes of num_minibatches optimizer steps over the batch (Alg. 1 l.10-11)."""
+    clip_eps_high = cfg.clip_eps if cfg.clip_eps_high is None else cfg.clip_eps_high
+    objective = Objective(
+        cfg.clip_eps, clip_eps_high, cfg.kl_coef, cfg.temperature, cfg.kl_estimator
+    )
     steps = [
         policy_update(  # Alg. 1 l.11
             policy,
@@ -221,8 +273,7 @@ def update(
         for _ in range(cfg.num_updates)  # Alg. 1 l.10
         for part in range(cfg.num_minibatches)
     ]
-    means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
-    return means | {"stepped": min(step["stepped"] for step in steps)}
+    return update_metrics(steps, cfg.kl_coef)
 
 
 def train(cfg: GRPOConfig, dist: Dist, lock: RunLock) -> None:
@@ -244,14 +295,12 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock) -> None:
         # On one CPU the policy samples for itself; else a whole copy does, refreshed before use.
         sampling_model = make_replica(policy, dist)
         optimizer = make_adamw(policy, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0)
-        problems = problem_set(cfg, "train", cfg.num_problems)
-        heldout = problem_set(cfg, "heldout", cfg.num_eval_problems)
-        longest = max(len(encode_prompt(tokenizer, problem)) for problem in problems + heldout)
-        if longest >= policy.cfg.max_context:
-            raise ValueError(
-                f"a prompt has {longest} tokens and {cfg.init} a context of "
-                f"{policy.cfg.max_context}: give --prompt_style short, or another model"
+        problems, heldout = (
+            drop_long_prompts(
+                cfg, problem_set(cfg, split, num), tokenizer, policy.cfg.max_context, dist
             )
+            for split, num in (("train", cfg.num_problems), ("heldout", cfg.num_eval_problems))
+        )
         modules = {"model": policy, "reference": reference}
         run = Run(cfg, dist, lock, modules, optimizer, tokenizer)
     total_steps = cfg.num_iterations * cfg.num_steps
@@ -285,13 +334,22 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock) -> None:
         )
         clock.lap("sampling")
         rewards_PG, texts, parts = judge(cfg, mine, rollouts, tokenizer)  # Alg. 1 l.8
-        advantages_PG = outcome_advantages(rewards_PG)  # Alg. 1 l.9
+        advantages_PG = outcome_advantages(rewards_PG, cfg.advantage)  # Alg. 1 l.9
+        weights_PG = output_weights(  # 1 / (P G |o_i|), Eq. 3
+            rewards_PG,
+            rollouts,
+            max_new_tokens=cfg.max_new_tokens,
+            dist=dist,
+            loss_norm=cfg.loss_norm,
+            mask_truncated=cfg.mask_truncated,
+            drop_constant_groups=cfg.drop_constant_groups,
+        )
         clock.lap("rewards")
         batch = make_batch(
             prompts,
             rollouts,
             advantages_PG,
-            ~rewards_PG.isnan(),
+            weights_PG,
             num_prompts=cfg.batch_size,
             world_size=dist.world_size,
         )
@@ -315,7 +373,8 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock) -> None:
             if dist.is_main:
                 lines = sample_lines(mine[0], texts, rewards_PG[0], advantages_PG[0])
                 run.samples(step, lines)
-        run.log(step, metrics, shown=("reward", "heldout_pass@1"), batch=("problems", chosen))
+        ids = [problems[place].id for place in chosen]
+        run.log(step, metrics, shown=("reward", "heldout_pass@1"), batch=("problems", ids))
     finish(cfg, run, dist)
 
 

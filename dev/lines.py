@@ -15,8 +15,8 @@ CORE_MODULES = (
 CORE = ["kernels/*.py", *(f"nanomath/{name}.py" for name in CORE_MODULES), "train_*.py"]
 RL_PATH = [
     "kernels/*.py",
-    *(f"nanomath/{name}.py" for name in ["model", "cache", "draw", "sampler", "rewards", "grpo"]),
-    "train_grpo.py",
+    *(f"nanomath/{name}.py" for name in ["model", "cache", "draw", "sampler", "rewards"]),
+    *("nanomath/advantages.py", "nanomath/grpo.py", "train_grpo.py"),
 ]
 PLAN = {"core": 3500, "RL path (in core)": 2000, "rest": 2500}
 

@@ -15,7 +15,8 @@ Read in this order (the order of the paper, then down into each part):
 
     speedrun.sh        the story: every stage is a command
     train_grpo.py      Algorithm 1
-    grpo.py            advantages, the objective (Eq. 3, 4), the update
+    advantages.py      rewards -> advantage and weight of each output (Sec. 4.1.2, Eq. 3)
+    grpo.py            the objective (Eq. 3, 4), the update
     ../kernels/        the loss over the vocabulary: reference.py first, then the fused forms
     sampler.py         groups of outputs; draw.py chooses a token, cache.py keeps keys and values
     model.py           the Transformer

@@ -311,6 +311,14 @@ def all_reduce_sum(values: dict[str, float], dist: Dist) -> dict[str, float]:
     return dict(zip(values, sums.tolist(), strict=True))
 
 
+def all_reduce_max(value: float, dist: Dist) -> float:
+    """Return the largest value of any rank."""
+    largest = torch.tensor(value, dtype=torch.float64)
+    if dist.mesh is not None:
+        td.all_reduce(largest, td.ReduceOp.MAX)
+    return largest.item()
+
+
 def all_ok(ok: bool, dist: Dist) -> bool:
     """Return True on every rank if ok is true on all of them."""
     return all_reduce_sum({"failed": float(not ok)}, dist)["failed"] == 0.0

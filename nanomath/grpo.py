@@ -1,12 +1,11 @@
-"""GRPO after the sampling: advantages, reference log-probabilities and the policy update (Sec. 4).
+"""GRPO after the sampling: reference log-probabilities and the policy update (Sec. 4).
 
-    rollouts, rewards --outcome_advantages, make_batch--> RolloutBatch
-    RolloutBatch      --response_logprobs--> its reference and old log-probabilities
-                      --policy_update--> a better policy
+    rollouts, advantages, weights --make_batch--> RolloutBatch
+    RolloutBatch --response_logprobs--> its reference and old log-probabilities
+                 --policy_update--> a better policy
 
-This file never samples (sampler.py) and never judges (rewards.py). A batch holds the outputs of
-this rank's questions; weights are fixed from the global counts before anything is split, so that
-micro-batch size and world size never change the update.
+This file never samples (sampler.py) and never judges (rewards.py, advantages.py). A batch holds the
+outputs of this rank's questions.
 
 Per-token tensors are packed: one axis N runs over the response tokens of all rows, row by row,
 without padding. Masks come from lengths, never from token ids.
@@ -14,7 +13,7 @@ without padding. Masks come from lengths, never from token ids.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
@@ -25,37 +24,9 @@ from kernels import (
     linear_policy_loss,
     linear_token_logprobs,
 )
-from nanomath.dist import Dist, all_reduce_sum
+from nanomath.dist import Dist, all_reduce_max, all_reduce_sum
 from nanomath.optim import accumulate_gradients, optimizer_step, split_rows
 from nanomath.sampler import Rollouts
-
-
-def outcome_advantages(rewards_PG: torch.Tensor) -> torch.Tensor:
-    """Return A_i = (r_i - mean(r)) / std(r) within each group, in float64 (Sec. 4.1.2).
-
-    rewards_PG: [P, G]; NaN marks an output without a reward, which leaves its group: it gets
-    advantage 0 and counts in neither mean nor std. std is the population's (ddof 0), without an
-    epsilon; a group whose rewards are all equal gets exactly 0. Raises ValueError for G < 2.
-    """
-    if rewards_PG.shape[1] < 2:
-        raise ValueError("a group needs at least 2 outputs: with one, every advantage is 0")
-    rewards_PG = rewards_PG.double()
-    scored_PG = ~rewards_PG.isnan()
-    count_P1 = scored_PG.sum(dim=1, keepdim=True).clamp(min=1)
-    filled_PG = rewards_PG.masked_fill(~scored_PG, 0.0)
-    mean_P1 = filled_PG.sum(dim=1, keepdim=True) / count_P1
-    centred_PG = (filled_PG - mean_P1).masked_fill(~scored_PG, 0.0)
-    std_P1 = (centred_PG.square().sum(dim=1, keepdim=True) / count_P1).sqrt()
-    # Test equality, not std == 0: eight rewards of 0.1 have a tiny std by rounding.
-    return torch.where(constant_groups(rewards_PG)[:, None], 0.0, centred_PG / std_P1)
-
-
-def constant_groups(rewards_PG: torch.Tensor) -> torch.Tensor:
-    """Return for each group whether all its rewards are equal (or none is known): [P] bool."""
-    missing_PG = rewards_PG.isnan()
-    high_P = rewards_PG.masked_fill(missing_PG, -torch.inf).amax(dim=1)
-    low_P = rewards_PG.masked_fill(missing_PG, torch.inf).amin(dim=1)
-    return high_P <= low_P
 
 
 @dataclass
@@ -64,7 +35,7 @@ class RolloutBatch:
 
     sequences: per output, prompt and response token ids in one list.
     prompt_lengths, response_lengths: B ints each; the sampled EOS is part of the response.
-    advantages_B: float64 [B]. weights_B: float64 [B], 1 / (P G |o_i|) with global P (Eq. 3).
+    advantages_B, weights_B: float64 [B], the same for all tokens of an output (output_weights).
     num_rows_longest: the largest B of any rank. All ranks run as many passes as that takes, some
         without rows, because sharded ranks must run each pass together.
     sampler_logp_N, ref_logp_N, old_logp_N: packed over response tokens, fp32 or wider.
@@ -104,15 +75,13 @@ def make_batch(
     prompts: Sequence[Sequence[int]],
     rollouts: Rollouts,
     advantages_PG: torch.Tensor,
-    has_reward_PG: torch.Tensor,
+    weights_PG: torch.Tensor,
     *,
     num_prompts: int,
     world_size: int,
 ) -> RolloutBatch:
-    """Lay out rollouts of this rank's prompts as rows with the weights of Eq. 3.
+    """Lay out rollouts of this rank's prompts as rows; num_prompts, of world_size ranks, is all.
 
-    num_prompts is the global P, shared out over world_size ranks. G of a group is the number of
-    its outputs that have a reward; the others get weight 0. P counts every sampled question.
     Raises ValueError for outputs that greedy, top-k or top-p choice took from another distribution.
     """
     if not rollouts.from_policy:
@@ -128,9 +97,6 @@ def make_batch(
             prompt_lengths.append(len(prompt))
             response_lengths.append(length)
             logp.append(logp_PGT[p, g, :length])
-    counts_P1 = has_reward_PG.sum(dim=1, keepdim=True).clamp(min=1).double()
-    lengths_PG = rollouts.lengths_PG.clamp(min=1).double().cpu()
-    weights_PG = has_reward_PG.double() / (num_prompts * counts_P1 * lengths_PG)  # Eq. 3
     return RolloutBatch(
         sequences=sequences,
         prompt_lengths=prompt_lengths,
@@ -205,9 +171,11 @@ def response_logprobs(
 class Objective:
     """The constants of Eq. 3: clip range, KL coefficient beta, and the sampling temperature."""
 
-    clip_eps: float
+    clip_eps_low: float
+    clip_eps_high: float
     kl_coef: float
     temperature: float
+    kl_estimator: str = "k3"
 
 
 METRIC_SUMS = (
@@ -215,6 +183,7 @@ METRIC_SUMS = (
     "kl_weighted",
     "tokens",
     "kl",
+    "kl_old",
     "entropy",
     "clip_low",
     "clip_high",
@@ -231,8 +200,9 @@ def objective_of_rows(
     *,
     weight_scale: float = 1.0,
     status: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the negated objective J of `rows` (Eq. 3, 4) with its graph, and the METRIC_SUMS.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the negated objective J of `rows` (Eq. 3, 4) with its graph, the METRIC_SUMS, and the
+    largest ratio of a trained token (0 without one).
 
     With old_logp_N None the old policy is the current one: every ratio is 1, with its gradient.
     status: where the kernels report bad rows; kernels.check_status raises on them.
@@ -255,27 +225,29 @@ def objective_of_rows(
             advantages_N=advantages_N,
             old_logp_N=packed(batch.old_logp_N),
             ref_logp_N=packed(batch.ref_logp_N),
-            clip_eps_low=objective.clip_eps,
-            clip_eps_high=objective.clip_eps,
-            kl_coef=objective.kl_coef,
-            temperature=objective.temperature,
             status=status,
+            **asdict(objective),
         )
 
     out = model(tokens_BT, head_fn=head_fn)
     trained_N = weights_N > 0
     gap_N = (out.logp_N - packed(batch.sampler_logp_N)).abs()
+    log_ratio_N = torch.zeros_like(out.logp_N, dtype=torch.float64)
+    if batch.old_logp_N is not None:
+        log_ratio_N = (out.logp_N - packed(batch.old_logp_N)).where(trained_N, 0.0).double()
     sums = {
         "loss": out.loss.detach(),
         "kl_weighted": (weights_N * out.kl_N).sum(),
         "tokens": trained_N.sum(),
         "kl": (out.kl_N * trained_N).sum(),
+        "kl_old": (log_ratio_N.expm1() - log_ratio_N).sum(),  # KL(old || policy), on old's tokens
         "entropy": (out.entropy_N * trained_N).sum(),
         "clip_low": ((out.clipped_N < 0) & trained_N).sum(),
         "clip_high": ((out.clipped_N > 0) & trained_N).sum(),
         "sampler_gap": (gap_N * trained_N).sum(),
     }
-    return out.loss, torch.stack([sums[name].double() for name in METRIC_SUMS])
+    ratio_max = torch.nn.functional.pad(out.ratio_N, (0, 1)).max().double()
+    return out.loss, torch.stack([sums[name].double() for name in METRIC_SUMS]), ratio_max
 
 
 def policy_update(
@@ -291,19 +263,24 @@ def policy_update(
     part: int = 0,
     num_parts: int = 1,
 ) -> dict[str, float]:
-    """Take one optimizer step up the GRPO objective (Alg. 1 l.11) and return its metrics.
+    """Take one optimizer step up the GRPO objective (Alg. 1 l.11).
 
-    On one of num_parts equal parts of the batch the objective is the mean over that part. The
-    questions of a rank must then divide by num_parts.
+    On one of num_parts equal parts of the batch its weights count num_parts times: with loss_norm
+    response the objective is the mean over that part. The questions of a rank must then divide by
+    num_parts. Return, over all ranks, the METRIC_SUMS, the largest ratio, the gradient's norm,
+    whether it stepped (0: the gradient was not finite) and whether there was nothing to step for
+    (empty_steps: every coefficient, hence the gradient, is 0; momentum must not move the policy).
     """
     totals = torch.zeros(len(METRIC_SUMS), dtype=torch.float64, device=dist.device)
+    largest = torch.zeros((), dtype=torch.float64, device=dist.device)
     status = torch.zeros(1, dtype=torch.int64, device=dist.device)
 
     def loss_of_rows(rows: list[int]) -> torch.Tensor:
-        loss, sums = objective_of_rows(
+        loss, sums, ratio_max = objective_of_rows(
             model, batch, rows, objective, dist.device, weight_scale=num_parts, status=status
         )
         totals.add_(sums)
+        torch.maximum(largest, ratio_max, out=largest)
         return loss
 
     accumulate_gradients(
@@ -313,14 +290,29 @@ def policy_update(
     grad_norm, stepped = optimizer_step(
         model, optimizer, lr=lr, max_grad_norm=max_grad_norm, dist=dist
     )
-    sums = all_reduce_sum(dict(zip(METRIC_SUMS, totals.tolist(), strict=True)), dist)
-    tokens = max(sums["tokens"], 1.0)  # metrics are sums over sums, never means of means
-    kl_term = objective.kl_coef * sums["kl_weighted"]
     return {
-        "loss": sums["loss"],
-        "loss_policy": sums["loss"] - kl_term,
-        "loss_kl": kl_term,
-        **{name: sums[name] / tokens for name in METRIC_SUMS[3:]},
+        **all_reduce_sum(dict(zip(METRIC_SUMS, totals.tolist(), strict=True)), dist),
+        "ratio_max": all_reduce_max(float(largest), dist),
         "grad_norm": grad_norm,
         "stepped": float(stepped),
+        "empty_steps": float(grad_norm == 0.0),
+    }
+
+
+def update_metrics(steps: Sequence[dict[str, float]], kl_coef: float) -> dict[str, float]:
+    """Describe the policy_update steps of one batch: sums over sums, never means of means.
+
+    The loss and the gradient's norm are means over the steps.
+    """
+    totals = {name: sum(step[name] for step in steps) for name in steps[0]}
+    loss, kl_term = totals["loss"] / len(steps), kl_coef * totals["kl_weighted"] / len(steps)
+    return {
+        "loss": loss,
+        "loss_policy": loss - kl_term,
+        "loss_kl": kl_term,
+        **{name: totals[name] / max(totals["tokens"], 1.0) for name in METRIC_SUMS[3:]},
+        "ratio_max": max(step["ratio_max"] for step in steps),
+        "grad_norm": totals["grad_norm"] / len(steps),
+        "stepped": min(step["stepped"] for step in steps),
+        "empty_steps": totals["empty_steps"],
     }

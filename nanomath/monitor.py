@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from nanomath.advantages import constant_groups
 from nanomath.dist import Dist, all_reduce_sum
-from nanomath.grpo import constant_groups
 from nanomath.log import plot_metrics
 from nanomath.rewards import reward_label
 from nanomath.sampler import Rollouts

@@ -105,11 +105,12 @@ def optimizer_step(
     """Clip, step, clear the gradients. Return (gradient norm before clipping, whether it stepped).
 
     A gradient that is not finite leaves the weights and the optimizer as they were, on all ranks
-    alike: the norm is global.
+    alike: the norm is global. So does one of zeros, with nothing to learn from: momentum and weight
+    decay would move the weights all the same.
     """
     grad_norm = float(clip_grad_norm(model.parameters(), max_grad_norm, dist))
     finite = math.isfinite(grad_norm)
-    if finite:
+    if finite and grad_norm > 0.0:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()

@@ -1,19 +1,17 @@
 """GRPO against the paper's closed forms, in float64 where it counts."""
 
-import math
 
 import pytest
 import torch
 
+from nanomath.advantages import outcome_advantages, output_weights
 from nanomath.dist import Dist
 from nanomath.grpo import (
     METRIC_SUMS,
     Objective,
     RolloutBatch,
-    constant_groups,
     make_batch,
     objective_of_rows,
-    outcome_advantages,
     pad_rows,
     policy_update,
     response_logprobs,
@@ -32,7 +30,11 @@ def tiny_model(seed: int = 0) -> Transformer:
 
 
 def random_batch(
-    lengths=((3, 7), (1, 5), (6, 2)), prompt_lengths=(4, 2, 6), advantages=None, seed=0
+    lengths=((3, 7), (1, 5), (6, 2)),
+    prompt_lengths=(4, 2, 6),
+    advantages=None,
+    seed=0,
+    loss_norm="response",
 ) -> RolloutBatch:
     generator = torch.Generator().manual_seed(seed)
     lengths_PG = torch.tensor(lengths)
@@ -46,12 +48,14 @@ def random_batch(
         torch.zeros(tokens_PGT.shape, dtype=torch.float64),
         torch.ones_like(lengths_PG, dtype=torch.bool),
     )
+    rewards_PG = torch.rand(lengths_PG.shape, generator=generator, dtype=torch.float64)
     if advantages is None:
-        rewards_PG = torch.rand(lengths_PG.shape, generator=generator, dtype=torch.float64)
         advantages = outcome_advantages(rewards_PG)
-    scored_PG = torch.ones_like(lengths_PG, dtype=torch.bool)
+    weights_PG = output_weights(
+        rewards_PG, rollouts, max_new_tokens=10, dist=ALONE, loss_norm=loss_norm
+    )
     return make_batch(
-        prompts, rollouts, advantages, scored_PG, num_prompts=len(prompts), world_size=1
+        prompts, rollouts, advantages, weights_PG, num_prompts=len(prompts), world_size=1
     )
 
 
@@ -69,78 +73,34 @@ def gradient(model, batch, objective, micro_batches):
     model.zero_grad(set_to_none=True)
     sums = 0.0
     for rows in micro_batches:
-        loss, part = objective_of_rows(model, batch, rows, objective, CPU)
+        loss, part, _ = objective_of_rows(model, batch, rows, objective, CPU)
         loss.backward()
         sums = sums + part
     flat = torch.cat([p.grad.flatten() for p in model.parameters()])
     return flat, dict(zip(METRIC_SUMS, sums.tolist(), strict=True))
 
 
-# ------------------------------------------------------------------------------ advantages
+def update(model, batch, objective, optimizer=None, **options):
+    """One policy_update by SGD of rate 1 without clipping, unless an optimizer is given."""
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=1.0)
+    lr = optimizer.param_groups[0]["lr"]
+    settings = {"max_grad_norm": 1e9, "micro_batch_size": 3, "dist": ALONE} | options
+    return policy_update(model, optimizer, batch, objective, lr=lr, **settings)
 
 
-@pytest.mark.parametrize("group_size", [4, 8, 64])
-def test_one_success_has_advantage_sqrt_of_g_minus_1(group_size):
-    """One success in a group of G gets A = sqrt(G-1): population std, no epsilon (Sec. 4.1.2)."""
-    rewards_PG = torch.zeros(1, group_size)
-    rewards_PG[0, 2] = 1.0
-    advantages_PG = outcome_advantages(rewards_PG)
-    assert advantages_PG[0, 2].item() == pytest.approx(math.sqrt(group_size - 1), abs=1e-12)
-    assert advantages_PG[0, 0].item() == pytest.approx(-1 / math.sqrt(group_size - 1), abs=1e-12)
-
-
-@pytest.mark.parametrize("reward", [0.1, 0.7, 0.0, 1e9, -3.3])
-def test_constant_group_has_advantage_exactly_zero(reward):
-    """Equal rewards give exactly 0, though their fp32 std is not 0 (eight rewards of 0.1)."""
-    rewards_PG = torch.full((2, 8), reward, dtype=torch.float32)
-    rewards_PG[1, 3] += 1.0
-    advantages_PG = outcome_advantages(rewards_PG)
-    assert (advantages_PG[0] == 0).all()
-    assert constant_groups(rewards_PG).tolist() == [True, reward == 1e9]
-    if reward != 1e9:
-        assert advantages_PG[1, 3].item() == pytest.approx(math.sqrt(7), rel=1e-5)
-
-
-def test_output_without_reward_leaves_mean_std_and_group_size():
-    """NaN (no reward) is left out of the group; 0.0 is a reward like any other."""
-    nan = float("nan")
-    with_missing = outcome_advantages(torch.tensor([[1.0, nan, 0.0, 0.0], [nan] * 4]))
-    without = outcome_advantages(torch.tensor([[1.0, 0.0, 0.0]]))
-    assert torch.allclose(with_missing[0, [0, 2, 3]], without[0], atol=1e-15)
-    assert with_missing[0, 1] == 0 and (with_missing[1] == 0).all()
-    assert not with_missing.isnan().any()
-
-
-def test_group_of_one_is_an_error():
-    """G = 1 has no advantage: it must be an error, not a silent zero."""
-    with pytest.raises(ValueError, match="at least 2"):
-        outcome_advantages(torch.zeros(3, 1))
+def flat_weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 # ------------------------------------------------------------------------------ batch layout
 
 
-def test_weights_are_one_over_p_g_and_length():
-    """Every token of o_i weighs 1 / (P G |o_i|), so the weights of all tokens sum to 1 (Eq. 3)."""
-    batch = random_batch()
-    expected = [1 / (3 * 2 * n) for n in (3, 7, 1, 5, 6, 2)]
-    assert batch.weights_B.tolist() == pytest.approx(expected, rel=1e-15)
-    total = (batch.weights_B * torch.tensor(batch.response_lengths)).sum()
-    assert total.item() == pytest.approx(1.0, abs=1e-15)
-
-
-def test_unscored_output_has_weight_zero_and_group_counts_the_others():
-    """An output without reward weighs 0 and its group's G is the number of scored outputs."""
-    lengths_PG = torch.tensor([[2, 3, 4]])
-    rollouts = Rollouts(
-        torch.ones(1, 3, 4, dtype=torch.int64), lengths_PG, torch.zeros(1, 3, 4), lengths_PG > 0
-    )
-    scored_PG = torch.tensor([[True, False, True]])
-    batch = make_batch([[5]], rollouts, torch.zeros(1, 3), scored_PG, num_prompts=1, world_size=1)
-    assert batch.weights_B.tolist() == pytest.approx([1 / 4, 0.0, 1 / 8])
-    rollouts.from_policy = False  # greedy, top-k, top-p: their logp is not what drew them
+def test_outputs_of_another_distribution_are_refused():
+    """Greedy, top-k and top-p: their log-probabilities are not those of what drew them."""
+    rollouts = Rollouts(torch.ones(1, 2, 4).long(), torch.ones(1, 2).long(), None, None)
+    rollouts.from_policy = False
     with pytest.raises(ValueError, match="not the policy's own"):
-        make_batch([[5]], rollouts, torch.zeros(1, 3), scored_PG, num_prompts=1, world_size=1)
+        make_batch([[5]], rollouts, None, None, num_prompts=1, world_size=1)
 
 
 def test_response_tokens_are_predicted_from_the_position_before():
@@ -172,7 +132,7 @@ def test_loss_equals_beta_times_mean_kl_while_the_gradient_is_not_zero():
     """With one step per batch, loss = beta * mean over outputs of their mean token KL (Sec. 4)."""
     model, batch = tiny_model(), random_batch()
     batch.ref_logp_N = score(tiny_model(seed=1), batch)
-    flat, sums = gradient(model, batch, Objective(0.2, 0.04, 1.0), [range(6)])
+    flat, sums = gradient(model, batch, Objective(0.2, 0.2, 0.04, 1.0), [range(6)])
     logp_N = score(model, batch)
     log_ratio = batch.ref_logp_N - logp_N
     kl_N = log_ratio.exp() - log_ratio - 1  # Eq. 4
@@ -189,7 +149,7 @@ def test_gradient_is_the_coefficient_times_grad_logp(kl_coef, temperature):
     """At rho = 1 the gradient is sum_t w (A + beta (pi_ref/pi - 1)) grad logp (Sec. 4, 5.2)."""
     model, batch = tiny_model(), random_batch()
     batch.ref_logp_N = score(tiny_model(seed=1), batch, temperature)
-    flat, _ = gradient(model, batch, Objective(0.2, kl_coef, temperature), [range(6)])
+    flat, _ = gradient(model, batch, Objective(0.2, 0.2, kl_coef, temperature), [range(6)])
     surrogate, offset = 0.0, 0
     for r, row in enumerate(batch.sequences):
         logp_TV = model(torch.tensor([row]))[0].div(temperature).log_softmax(-1)
@@ -211,7 +171,7 @@ def test_micro_batch_size_row_order_and_padding_do_not_change_the_gradient():
     model, batch = tiny_model(), random_batch()
     batch.ref_logp_N = score(tiny_model(seed=1), batch)
     batch.old_logp_N = score(tiny_model(seed=2), batch)
-    objective = Objective(0.2, 0.04, 0.9)
+    objective = Objective(0.2, 0.2, 0.04, 0.9)
     whole, sums = gradient(model, batch, objective, [range(6)])
     for split in ([[i] for i in range(6)], [[5, 0], [3, 1], [2, 4]], [[4, 2, 1, 5], [3, 0], []]):
         part, part_sums = gradient(model, batch, objective, split)
@@ -228,7 +188,7 @@ def test_clipping_stops_the_gradient_only_where_the_ratio_leaves_on_the_gaining_
     ratios = torch.tensor([1.21, 0.6, 1.19, 0.81, 1.6, 0.79, 1.19, 0.81], dtype=torch.float64)
     shift = ratios.log()
     batch.old_logp_N = logp_N - shift
-    flat, sums = gradient(model, batch, Objective(0.2, 0.0, 1.0), [range(2)])
+    flat, sums = gradient(model, batch, Objective(0.2, 0.2, 0.0, 1.0), [range(2)])
     assert (sums["clip_high"], sums["clip_low"]) == (1, 1)
     surrogate, kept = 0.0, [1, 2, 3, 4, 6, 7]  # token 0 (A>0, high) and token 5 (A<0, low) drop
     offset = 0
@@ -250,7 +210,7 @@ def test_kl_is_exactly_zero_right_after_a_reference_refresh():
     """With reference = policy the KL is 0 to the last bit: both are scored by the same code."""
     model, batch = tiny_model(), random_batch()
     batch.ref_logp_N = score(model, batch, micro_batch_size=8)
-    _, sums = gradient(model, batch, Objective(0.2, 0.04, 1.0), [range(6)])
+    _, sums = gradient(model, batch, Objective(0.2, 0.2, 0.04, 1.0), [range(6)])
     assert abs(sums["kl"]) < 1e-12
 
 
@@ -262,18 +222,9 @@ def test_first_update_of_two_equals_the_single_update():
         if old:
             batch.old_logp_N = score(model, batch)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        metrics = policy_update(
-            model,
-            optimizer,
-            batch,
-            Objective(0.2, 0.0, 1.0),
-            lr=1e-2,
-            max_grad_norm=1.0,
-            micro_batch_size=2,
-            dist=ALONE,
-        )
+        metrics = update(model, batch, Objective(0.2, 0.2, 0.0, 1.0), optimizer, max_grad_norm=1.0)
         assert metrics["stepped"] == 1.0 and metrics["clip_low"] == metrics["clip_high"] == 0.0
-        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        results.append(flat_weights(model))
     assert (results[0] - results[1]).abs().max() < 1e-10
 
 
@@ -283,16 +234,7 @@ def test_update_raises_the_probability_of_the_better_output():
     batch = random_batch(((4, 4),), (3,), torch.tensor([[1.0, -1.0]], dtype=torch.float64))
     before = score(model, batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-    policy_update(
-        model,
-        optimizer,
-        batch,
-        Objective(0.2, 0.0, 1.0),
-        lr=1e-3,
-        max_grad_norm=1.0,
-        micro_batch_size=2,
-        dist=ALONE,
-    )
+    update(model, batch, Objective(0.2, 0.2, 0.0, 1.0), optimizer, max_grad_norm=1.0)
     change = score(model, batch) - before
     assert change[:4].sum() > 0 > change[4:].sum()
 
@@ -301,33 +243,22 @@ def test_equal_parts_of_a_batch_add_up_to_it():
     """The gradients of num_parts parts, each the mean over its part, average to the whole one."""
     model = tiny_model()
     batch = random_batch(((3, 7), (1, 5), (6, 2), (4, 4)), (4, 2, 6, 3))
-    whole, _ = gradient(model, batch, Objective(0.2, 0.0, 1.0), [range(8)])
+    whole, _ = gradient(model, batch, Objective(0.2, 0.2, 0.0, 1.0), [range(8)])
     total = 0.0
     for part in range(2):
         rows = [row for rows in batch.micro_batches(3, part, 2) for row in rows]
         assert sorted(rows) == list(range(4 * part, 4 * part + 4))
-        flat, _ = gradient(model, batch, Objective(0.2, 0.0, 1.0), [rows])
+        flat, _ = gradient(model, batch, Objective(0.2, 0.2, 0.0, 1.0), [rows])
         total = total + flat
     assert (total - whole).abs().max() < 1e-12
 
     def first_step(num_parts):
         model = tiny_model()
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        policy_update(
-            model,
-            optimizer,
-            batch,
-            Objective(0.2, 0.0, 1.0),
-            lr=1.0,
-            max_grad_norm=1e9,
-            micro_batch_size=3,
-            dist=ALONE,
-            num_parts=num_parts,
-        )
-        return torch.cat([p.detach().flatten() for p in model.parameters()])
+        update(model, batch, Objective(0.2, 0.2, 0.0, 1.0), num_parts=num_parts)
+        return flat_weights(model)
 
-    start = torch.cat([p.detach().flatten() for p in tiny_model().parameters()])
-    part_gradient, _ = gradient(tiny_model(), batch, Objective(0.2, 0.0, 1.0), [range(4)])
+    start = flat_weights(tiny_model())
+    part_gradient, _ = gradient(tiny_model(), batch, Objective(0.2, 0.2, 0.0, 1.0), [range(4)])
     assert (start - first_step(2) - 2 * part_gradient).abs().max() < 1e-12
     assert (start - first_step(1) - whole).abs().max() < 1e-12
 
@@ -338,15 +269,6 @@ def test_gradient_that_is_not_finite_leaves_the_weights_alone():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     before = [p.detach().clone() for p in model.parameters()]
     model.blocks[0].ffn.up_proj.weight.register_hook(lambda grad: grad * float("nan"))
-    metrics = policy_update(
-        model,
-        optimizer,
-        batch,
-        Objective(0.2, 0.0, 1.0),
-        lr=1e-2,
-        max_grad_norm=1.0,
-        micro_batch_size=8,
-        dist=ALONE,
-    )
+    metrics = update(model, batch, Objective(0.2, 0.2, 0.0, 1.0), optimizer, max_grad_norm=1.0)
     assert metrics["stepped"] == 0.0 and not optimizer.state
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

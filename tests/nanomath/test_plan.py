@@ -70,14 +70,15 @@ def grpo_step(cfg, policy, optimizer, dist, generator) -> None:
     new = cfg.max_new_tokens
     rollouts = sample_groups(policy, prompts, cfg.group_size, max_new_tokens=new, eos_ids=())
     size = (cfg.questions, cfg.group_size)
+    weights_PG = torch.full(size, 1 / new, dtype=torch.float64)
     batch = make_batch(
-        prompts, rollouts, torch.randn(size, generator=generator), torch.ones(size).bool(),
+        prompts, rollouts, torch.randn(size, generator=generator), weights_PG,
         num_prompts=cfg.questions, world_size=1,
     )  # fmt: skip
     scoring = {"temperature": 1.0, "micro_batch_size": cfg.micro_batch_size, "device": dist.device}
     if cfg.kl:
         batch.ref_logp_N = response_logprobs(optimizer.reference, batch, **scoring)
-    objective = Objective(0.2, 0.04 * cfg.kl, 1.0)
+    objective = Objective(0.2, 0.2, 0.04 * cfg.kl, 1.0)
     policy_update(
         policy,
         optimizer,
