@@ -1,6 +1,5 @@
 """GRPO against the paper's closed forms, in float64 where it counts."""
 
-
 import pytest
 import torch
 
