@@ -2,7 +2,7 @@
 
     python train_grpo.py --preset cpu --init runs/sft --run_dir runs/grpo
     python train_grpo.py --init models/qwen --chat_template chatml --problems mine.jsonl \\
-        --rewards answer
+        --reward answer
     torchrun --nproc_per_node 8 train_grpo.py --init runs/sft      # the paper's settings
 
 `train` reads as Algorithm 1. What its phases do is in sampler.py (sampling), rewards.py (rewards),
@@ -40,7 +40,7 @@ from nanomath.lock import RunLock
 from nanomath.model import Transformer
 from nanomath.monitor import Clock, draw_plots, rollout_metrics, sample_lines
 from nanomath.optim import SCHEDULES, make_adamw
-from nanomath.rewards import compute_rewards, load_reward, reward_label
+from nanomath.rewards import Rewards
 from nanomath.run import Run, open_run
 from nanomath.sampler import Rollouts, sample_groups
 from nanomath.tasks import Problem, benchmarks, countdown, encode_prompt
@@ -62,7 +62,7 @@ class GRPOConfig(RunConfig):
     problems: str | None = opt(
         None,
         "your own JSONL of question and answer, instead of Countdown; one in ten is held out; "
-        "needs --rewards answer, or your own",
+        "needs --reward answer, or your own",
     )
     num_numbers: tuple[int, ...] = opt((3, 4), "numbers per Countdown problem", low=2, high=5)
     max_number: int = opt(99, "largest given number", low=1)
@@ -115,11 +115,23 @@ class GRPOConfig(RunConfig):
     beta1: float = opt(0.9, "AdamW (paper silent: as in pretraining)", low=0.0, high=1.0)
     beta2: float = opt(0.95, "AdamW (paper silent: as in pretraining)", low=0.0, high=1.0)
     # Rewards
-    rewards: tuple[str, ...] = opt(
+    reward: tuple[str, ...] = opt(
         ("format", "equation"),
-        "reward functions, summed: format, equation, answer, my_file.py:my_function",
+        "one or several, summed: format, equation, answer, my_file.py:my_function",
     )
     reward_weights: tuple[float, ...] = opt((), "a weight for each reward function; none: 1 each")
+    reward_seconds: float = opt(
+        10.0,
+        "time limit of a function of yours on one output; beyond it there is no reward",
+        low=0.1,
+        may_change=True,
+    )
+    reward_workers: int = opt(
+        0,
+        "processes for functions of yours, per rank; 0: its share of the cores, at most 8",
+        low=0,
+        may_change=True,
+    )
     # What is shown
     eval_interval: int = opt(25, "steps between held-out evaluations", low=1)
     num_eval_problems: int = opt(200, "problems of one held-out evaluation", low=1)
@@ -228,7 +240,7 @@ def drop_long_prompts(
 
 
 def judge(
-    cfg: GRPOConfig, problems: list[Problem], rollouts: Rollouts, tokenizer: Tokenizer
+    rewards: Rewards, problems: list[Problem], rollouts: Rollouts, tokenizer: Tokenizer
 ) -> tuple[torch.Tensor, list[str], dict[str, list]]:
     """Return the rewards [P, G] (NaN: none), the outputs as text, and each function's rewards."""
     texts = []
@@ -237,8 +249,7 @@ def judge(
             texts.append(tokenizer.decode(tokens_T[:length]))
     group_size = rollouts.lengths_PG.shape[1]
     repeated = [problem for problem in problems for _ in range(group_size)]
-    weights = cfg.reward_weights or (1.0,) * len(cfg.rewards)
-    totals, parts = compute_rewards(repeated, texts, cfg.rewards, weights)
+    totals, parts = rewards.score(repeated, texts)
     values = [float("nan") if total is None else total for total in totals]
     rewards_PG = torch.tensor(values, dtype=torch.float64).view(len(problems), group_size)
     return rewards_PG, texts, parts
@@ -276,7 +287,7 @@ def update(
     return update_metrics(steps, cfg.kl_coef)
 
 
-def train(cfg: GRPOConfig, dist: Dist, lock: RunLock) -> None:
+def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
     """Run Algorithm 1 with outcome rewards (Sec. 4.1.2, 4.1.4)."""
     with one_line_errors():
         check(cfg, dist)
@@ -333,7 +344,7 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock) -> None:
             cache_gb=cfg.cache_gb or math.inf,
         )
         clock.lap("sampling")
-        rewards_PG, texts, parts = judge(cfg, mine, rollouts, tokenizer)  # Alg. 1 l.8
+        rewards_PG, texts, parts = judge(rewards, mine, rollouts, tokenizer)  # Alg. 1 l.8
         advantages_PG = outcome_advantages(rewards_PG, cfg.advantage)  # Alg. 1 l.9
         weights_PG = output_weights(  # 1 / (P G |o_i|), Eq. 3
             rewards_PG,
@@ -380,16 +391,9 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock) -> None:
 
 def check(cfg: GRPOConfig, dist: Dist) -> None:
     """Refuse what would only fail in the middle of a step. Raises ValueError."""
-    if cfg.reward_weights and len(cfg.rewards) != len(cfg.reward_weights):
-        raise ValueError("--reward_weights needs one weight for each of --rewards")
-    labels = [reward_label(name) for name in cfg.rewards]
-    if len(set(labels)) != len(labels):
-        raise ValueError(f"--rewards {' '.join(cfg.rewards)}: two of them have the same name")
-    for name in cfg.rewards:
-        load_reward(name)
-    if cfg.problems and "equation" in cfg.rewards:
+    if cfg.problems and "equation" in cfg.reward:
         raise ValueError(
-            "--problems needs --rewards answer, or one of your own: equation is Countdown's"
+            "--problems needs --reward answer, or one of your own: equation is Countdown's"
         )
     parts = cfg.num_minibatches * dist.world_size
     if cfg.num_minibatches > 1 and cfg.batch_size % parts:
@@ -402,14 +406,22 @@ def check(cfg: GRPOConfig, dist: Dist) -> None:
 def finish(cfg: GRPOConfig, run: Run, dist: Dist) -> None:
     """Draw the run's plots."""
     if dist.is_main:
-        draw_plots(cfg.run_dir, cfg.rewards)
+        draw_plots(cfg.run_dir, cfg.reward)
     run.close()
 
 
 def main() -> None:
     cfg = parse(GRPOConfig, PRESETS, description=__doc__)
     with open_run(cfg) as (dist, lock):
-        train(cfg, dist, lock)
+        with one_line_errors():
+            rewards = Rewards(
+                cfg.reward,
+                cfg.reward_weights,
+                seconds=cfg.reward_seconds,
+                num_workers=cfg.reward_workers,
+            )
+        with rewards:
+            train(cfg, dist, lock, rewards)
 
 
 if __name__ == "__main__":

@@ -7,25 +7,32 @@ judge. Built in, each worth 1.0 or 0.0:
     equation    Countdown's answer is right
     answer      the answer equals the reference, as a value (judge/answers.py)
 
-Your own: `--rewards my_file.py:my_function`. A function that raises, or returns no finite number,
-has no reward for that completion: None, which is not 0. The failures of a call are counted and
-named in one warning, and a completion without a reward is left out of its group's mean and std
-(grpo.py). Functions run in this process, one completion at a time; `score_one` is all that a pool
-of worker processes with a time limit would have to call.
+Your own: `--reward my_file.py:my_function`. It runs in worker processes (reward_workers.py), with a
+time limit per completion. One that raises, takes too long, ends its process or returns no finite
+number has no reward for that completion: None, which is not 0. The failures of a call are counted
+and named in one warning, and a completion without a reward is left out of its group's mean and std
+(grpo.py). The built-in functions run in the trainer's process: they are bounded whatever the text
+(tests hold them to it), and quicker than a message to a worker.
 """
 
-import functools
-import importlib.util
+import itertools
 import logging
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from nanomath.judge.answers import is_readable
+from nanomath.reward_workers import (
+    RewardFunction,
+    Scored,
+    Workers,
+    default_num_workers,
+    score_one,
+)
 from nanomath.tasks import Problem, benchmarks, countdown
 
-RewardFunction = Callable[[Problem, str], float | None]
+SHOWN_FAILURES = 3  # of one function in one call: the rest are counted
 
 _logger = logging.getLogger(__name__)
 
@@ -67,118 +74,106 @@ BUILT_IN: dict[str, RewardFunction] = {
 }
 
 
-def compute_rewards(
-    problems: Sequence[Problem],
-    completions: Sequence[str],
-    names: Sequence[str] = ("format", "equation"),
-    weights: Sequence[float] = (1.0, 1.0),
-) -> tuple[list[float | None], dict[str, list[float | None]]]:
-    """Return each completion's weighted sum of rewards, and every function's own rewards by label.
+class Rewards:
+    """Several reward functions and their weights; close it, or use `with`, to end its workers.
 
-    problems[i] is the question of completions[i]; names are built in or "file.py:function". The
-    sum is None where a function of weight other than 0 gave None. Raises ValueError for lengths
-    that differ, an unknown name, two of one reward_label or a weight that is not finite.
+    names are built in or "file.py:function"; no weights: 1 each; seconds: the limit per completion;
+    num_workers 0: default_num_workers(). Raises ValueError or FileNotFoundError that names the
+    reward and the fix.
     """
-    if len(problems) != len(completions):
-        raise ValueError(f"{len(problems)} problems, but {len(completions)} completions")
-    labels = [reward_label(name) for name in names]
-    if len(names) != len(weights) or not names or len(set(labels)) != len(names):
-        raise ValueError(
-            f"rewards {tuple(names)} with weights {tuple(weights)}: give different rewards, of "
-            "different function names, and one weight for each"
-        )
-    if not all(math.isfinite(weight) for weight in weights):
-        raise ValueError(f"reward weights {tuple(weights)} must be finite")
-    by_label = {
-        label: _score_all(name, load_reward(name), problems, completions)
-        for label, name in zip(labels, names, strict=True)
-    }
-    totals: list[float | None] = []
-    for parts in zip(*by_label.values(), strict=True):
-        used = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight]
-        known = all(part is not None for part, _ in used)
-        totals.append(sum(part * weight for part, weight in used) if known else None)
-    return totals, by_label
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        weights: Sequence[float] = (),
+        *,
+        seconds: float = 10.0,
+        num_workers: int = 0,
+    ):
+        self._names, self._labels = tuple(names), [reward_label(name) for name in names]
+        self._weights = tuple(weights) or (1.0,) * len(self._names)
+        if not names or len(set(self._labels)) != len(names):
+            raise ValueError(f"--reward {' '.join(names)}: give different function names")
+        if len(self._weights) != len(names) or not all(map(math.isfinite, self._weights)):
+            raise ValueError(
+                f"--reward_weights {' '.join(map(str, weights))}: give one number for each of "
+                f"--reward {' '.join(names)}"
+            )
+        own = [_resolve(name) for name in names if name not in BUILT_IN]
+        self._workers = None
+        if own:
+            num_workers = num_workers or default_num_workers()
+            self._workers = Workers(own, num_workers=num_workers, seconds=seconds)
+
+    def score(
+        self, problems: Sequence[Problem], completions: Sequence[str]
+    ) -> tuple[list[float | None], dict[str, list[float | None]]]:
+        """Return each completion's weighted sum of rewards, and each function's rewards by label.
+
+        problems[i] is the question of completions[i]. The sum is None where a function of weight
+        other than 0 gave None.
+        """
+        pairs = list(zip(problems, completions, strict=True))
+        own = [name for name in self._names if name not in BUILT_IN]
+        tasks = [(number, *pair) for number in range(len(own)) for pair in pairs]
+        scored = iter(self._workers.score(tasks) if own else ())
+        parts = {}
+        for name, label in zip(self._names, self._labels, strict=True):
+            if name in BUILT_IN:
+                results = [score_one(BUILT_IN[name], *pair) for pair in pairs]
+            else:
+                results = list(itertools.islice(scored, len(pairs)))
+            _warn(name, problems, results)
+            parts[label] = [reward for reward, _ in results]
+        totals: list[float | None] = []
+        for rewards in zip(*parts.values(), strict=True):
+            used = [(reward, w) for reward, w in zip(rewards, self._weights, strict=True) if w]
+            known = all(reward is not None for reward, _ in used)
+            totals.append(sum(reward * w for reward, w in used) if known else None)
+        return totals, parts
+
+    def close(self) -> None:
+        if self._workers is not None:
+            self._workers.close()
+
+    def __enter__(self) -> "Rewards":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
 
-def _score_all(
-    name: str,
-    function: RewardFunction,
-    problems: Sequence[Problem],
-    completions: Sequence[str],
-) -> list[float | None]:
-    """Score every completion with one function and warn once of all its failures."""
-    rewards, failures = [], []
-    for problem, completion in zip(problems, completions, strict=True):
-        reward, failure = score_one(function, problem, completion)
-        rewards.append(reward)
-        if failure:
-            failures.append(failure)
+def _warn(name: str, problems: Sequence[Problem], results: Sequence[Scored]) -> None:
+    """Warn once of all failures of a function in one call."""
+    failures = [
+        f"problem {problem.id}: {failure}"
+        for problem, (_, failure) in zip(problems, results, strict=True)
+        if failure
+    ]
     if failures:
         _logger.warning(
-            "reward %s gave no reward for %d of %d completions; the first: %s",
+            "reward %s gave no reward for %d of %d completions: %s%s",
             name,
             len(failures),
-            len(completions),
-            failures[0],
+            len(results),
+            "; ".join(failures[:SHOWN_FAILURES]),
+            "; ..." if len(failures) > SHOWN_FAILURES else "",
         )
-    return rewards
 
 
-def score_one(
-    function: RewardFunction, problem: Problem, completion: str
-) -> tuple[float | None, str | None]:
-    """Return (reward, None), (None, None) where the function declines, or (None, what failed)."""
-    try:
-        reward = function(problem, completion)
-        if reward is None:
-            return None, None
-        if isinstance(reward, str | bytes):  # float() would read them
-            raise TypeError(f"a reward must be a number, not {type(reward).__name__}")
-        value = float(reward)
-    except Exception as error:  # whatever a user's function does must not end a run of hours
-        # The message may quote the model's text, which must not drive a terminal.
-        text = ascii(f"{type(error).__name__}: {error}")[1:-1]
-        return None, f"problem {problem.id}: {text[:300]}"
-    if not math.isfinite(value):
-        return None, f"problem {problem.id}: returned {value}, not a finite number"
-    return value, None
-
-
-def reward_label(spec: str) -> str:
+def reward_label(name: str) -> str:
     """Return a reward's short name, for metrics: "my_reward.py:score" -> "score"."""
-    return spec.rpartition(":")[2]
+    return name.rpartition(":")[2]
 
 
-@functools.cache  # a user's file is run once per process
-def load_reward(spec: str) -> RewardFunction:
-    """Return the built-in reward of that name, or the function of "path/to/file.py:function".
-
-    Raises ValueError or FileNotFoundError that names the reward and the fix.
-    """
-    if spec in BUILT_IN:
-        return BUILT_IN[spec]
-    file, colon, name = spec.rpartition(":")
+def _resolve(name: str) -> str:
+    """Return "file.py:function" with the file's whole path."""
+    file, colon, function = name.rpartition(":")
     if not colon or not file.endswith(".py"):
         raise ValueError(
-            f"unknown reward {spec!r}: choose from {', '.join(BUILT_IN)}, "
+            f"unknown reward {name!r}: choose from {', '.join(BUILT_IN)}, "
             "or give your own as my_file.py:my_function"
         )
-    path = Path(file)
-    if not path.is_file():
-        raise FileNotFoundError(f"reward {spec}: there is no file {file}")
-    module_spec = importlib.util.spec_from_file_location(f"nanomath_reward_{path.stem}", path)
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:  # user code: any error in it is reported as that file's
-        raise ValueError(
-            f"reward {spec}: {file} does not load: {type(error).__name__}: {error}"
-        ) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        functions = [key for key, value in vars(module).items() if callable(value)]
-        raise ValueError(
-            f"reward {spec}: {file} has no function {name!r}; it has {', '.join(functions)}"
-        )
-    return function
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"reward {name}: there is no file {file}")
+    return f"{Path(file).resolve()}:{function}"

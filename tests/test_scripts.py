@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -216,7 +217,7 @@ def test_train_grpo_is_algorithm_1(tmp_path, tokenizer, monkeypatch):
         "--num_minibatches", "2", "--batch_size", "4", "--kl_coef", "0.3", "--lr", "0.02",
         "--schedule", "cosine", "--warmup_steps", "1", "--temperature", "0.8",
         "--clip_eps", "0.1", "--max_grad_norm", "0.5",
-        "--rewards", f"{tmp_path}/rewards.py:digits", "--reward_weights", "1.0",
+        "--reward", f"{tmp_path}/rewards.py:digits", "--reward_weights", "1.0",
         "--init", str(start), "--run_dir", str(tmp_path / "grpo"),
     ]  # fmt: skip
     run_script(train_grpo, argv, monkeypatch)
@@ -243,7 +244,7 @@ def test_two_processes_train_as_one_does(tmp_path, tokenizer, monkeypatch):
     argv = [
         *SMALL_GRPO, "--batch_size", "5", "--num_updates", "2", "--kl_coef", "0.3", "--lr", "0.01",
         "--num_iterations", "2", "--num_steps", "2", "--device", "cpu", "--init", str(start),
-        "--rewards", f"{tmp_path}/rewards.py:digits", "--reward_weights", "1.0",
+        "--reward", f"{tmp_path}/rewards.py:digits", "--reward_weights", "1.0",
     ]  # fmt: skip
     run_script(train_grpo, [*argv, "--run_dir", tmp_path / "one"], monkeypatch)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -272,8 +273,8 @@ def test_what_would_fail_in_the_first_step_is_refused_before_it(
     argv = [*SMALL_GRPO, "--init", start, "--run_dir", tmp_path / "grpo"]
     text = message(train_grpo, [*argv, "--prompt_style", "full"], monkeypatch, capsys)
     assert "a context of 64" in text and "--prompt_style" in text
-    twice = ["--rewards", "format", "format"]
-    assert "same name" in message(train_grpo, [*argv, *twice], monkeypatch, capsys)
+    twice = ["--reward", "format", "format"]
+    assert "different function names" in message(train_grpo, [*argv, *twice], monkeypatch, capsys)
     text = message(train_grpo, [*argv, "--num_minibatches", "3"], monkeypatch, capsys)
     assert "--batch_size 2 must divide" in text
     assert not (tmp_path / "grpo" / "config.json").exists()
@@ -282,21 +283,21 @@ def test_what_would_fail_in_the_first_step_is_refused_before_it(
 def test_unknown_reward_is_refused_before_anything_is_bound(tmp_path, start, monkeypatch, capsys):
     """A mistyped reward is one line, and the corrected command may use the same run folder."""
     argv = [*SMALL_GRPO, "--init", start, "--run_dir", tmp_path / "grpo", "--reward_weights", "1"]
-    assert "nope" in message(train_grpo, [*argv, "--rewards", "nope"], monkeypatch, capsys)
-    run_script(train_grpo, [*argv, "--rewards", "format", "--num_steps", "1"], monkeypatch)
+    assert "nope" in message(train_grpo, [*argv, "--reward", "nope"], monkeypatch, capsys)
+    run_script(train_grpo, [*argv, "--reward", "format", "--num_steps", "1"], monkeypatch)
     assert len(read_metrics(tmp_path / "grpo")) == 1
 
 
 def test_grpo_on_own_problems(tmp_path, tokenizer, monkeypatch, capsys):
-    """--problems trains on a file of questions and answers, one in ten held out, by --rewards
+    """--problems trains on a file of questions and answers, one in ten held out, by --reward
     answer; Countdown's reward is refused with the fix."""
     start = save_start(tmp_path / "start", tokenizer, torch.float32, max_context=128)
     rows = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(60)]
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     argv = [*SMALL_GRPO, "--init", start, "--run_dir", tmp_path / "grpo"]
     argv += ["--num_steps", "2", "--problems", tmp_path / "own.jsonl"]
-    assert "needs --rewards answer" in message(train_grpo, argv, monkeypatch, capsys)
-    argv += ["--rewards", "answer"]
+    assert "needs --reward answer" in message(train_grpo, argv, monkeypatch, capsys)
+    argv += ["--reward", "answer"]
     run_script(train_grpo, argv, monkeypatch)
     last = read_metrics(tmp_path / "grpo")[-1]
     assert (last["reward_answer"], last["no_reward"], last["heldout_pass@1"]) == (0.0, 0.0, 0.0)
@@ -502,3 +503,67 @@ def test_sft_and_pretraining_lower_the_loss_and_resume_exactly(
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
     run_script(train_sft, [*sft, "--run_dir", tmp_path / "sft"], monkeypatch)
     assert read_metrics(tmp_path / "sft") == rows
+
+
+def readme_block(after: str) -> str:
+    """Return the indented block that follows a line of the README which ends with `after`."""
+    text = (ROOT / "README.md").read_text().split(after + "\n\n")[1]
+    lines = []
+    for line in text.splitlines():
+        if line and not line.startswith("    "):
+            break
+        lines.append(line[4:])
+    return "\n".join(lines).strip() + "\n"
+
+
+@pytest.mark.slow
+def test_readme_from_own_problems_and_reward_to_a_run(tmp_path, tokenizer):
+    """The README's rows, reward file and commands, as printed, on a tiny model and few outputs."""
+    save_start(tmp_path / "start", tokenizer, torch.float32, max_context=512)
+    row = json.loads(readme_block("has lines like"))
+    rows = [{**row, "question": f"{row['question']} ({i})"} for i in range(40)]
+    del rows[3]["steps"]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "my_reward.py").write_text(readme_block("Say `my_reward.py` is"))
+    commands = readme_block("Then train, evaluate and export:").replace("\\\n", "").splitlines()
+    assert [command.split()[1] for command in commands] == ["train_grpo.py", "evaluate.py", "-m"]
+    small = "--device cpu --threads 1 --max_new_tokens 8"
+    extra = ["--batch_size 40 --group_size 4 --num_steps 1", "--num_samples 2"]
+    commands[:2] = [f"{commands[i]} {small} {extra[i]}" for i in range(2)]
+    for command in ["python -m nanomath.hf --checkpoint start --out models/qwen", *commands]:
+        argv = [sys.executable, *command.split()[1:]]
+        if argv[1].endswith(".py"):
+            argv[1] = str(ROOT / argv[1])
+        done = subprocess.run(
+            argv, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, (command, done.stderr[-3000:])
+    (metrics,) = read_metrics(tmp_path / "runs/mine")
+    train = benchmarks.read_split(tmp_path / "train.jsonl", "train")
+    drawn = [train[i] for i in epoch_order(len(train), 0, 40, 0)]
+    unjudged = 4 * sum("steps" not in problem.payload["row"] for problem in drawn)
+    assert metrics["no_reward"] == unjudged > 0 and metrics["reward"] == metrics["reward_score"]
+    assert (tmp_path / "exported" / "model.safetensors").is_file()
+
+
+def test_a_run_goes_on_when_its_reward_fails(tmp_path, start, monkeypatch, caplog):
+    """A function that hangs, crashes and raises on some outputs: these are counted, and named, and
+    the others' rewards are trained on."""
+    (tmp_path / "bad.py").write_text(
+        "import os\n"
+        "def bad(problem, completion):\n"
+        "    kind = sum(map(ord, completion)) % 16\n"
+        "    if kind == 0:\n        os._exit(1)\n"
+        "    while kind == 1:\n        pass\n"
+        "    return 1 / (kind - 2)\n"
+    )
+    argv = [*SMALL_GRPO, "--init", start, "--run_dir", tmp_path / "grpo", "--num_steps", "3"]
+    argv += ["--group_size", "12", "--reward", f"{tmp_path}/bad.py:bad", "format"]
+    run_script(train_grpo, [*argv, "--reward_seconds", "0.7", "--reward_workers", "3"], monkeypatch)
+    rows = read_metrics(tmp_path / "grpo")
+    assert len(rows) == 3 and 0 < sum(row["no_reward"] for row in rows) < 3 * 24
+    text = "\n".join(record.getMessage() for record in caplog.records)
+    for failure in ("exit status 1", "more than 0.7 s", "ZeroDivisionError"):
+        assert failure in text
+    assert all("reward_format" in row for row in rows)

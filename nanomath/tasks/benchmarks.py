@@ -166,9 +166,12 @@ def _question(benchmark: Benchmark, row: dict) -> str:
 
 
 def read_own(
-    path: str | os.PathLike, *, few_shot: bool = False, task: str = "jsonl"
+    path: str | os.PathLike, *, few_shot: bool = False, task: str = "jsonl", with_row: bool = False
 ) -> list[Problem]:
-    """Read a user's JSONL of question (or problem) and answer (or solution)."""
+    """Read a user's JSONL of question (or problem) and answer (or solution).
+
+    with_row: payload["row"] is the whole line, with whatever fields a reward of the user's needs.
+    """
     problems = []
     for number, row in read_jsonl(path):
         question = row.get("question") or row.get("problem")
@@ -183,13 +186,15 @@ def read_own(
         # One in ten is never trained on: by the question's hash, whatever file it is in.
         digest = hashlib.blake2b(question.encode("utf-8", "surrogatepass")).digest()
         split = "train" if digest[0] % 10 else "heldout"
-        problems.append(Problem(number, task, prompt, {"answer": gold, "split": split}))
+        payload = {"answer": gold, "split": split} | ({"row": row} if with_row else {})
+        problems.append(Problem(number, task, prompt, payload))
     return problems
 
 
 def read_split(path: str | os.PathLike, split: str) -> list[Problem]:
-    """Return the problems of a user's JSONL that are of the split. Raises ValueError for none."""
-    problems = [problem for problem in read_own(path) if problem.payload["split"] == split]
+    """Return the problems of a user's JSONL that are of the split, with their rows. Raises
+    ValueError for none."""
+    problems = [p for p in read_own(path, with_row=True) if p.payload["split"] == split]
     if not problems:
         raise ValueError(f"{path}: none of its problems falls into the {split} split; give more")
     return problems

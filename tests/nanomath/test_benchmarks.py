@@ -6,7 +6,7 @@ import os
 import pytest
 
 from nanomath.evaluation import judge_outputs, summarise
-from nanomath.rewards import answer_reward, compute_rewards
+from nanomath.rewards import Rewards, answer_reward
 from nanomath.tasks import Problem, benchmarks
 from nanomath.tasks.benchmarks import BENCHMARKS, make_prompt, read_benchmark, read_own
 
@@ -121,7 +121,7 @@ def test_answer_reward():
     assert answer_reward(problem(r"\text{Monday}"), "The answer is Monday.") == 1.0
     assert answer_reward(problem(r"\int_0^{9^{9^9}} {"), r"\boxed{1}") is None
     assert answer_reward(Problem(0, "countdown", "", {"nums": [1], "target": 1}), "1") is None
-    totals, _ = compute_rewards([problem("2")], [r"\boxed{2}"], ("answer",), (1.0,))
+    totals, _ = Rewards(("answer",)).score([problem("2")], [r"\boxed{2}"])
     assert totals == [1.0]
 
 

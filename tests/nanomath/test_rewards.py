@@ -1,24 +1,22 @@
 """Rewards: the format's exact form, sums with and without a reward, user functions that fail."""
 
 import logging
+import os
 import time
 
 import numpy as np
 import pytest
 
-from nanomath.rewards import (
-    compute_rewards,
-    equation_reward,
-    format_reward,
-    load_reward,
-    reward_label,
-    score_one,
-)
+from nanomath.reward_workers import score_one
+from nanomath.rewards import BUILT_IN, Rewards, equation_reward, format_reward, reward_label
 from nanomath.tasks import Problem
 from nanomath.tasks.countdown import generate, make_problem, worked_solution
 
 PROBLEM = make_problem(0, [95, 21, 3], 88)
 GOOD = "<think>21/3=7\n95-7=88</think><answer>95-21/3</answer>"
+HOSTILE_UNITS = ("(", "9", "9^", "9**", "{", "\\frac{", "\\boxed{", "$", "-", "1+", "1/(", " ",
+                 "\n", "<answer>", "####", "The answer is ", "\\sqrt", "10^{", "!", "答案是",
+                 "\ud800", "</answer><answer>", "1,", "\\begin{matrix}", "((1)", "\0")  # fmt: skip
 WRONG = "<think>21/3=7\n95-7=88</think><answer>95+21/3</answer>"
 
 
@@ -77,31 +75,39 @@ def test_format_is_quick_on_hostile_text():
 def test_weighted_sum():
     """Totals are the weighted sums of the parts, in the order of the completions."""
     completions = [GOOD, WRONG, "<answer>95-21/3</answer>", ""]
-    totals, parts = compute_rewards([PROBLEM] * 4, completions)
+    rewards = Rewards(("format", "equation"))
+    totals, parts = rewards.score([PROBLEM] * 4, completions)
     assert totals == [2.0, 1.0, 1.0, 0.0]
     assert parts == {"format": [1.0, 1.0, 0.0, 0.0], "equation": [1.0, 0.0, 1.0, 0.0]}
-    totals, _ = compute_rewards([PROBLEM] * 4, completions, ("equation", "format"), (10.0, -0.5))
-    assert totals == [9.5, -0.5, 10.0, 0.0]
-    assert compute_rewards([], []) == ([], {"format": [], "equation": []})
+    weighted = Rewards(("equation", "format"), (10.0, -0.5))
+    assert weighted.score([PROBLEM] * 4, completions)[0] == [9.5, -0.5, 10.0, 0.0]
+    assert rewards.score([], []) == ([], {"format": [], "equation": []})
+    with pytest.raises(ValueError):
+        rewards.score([PROBLEM], [])
 
 
-def test_label_is_the_functions_name(tmp_path):
+def test_label_is_the_functions_name(tmp_path, monkeypatch):
     """Rewards come by the function's name, without its file's; two of one name are refused, before
-    a file of the user runs, and a file runs once per process."""
+    a file of the user runs; a file, found from here, runs once in each worker and never here."""
     for name in ("one", "two"):
         (tmp_path / f"{name}.py").write_text(
-            f"open({str(tmp_path / 'ran')!r}, 'a').write('{name} ')\n"
+            f"import os\nopen({str(tmp_path / 'ran')!r}, 'a').write(f'{name} {{os.getpid()}}\\n')\n"
             "def score(problem, completion):\n    return 0.5\n"
+            "def other(problem, completion):\n    return -0.5\n"
         )
-    one, two = f"{tmp_path}/one.py:score", f"{tmp_path}/two.py:score"
-    assert [reward_label(spec) for spec in (one, "format")] == ["score", "format"]
+    monkeypatch.chdir(tmp_path)
+    assert [reward_label(name) for name in ("one.py:score", "format")] == ["score", "format"]
     with pytest.raises(ValueError, match="different function names"):
-        compute_rewards([PROBLEM], ["x"], (one, two), (1.0, 1.0))
+        Rewards(("one.py:score", "two.py:score"))
     assert not (tmp_path / "ran").exists()
-    for _ in range(3):
-        totals, parts = compute_rewards([PROBLEM], ["x"], ("format", one), (1.0, 2.0))
-        assert parts == {"format": [0.0], "score": [0.5]} and totals == [1.0]
-    assert (tmp_path / "ran").read_text() == "one "
+    names = ("format", "one.py:score", "one.py:other")
+    with Rewards(names, (1.0, 2.0, 1.0), num_workers=2) as rewards:
+        monkeypatch.chdir("/")
+        for _ in range(3):
+            totals, parts = rewards.score([PROBLEM], ["x"])
+            assert parts == {"format": [0.0], "score": [0.5], "other": [-0.5]} and totals == [0.5]
+    runs = (tmp_path / "ran").read_text().split()
+    assert runs[::2] == ["one", "one"] and len({*runs[1::2], str(os.getpid())}) == 3
 
 
 def test_failing_function_gives_none_not_zero(tmp_path, caplog):
@@ -112,19 +118,20 @@ def test_failing_function_gives_none_not_zero(tmp_path, caplog):
         "    return {'raise': 1 // len(completion[5:]), 'nan': float('nan'), 'text': 'one'}"
         ".get(completion, 0.25)\n"
     )
-    spec = f"{file}:odd"
-    completions = ["raise", "nan", "text", "longer than five"]
-    with caplog.at_level(logging.WARNING):
-        totals, parts = compute_rewards([PROBLEM] * 4, completions, ("format", spec), (1.0, 2.0))
+    name = f"{file}:odd"
+    completions = ["raise", "nan", "text", "longer than five", "raise"]
+    with caplog.at_level(logging.WARNING), Rewards(("format", name), (1.0, 2.0)) as rewards:
+        totals, parts = rewards.score([PROBLEM] * 5, completions)
     # "nan" and "text" are shorter than six characters, so they raise as well
-    assert parts["odd"] == [None, None, None, 0.25]
-    assert totals == [None, None, None, 0.5]
+    assert parts["odd"] == [None, None, None, 0.25, None]
+    assert totals == [None, None, None, 0.5, None]
     assert len(caplog.records) == 1
-    message = caplog.records[0].getMessage()
-    assert f"{spec} gave no reward for 3 of 4" in message
-    assert "ZeroDivisionError" in message
-    totals, parts = compute_rewards([PROBLEM] * 4, completions, ("format", spec), (1.0, 0.0))
-    assert totals == [0.0] * 4  # a function of weight 0 is only shown
+    failure = "problem 0: ZeroDivisionError: integer division or modulo by zero; "
+    assert caplog.records[0].getMessage() == (
+        f"reward {name} gave no reward for 4 of 5 completions: {failure * 3}..."
+    )
+    with Rewards(("format", name), (1.0, 0.0)) as rewards:
+        assert rewards.score([PROBLEM] * 5, completions)[0] == [0.0] * 5  # of weight 0: only shown
 
 
 @pytest.mark.parametrize(
@@ -155,7 +162,7 @@ def test_what_counts_as_a_number(value, reward):
 
 
 def test_interrupt_is_not_swallowed():
-    """Ctrl-C inside a reward function ends the run."""
+    """Ctrl-C inside a built-in reward function ends the run."""
 
     def interrupted(problem, completion):
         raise KeyboardInterrupt
@@ -168,36 +175,32 @@ def test_other_tasks_have_no_equation_reward():
     """The equation reward declines a problem it cannot judge, without a warning."""
     other = Problem(0, "poetry", "Write.", {})
     assert equation_reward(other, GOOD) is None
-    assert compute_rewards([other], [GOOD])[0] == [None]
+    assert Rewards(("equation",)).score([other], [GOOD])[0] == [None]
 
 
-def test_bad_specs(tmp_path):
-    """Unknown names, missing files, files that do not load, missing functions: one clear error."""
-    (tmp_path / "broken.py").write_text("def f(:\n")
-    (tmp_path / "fails.py").write_text("1 / 0\n")
-    (tmp_path / "good.py").write_text("number = 3\ndef f(problem, completion):\n    return 1\n")
-    for spec, error, message in (
-        ("accuracy", ValueError, "unknown reward 'accuracy': choose from format, equation"),
-        ("mine:f", ValueError, "my_file.py:my_function"),
-        (f"{tmp_path}/none.py:f", FileNotFoundError, "there is no file"),
-        (f"{tmp_path}/broken.py:f", ValueError, "does not load: SyntaxError"),
-        (f"{tmp_path}/fails.py:f", ValueError, "does not load: ZeroDivisionError"),
-        (f"{tmp_path}/good.py:g", ValueError, "has no function 'g'; it has f"),
-        (f"{tmp_path}/good.py:number", ValueError, "has no function 'number'"),
+def test_bad_arguments(tmp_path):
+    """Unknown names, missing files, repeated names, weights that do not fit: one clear error."""
+    weights = "give one number for each of --reward format"
+    for arguments, error, message in (
+        ((("accuracy",),), ValueError, "unknown reward 'accuracy': choose from format, equation"),
+        ((("mine:f",),), ValueError, "my_file.py:my_function"),
+        (((f"{tmp_path}/none.py:f",),), FileNotFoundError, "there is no file"),
+        ((("format", "format"),), ValueError, "different function names"),
+        (((),), ValueError, "different function names"),
+        ((("format",), (1.0, 1.0)), ValueError, weights),
+        ((("format",), (float("nan"),)), ValueError, weights),
     ):
         with pytest.raises(error, match=message):
-            load_reward(spec)
-    assert load_reward(f"{tmp_path}/good.py:f")(PROBLEM, "") == 1
+            Rewards(*arguments)
 
 
-def test_bad_arguments():
-    """Lengths that differ, repeated names and weights that are not finite are errors."""
-    for arguments in (
-        ([PROBLEM], []),
-        ([PROBLEM], [GOOD], ("format",), (1.0, 1.0)),
-        ([PROBLEM], [GOOD], ("format", "format"), (1.0, 1.0)),
-        ([PROBLEM], [GOOD], (), ()),
-        ([PROBLEM], [GOOD], ("format",), (float("nan"),)),
-    ):
-        with pytest.raises(ValueError):
-            compute_rewards(*arguments)
+@pytest.mark.parametrize("name", ["format", "equation", "answer"])
+def test_built_in_functions_are_bounded(name):
+    """They run in the trainer's process: no text of 50,000 characters takes 0.2 s of CPU time."""
+    problem = Problem(0, "countdown", "", {"nums": [1, 2, 3], "target": 6, "answer": "6"})
+    for unit in HOSTILE_UNITS:
+        for opening in ("", "<think></think><answer>", "\\boxed{", "The answer is "):
+            text = opening + unit * (50_000 // len(unit))
+            start = time.thread_time()
+            assert BUILT_IN[name](problem, text + "</answer>") in (0.0, 1.0)
+            assert time.thread_time() - start < 0.2, (opening, unit)
