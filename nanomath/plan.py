@@ -1,12 +1,13 @@
 """Will it fit, and how long will it take: memory, FLOPs, time and communication as plain formulas.
 
     python -m nanomath.plan --preset deepseekmath_7b --num_gpus 8 --gpu_memory_gb 80
-    python -m nanomath.plan --hf_config Qwen2.5-3B/config.json --num_gpus 4
+    python -m nanomath.plan --preset gsm8k_qwen_0b5 --gpu_memory_gb 16
+    python -m nanomath.plan --hf_config models/NAME/config.json --num_gpus 4
 
-Prints a column each for pretraining, SFT and GRPO: what one GPU holds when it holds most, the
-seconds of a step, the bytes it receives, and what to change where it does not fit. The bytes are
-those of nanomath's own code, without torch.compile, which keeps less (tests/nanomath/test_plan.py
-measures them); rates such as `--mfu` are inputs.
+Prints a column each for pretraining, SFT and GRPO (--stages): what one GPU holds when it holds
+most, the seconds of a step, the bytes it receives, and what to change where it does not fit. The
+bytes are those of nanomath's own code, without torch.compile, which keeps less
+(tests/nanomath/test_plan.py measures them); rates such as `--mfu` are inputs.
 
 Sources: states of 16 bytes per parameter, ZeRO (arXiv:1910.02054 section 3.1); FLOPs, PaLM
 (arXiv:2204.02311 appendix B) with causal attention counted once; activations, in the manner of
@@ -26,6 +27,7 @@ from nanomath.cache import cache_bytes_per_token
 from nanomath.config import one_line_errors, opt, parse
 from nanomath.hf_config import read_config
 from nanomath.model import MODEL_PRESETS, ModelConfig
+from nanomath.sampler import fit_rows
 
 PEAK_FLOPS = 989e12  # H100 SXM, dense bf16 (NVIDIA's data sheet)
 STAGES = ("pretrain", "sft", "grpo")
@@ -35,6 +37,7 @@ HEAD_CHUNK_ROWS = {"cuda": 8192, "cpu": 256}  # kernels/linear.py
 
 @dataclass(frozen=True)
 class PlanConfig:
+    stages: tuple[str, ...] = opt(STAGES, "columns", choices=STAGES)
     num_layers: int = opt(24, "transformer blocks L", low=1)
     width: int = opt(2048, "model width D", low=1)
     num_heads: int = opt(16, "query heads H", low=1)
@@ -52,6 +55,7 @@ class PlanConfig:
     max_new_tokens: int = opt(1024, "tokens per output at most, Sec. 4.2", low=1)
     mean_new_tokens: int = opt(512, "tokens per output on average, for the time", low=1)
     max_rows: int = opt(512, "outputs sampled at a time, per GPU: sampler.py", low=1)
+    cache_gb: float = opt(0.0, "GB for keys and values, fewer rows if need be; 0: any", low=0.0)
     kl: bool = opt(True, "GRPO keeps a reference model (kl_coef > 0), Sec. 4.2; --no_kl: none")
     micro_batch_size: int = opt(8, "rows of one forward and backward pass", low=1)
     activation_checkpointing: str = opt(
@@ -92,14 +96,32 @@ def _shape(name: str) -> dict[str, int]:
     return {field: getattr(MODEL_PRESETS[name], field) for field in names}
 
 
+def _qwen(num_layers: int, width: int, num_heads: int, ffn_width: int) -> dict[str, object]:
+    """Return a shape of Qwen2.5 (arXiv:2412.15115, table 1), whose biases, 0.01%, do not count."""
+    shape = {"num_layers": num_layers, "width": width, "num_heads": num_heads, "num_kv_heads": 2}
+    return shape | {"ffn_width": ffn_width, "vocab_size": 151_936, "tied_head": True}
+
+
+# The settings are those of train_grpo.py's presets of the same names (tests/test_runs.py), on the
+# machines of runs/*.sh. An output is taken to be half of the maximum.
+_GSM8K = {"stages": ("grpo",), "num_gpus": 1, "max_new_tokens": 512, "mean_new_tokens": 256}
 PRESETS = {
     "deepseek_llm_1b3": _shape("deepseek_llm_1b3"),
-    "deepseekmath_7b": {  # Sec. 2.3
+    "deepseekmath_7b": {  # Sec. 2.3 and 4.2
         **_shape("deepseek_llm_7b"),
         "pretrain_rows": 2560,
         "activation_checkpointing": "full",
+        "cache_gb": 40.0,
     },
-}
+    "gsm8k_qwen_0b5": {
+        **_qwen(24, 896, 14, 4864), **_GSM8K, "micro_batch_size": 4, "gpu_memory_gb": 24.0,
+    },
+    "gsm8k_qwen_1b5": {**_qwen(28, 1536, 12, 8960), **_GSM8K},
+    "countdown_qwen_3b": {
+        **_qwen(36, 2048, 16, 11008), "stages": ("grpo",), "num_gpus": 4, "questions": 24,
+        "group_size": 8, "micro_batch_size": 4,
+    },
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------- FLOPs
@@ -213,10 +235,22 @@ def training_moments(cfg: PlanConfig, stage: str) -> list[dict[str, float]]:
     ]
 
 
+def sampled_at_a_time(cfg: PlanConfig) -> tuple[int, int]:
+    """Return the outputs that a GPU samples at a time, and the prompts held for them."""
+    size = cache_per_token(cfg)
+    return fit_rows(
+        math.ceil(cfg.questions / cfg.num_gpus),
+        cfg.group_size,
+        cfg.max_rows,
+        cfg.cache_gb or math.inf,
+        size * cfg.prompt_tokens,
+        size * cfg.max_new_tokens,
+    )
+
+
 def sampling_bytes(cfg: PlanConfig) -> dict[str, float]:
-    """Return bytes per GPU of the sampler's cache and logits; it samples max_rows at a time."""
-    prompts = math.ceil(cfg.questions / cfg.num_gpus)
-    rows = min(prompts * cfg.group_size, cfg.max_rows)
+    """Return bytes per GPU of the sampler's cache and logits."""
+    rows, prompts = sampled_at_a_time(cfg)
     # A prompt's keys and values are held once for its group.
     whole = cache_per_token(cfg) * (prompts * cfg.prompt_tokens + rows * cfg.max_new_tokens)
     # Logits: themselves, their probabilities, and those summed, in fp32.
@@ -287,7 +321,8 @@ def sampling_seconds(cfg: PlanConfig) -> float:
     mean = cfg.mean_new_tokens
     own = prompts * cfg.group_size * mean**2 / 2  # 1 + 2 + ... + mean, per row
     shared = prompts * cfg.prompt_tokens * cfg.max_new_tokens
-    rounds = max(1.0, prompts * cfg.group_size / cfg.max_rows)  # rows that end make room for others
+    # Rows that end make room for others.
+    rounds = max(1.0, prompts * cfg.group_size / sampled_at_a_time(cfg)[0])
     read = weights * cfg.max_new_tokens * rounds + cache_per_token(cfg) * (own + shared)
     return read / (cfg.memory_tb_per_s * 1e12 * cfg.mbu)
 
@@ -325,9 +360,9 @@ def report(cfg: PlanConfig) -> str:
         f"{flops_per_token(model, cfg.context) / 1e9:.1f} GFLOP per token at {cfg.context} tokens, "
         f"{cfg.num_gpus} x {cfg.gpu_memory_gb:g} GB",
         "",
-        f"{'GB per GPU at its fullest':28}" + "".join(f"{stage:>12}" for stage in STAGES),
+        f"{'GB per GPU at its fullest':28}" + "".join(f"{stage:>12}" for stage in cfg.stages),
     ]
-    columns = [memory(cfg, stage) for stage in STAGES]
+    columns = [memory(cfg, stage) for stage in cfg.stages]
     kinds = dict.fromkeys(kind for column in columns for kind in column if column[kind])
 
     def row(name: str, values, form: str = ".1f") -> str:
@@ -336,16 +371,16 @@ def report(cfg: PlanConfig) -> str:
 
     lines += [row(kind, [column.get(kind, 0) / 1e9 for column in columns]) for kind in kinds]
     lines.append(row("all", [sum(column.values()) / 1e9 for column in columns]))
-    lines.append(f"{'usable':28}" + 3 * f"{usable(cfg) / 1e9:12.1f}")
-    times = [step_times(cfg, stage) for stage in STAGES]
+    lines.append(f"{'usable':28}" + len(cfg.stages) * f"{usable(cfg) / 1e9:12.1f}")
+    times = [step_times(cfg, stage) for stage in cfg.stages]
     lines += ["", f"seconds per step at MFU {cfg.mfu:.0%}, bandwidth use {cfg.mbu:.0%}"]
     for phase in ("sampling", "reference", "training", "communication"):
         name = phase + " (overlaps)" * (phase == "communication")
         lines.append(row(name, [column.get(phase, 0) for column in times]))
-    sent = [sum(communication_bytes(cfg, stage).values()) / 1e9 for stage in STAGES]
+    sent = [sum(communication_bytes(cfg, stage).values()) / 1e9 for stage in cfg.stages]
     lines.append(row(f"GB received, at {bandwidth(cfg) / 1e9:g} GB/s", sent))
     lines.append("")
-    lines += [f"{stage}: {advice(cfg, stage)}" for stage in STAGES]
+    lines += [f"{stage}: {advice(cfg, stage)}" for stage in cfg.stages]
     return "\n".join(lines)
 
 

@@ -150,7 +150,7 @@ def sample_stream(
     prompt_bytes = cache_bytes_per_token(cfg, weight.dtype) * prompt_width
     row_bytes = cache_bytes_per_token(cfg, weight.dtype) * num_blocks * block
     counts = (len(prompts), group_size, max_rows)
-    num_rows, num_places = _fit(*counts, cache_gb, prompt_bytes, row_bytes)
+    num_rows, num_places = fit_rows(*counts, cache_gb, prompt_bytes, row_bytes)
     sizes = (num_places, min(group_size, num_rows), num_rows, prompt_width, num_blocks, block)
     choose = partial(
         choose_tokens, temperature=temperature, vocab_limit=vocab_limit, top_k=top_k, top_p=top_p
@@ -182,7 +182,7 @@ def sample_stream(
     return loop()
 
 
-def _fit(
+def fit_rows(
     num_prompts: int,
     group_size: int,
     max_rows: int,

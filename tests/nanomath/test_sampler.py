@@ -205,9 +205,9 @@ def test_cache_gb_bounds_what_is_allocated(monkeypatch):
     per_token = 2 * 2 * 2 * 6 * 8  # keys and values, layers, heads, width, float64
     whole = sample(model, prompts)
     budget = (6 * 24 + 5 * 40) * per_token / 1e9
-    assert sampler._fit(5, 4, 512, budget, 40 * per_token, 24 * per_token) == (6, 5)
-    assert sampler._fit(5, 4, 512, budget - 1e-9, 40 * per_token, 24 * per_token) == (5, 5)
-    assert sampler._fit(1000, 1, 64, math.inf, 1, 1) == (64, 64)
+    assert sampler.fit_rows(5, 4, 512, budget, 40 * per_token, 24 * per_token) == (6, 5)
+    assert sampler.fit_rows(5, 4, 512, budget - 1e-9, 40 * per_token, 24 * per_token) == (5, 5)
+    assert sampler.fit_rows(1000, 1, 64, math.inf, 1, 1) == (64, 64)
     original, taken = sampler.GroupCache.arrange, set()
 
     def arrange(self, *args):
