@@ -87,7 +87,8 @@ class EvalConfig:
     threads: int = opt(0, "torch threads per process; 0: one per core", low=0)
 
 
-# The problems of train_grpo.py's presets.
+# The problems of train_grpo.py's presets; of GSM8K and MATH the test files.
+_GSM8K_QWEN = {"tasks": ("gsm8k",), "chat_template": "chatml", "max_new_tokens": 512}
 PRESETS = {
     "smoke": {
         "num_problems": 50,
@@ -103,7 +104,18 @@ PRESETS = {
         "max_new_tokens": 128,
         "chunk_problems": 256,
     },
-    "countdown_qwen_3b": {"prompt_style": "full", "chunk_problems": 128},
+    "gsm8k_qwen_0b5": _GSM8K_QWEN,
+    "gsm8k_qwen_1b5": _GSM8K_QWEN,
+    "deepseekmath_7b": {
+        "tasks": ("gsm8k", "math"),
+        "chat_template": "deepseekmath",
+        "chunk_problems": 8,  # 64 outputs at a time: their keys and values take 36 GB
+    },
+    "countdown_qwen_3b": {
+        "prompt_style": "full",
+        "chat_template": "chatml",
+        "chunk_problems": 128,
+    },
 }
 
 # What does not change the figures: it may differ when an evaluation is continued.

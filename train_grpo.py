@@ -137,8 +137,36 @@ class GRPOConfig(RunConfig):
     num_eval_problems: int = opt(200, "problems of one held-out evaluation", low=1)
 
 
+# GSM8K's training file, one question in ten held out. DEVIATION: Sec. 4.2 adds MATH's training set,
+# 144K questions in all. Rates, KL and batch are Sec. 4.2's, the defaults.
+_GSM8K = {"problems": "data/gsm8k_train.jsonl", "rewards": ("answer",)}
+# From chat models, as in Sec. 4.2: they end their answers and box them before any training. What
+# the presets of real models need of a machine: nanomath/plan.py, by the same names.
+_GSM8K_QWEN = {
+    **_GSM8K,
+    "chat_template": "chatml",
+    "max_new_tokens": 512,  # as verl's GSM8K runs of these models (docs/algo/baseline.md)
+    "num_steps": 417,  # once through the 6,676 questions
+}
 PRESETS = {
-    "countdown_qwen_3b": {  # the well-known Countdown run of Qwen2.5-3B-Instruct
+    "gsm8k_qwen_0b5": {
+        **_GSM8K_QWEN,
+        "init": "models/Qwen2.5-0.5B-Instruct",
+        "micro_batch_size": 4,  # fits 24 GB
+    },
+    "gsm8k_qwen_1b5": {**_GSM8K_QWEN, "init": "models/Qwen2.5-1.5B-Instruct"},
+    "deepseekmath_7b": {  # Sec. 4.2 on 8 GPUs of 80 GB, or 16
+        **_GSM8K,
+        "init": "models/deepseek-math-7b-instruct",
+        "chat_template": "deepseekmath",
+        "activation_checkpointing": "full",
+        "cache_gb": 40.0,  # 78 of a GPU's 128 outputs at a time: all of them would take 65 GB
+    },
+    # The well-known Countdown run (philschmid.de/mini-deepseek-r1): 3 GPUs trained on one question
+    # each, 8 times per step, and a fourth sampled. Here all 4 do both.
+    "countdown_qwen_3b": {
+        "init": "models/Qwen2.5-3B-Instruct",
+        "chat_template": "chatml",
         "num_numbers": (3, 4),
         "prompt_style": "full",
         "lr": 5e-7,
@@ -146,9 +174,10 @@ PRESETS = {
         "warmup_steps": 14,  # 3% of the steps
         "num_steps": 450,
         "kl_coef": 0.001,
-        "batch_size": 32,
+        "batch_size": 24,
         "group_size": 8,
         "max_new_tokens": 1024,
+        "micro_batch_size": 4,  # fits 80 GB
     },
     # DEVIATION: a small model takes a higher rate, fewer and shorter outputs; Countdown a smaller
     # KL coefficient.

@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 
@@ -78,12 +79,11 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request, tmp_path_factory):
-    """The template's name, a tokenizer of its family and its folder."""
-    splits, control, _ = FAMILIES[request.param]
+def make_tokenizer(name: str, folder: Path) -> None:
+    """Write the tokenizer files of a family, trained on TEXTS with the tokenizers package."""
+    splits, control, _ = FAMILIES[name]
     peer = tokenizers.Tokenizer(models.BPE())
-    if request.param == "chatml":
+    if name == "chatml":
         peer.normalizer = normalizers.NFC()
     isolated = [pre_tokenizers.Split(Regex(split), "isolated") for split in splits]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -98,10 +98,16 @@ def family(request, tmp_path_factory):
         [text + "\n\nUser: Assistant: system\n" for text in TEXTS] * 9, trainer
     )
     peer.add_special_tokens(list(dict.fromkeys(control)))
-    folder = tmp_path_factory.mktemp(request.param)
     peer.save(str(folder / "tokenizer.json"))
     names = {"bos_token": control[0], "eos_token": control[1]}
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    """The template's name, a tokenizer of its family and its folder."""
+    folder = tmp_path_factory.mktemp(request.param)
+    make_tokenizer(request.param, folder)
     return request.param, Tokenizer.load(folder), folder
 
 
