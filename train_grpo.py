@@ -139,7 +139,7 @@ class GRPOConfig(RunConfig):
 
 # GSM8K's training file, one question in ten held out. DEVIATION: Sec. 4.2 adds MATH's training set,
 # 144K questions in all. Rates, KL and batch are Sec. 4.2's, the defaults.
-_GSM8K = {"problems": "data/gsm8k_train.jsonl", "rewards": ("answer",)}
+_GSM8K = {"problems": "data/gsm8k_train.jsonl", "reward": ("answer",)}
 # From chat models, as in Sec. 4.2: they end their answers and box them before any training. What
 # the presets of real models need of a machine: nanomath/plan.py, by the same names.
 _GSM8K_QWEN = {

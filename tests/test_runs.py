@@ -185,7 +185,7 @@ def command(name: str, folders, questions, run_dir, nproc: int) -> tuple[list, d
     """Return a run of three steps: its command and environment."""
     flags = ["--num_steps", "3", "--checkpoint_interval", "1", "--batch_size", "2", "--group_size",
              "4", "--max_new_tokens", "6", "--num_eval_problems", "3", "--eval_interval", "2",
-             "--threads", "1", "--lr", "0.01", "--rewards", f"{questions}/rewards.py:even",
+             "--threads", "1", "--lr", "0.01", "--reward", f"{questions}/rewards.py:even",
              "--num_problems", "40"]  # fmt: skip
     if name != "countdown_qwen_3b":
         flags += ["--problems", f"{questions}/gsm8k_train.jsonl"]
