@@ -79,6 +79,10 @@ class RunConfig:
         choices=("auto", "on", "off"),
         may_change=True,
     )
+    tensorboard: bool = opt(True, "write TensorBoard's event files too", may_change=True)
+    wandb: bool = opt(
+        False, "send metrics and settings, never text, to Weights & Biases", may_change=True
+    )
     checkpoint_interval: int = opt(50, "steps between checkpoints", low=1, may_change=True)
     keep_checkpoints: int = opt(2, "how many checkpoints to keep", low=1, may_change=True)
     max_grad_norm: float = opt(

@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics.jsonl, TensorBoard events, samples.txt, progress bars, plots.
+"""What a run leaves behind: metrics.jsonl, event files, samples.txt, progress bars, plots.
 
 Everything is keyed by step, so a resumed run first drops what the interrupted one wrote after its
 last checkpoint: the files of a run do not show where it was cut. Lines that a full disk refuses
@@ -10,7 +10,9 @@ import os
 import re
 import sys
 import time
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +39,33 @@ class RunLog:
     """Metrics and samples of one run folder; on other ranks than the first it writes nothing.
 
     start_step is the first step that will be logged: what the files hold from there on is dropped.
+    tensorboard: write its event files, if it is installed. wandb: the settings to send to Weights &
+    Biases with every row of numbers; None sends nothing. Raises ValueError if it cannot start.
     """
 
-    def __init__(self, run_dir: str | os.PathLike, *, start_step: int, is_main: bool = True):
+    def __init__(
+        self,
+        run_dir: str | os.PathLike,
+        *,
+        start_step: int,
+        is_main: bool = True,
+        tensorboard: bool = True,
+        wandb: Mapping[str, Any] | None = None,
+    ):
         self.run_dir = Path(run_dir)
         self.is_main = is_main
         self.start_time = time.monotonic()
-        self._events = None
+        self._events = self._wandb = None
         if not is_main:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._rewind(start_step)
         self._metrics = _Lines(self.run_dir / "metrics.jsonl")
         self._samples = _Lines(self.run_dir / "samples.txt")
+        if wandb is not None:
+            self._wandb = _start_wandb(self.run_dir, wandb)
+        if not tensorboard:
+            return
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -67,17 +83,18 @@ class RunLog:
         _replace_text(samples, "".join(m.group() for m in whole if int(m.group(1)) < start_step))
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one row under this step; TensorBoard gets those of its values that are numbers."""
+        """Append one row under this step; what else listens gets those values that are numbers."""
         if not self.is_main:
             return
         self._metrics.add(json.dumps({"step": step, **values}) + "\n")
+        numbers = {k: value for k, value in values.items() if not isinstance(value, list)}
         try:
-            for name, value in values.items():
-                if self._events is not None and not isinstance(value, list):
-                    self._events.add_scalar(name, value, step)
+            for name, value in numbers.items() if self._events is not None else ():
+                self._events.add_scalar(name, value, step)
         except OSError as error:  # metrics.jsonl holds the same numbers
             _warn(f"no more TensorBoard events: {error}")
             self._events = None
+        self._to_wandb("log", numbers, step=step)
 
     def samples(self, step: int, lines: Sequence[str]) -> None:
         """Append whole samples as text, control characters escaped."""
@@ -99,6 +116,44 @@ class RunLog:
         self._samples.close()
         if self._events is not None:
             self._events.close()
+        self._to_wandb("finish")
+
+    def _to_wandb(self, call: str, *args: Any, **kwargs: Any) -> None:
+        try:
+            if self._wandb is not None:
+                getattr(self._wandb, call)(*args, **kwargs)
+        except Exception as error:  # whatever happens to a service, the run goes on
+            _warn(f"nothing more is sent to Weights & Biases: {error}")
+            self._wandb = None
+
+
+def _start_wandb(run_dir: Path, settings: Mapping[str, Any]) -> Any:
+    """Open this folder's run of Weights & Biases, a resumed one again under the same id.
+
+    Only numbers and settings go there: its console would hold text, so it is off, and so are code
+    and the state of the repository.
+    """
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("--wandb needs a package: pip install wandb (extra [wandb])") from None
+    id_file = run_dir / "wandb_id.txt"
+    if not id_file.exists():
+        _replace_text(id_file, uuid.uuid4().hex)
+    try:
+        return wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "nanomath"),
+            name=run_dir.name,
+            id=id_file.read_text(encoding="utf-8"),
+            resume="allow",
+            dir=str(run_dir),
+            config=dict(settings),
+            settings=wandb.Settings(console="off", disable_git=True, disable_code=True),
+        )
+    except Exception as error:  # no account, no network: one line before the run begins
+        raise ValueError(
+            f"--wandb: {error}; without a connection set WANDB_MODE=offline and sync later"
+        ) from None
 
 
 class _Lines:
@@ -163,10 +218,16 @@ def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
 def plot_metrics(
     run_dir: str | os.PathLike, panels: Sequence[tuple[str, Sequence[str]]], name: str = "metrics"
 ) -> Path | None:
-    """Draw run_dir/plots/NAME.png: one panel per (title, metric names) that has data."""
+    """Draw run_dir/plots/NAME.png: one panel per (title, metric names) that has data.
+
+    A name may hold `*`: all metrics like it. A disk that refuses the picture costs a warning.
+    """
     rows = read_metrics(run_dir)
-    logged = {name for row in rows for name, value in row.items() if value is not None}
-    panels = [(title, [m for m in metrics if m in logged]) for title, metrics in panels]
+    logged = {k: 0 for row in rows for k, value in row.items() if isinstance(value, int | float)}
+    panels = [
+        (title, [m for m in logged if any(fnmatch(m, name) for name in names)])
+        for title, names in panels
+    ]
     panels = [(title, metrics) for title, metrics in panels if metrics]
     if not panels:
         return None
@@ -177,9 +238,14 @@ def plot_metrics(
             axis.plot(*zip(*points, strict=True), label=metric, linewidth=1.2)
         axis.set_title(title)
         axis.set_xlabel("step")
-        axis.legend(fontsize=7)
+        if len(metrics) > 1:
+            axis.legend(fontsize=7, loc="upper left")
         axis.grid(alpha=0.3)
-    return save_figure(figure, Path(run_dir) / "plots" / f"{name}.png")
+    try:
+        return save_figure(figure, Path(run_dir) / "plots" / f"{name}.png")
+    except OSError as error:
+        _warn(f"no plot: {error}")
+        return None
 
 
 def new_figure(num_panels: int):
@@ -189,7 +255,12 @@ def new_figure(num_panels: int):
 
     columns = min(num_panels, 3)
     rows = -(-num_panels // columns)
-    figure = Figure(figsize=(5.0 * columns, 3.4 * rows), layout="constrained")
+    width, height = 5.0 * columns, 3.4 * rows
+    figure = Figure(figsize=(width, height))
+    # Margins in inches by hand: a solver for them doubles the time, and runs draw as they go.
+    figure.subplots_adjust(
+        0.6 / width, 0.5 / height, 1 - 0.2 / width, 1 - 0.4 / height, wspace=0.2, hspace=0.35
+    )
     FigureCanvasAgg(figure)
     axes = [figure.add_subplot(rows, columns, index + 1) for index in range(num_panels)]
     return figure, axes
@@ -199,6 +270,6 @@ def save_figure(figure, path: Path) -> Path:
     """Write a PNG by temporary file and rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=110, format="png")
+    figure.savefig(temporary, dpi=110, format="png", pil_kwargs={"compress_level": 3})
     os.replace(temporary, path)
     return path

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from nanomath import checkpoint
-from nanomath.config import RunConfig, lock_config, one_line_errors
+from nanomath.config import RunConfig, lock_config, one_line_errors, to_json
 from nanomath.data import TrainBatch
 from nanomath.dist import Dist, barrier, set_timeout, setup
 from nanomath.failures import StopSignal, raise_together
@@ -69,8 +69,15 @@ class Run:
         state = checkpoint.load_latest(cfg.run_dir, modules=modules, optimizer=optimizer, dist=dist)
         self.state: dict[str, Any] = state or {"step": 0, "seconds": 0.0, "skipped_in_a_row": 0}
         self.failed_saves = 0
-        self._log = RunLog(cfg.run_dir, start_step=self.state["step"], is_main=dist.is_main)
+        self._log = RunLog(
+            cfg.run_dir,
+            start_step=self.state["step"],
+            is_main=dist.is_main,
+            tensorboard=cfg.tensorboard,
+            wandb=to_json(cfg) if cfg.wandb else None,
+        )
         self.samples = self._log.samples
+        self._shown: dict[str, str] = {}
 
     def steps(self, num_steps: int, *, desc: str) -> Iterator[int]:
         """Yield the steps still to do.
@@ -80,10 +87,10 @@ class Run:
         """
         first = self.state["step"]
         if first >= num_steps:
-            self._say(f"{desc}: all {num_steps} steps are done ({self.cfg.run_dir})")
+            self.say(f"{desc}: all {num_steps} steps are done ({self.cfg.run_dir})")
             return
         if first:
-            self._say(f"{desc}: continuing {self.cfg.run_dir} at step {first} of {num_steps}")
+            self.say(f"{desc}: continuing {self.cfg.run_dir} at step {first} of {num_steps}")
         self.bar = progress(
             total=num_steps, initial=first, desc=desc, unit="step", disable=not self.dist.is_main
         )
@@ -99,7 +106,7 @@ class Run:
                 if stop or step + 1 == num_steps or (step + 1) % self.cfg.checkpoint_interval == 0:
                     self._save(must_succeed=stop or step + 1 == num_steps)
                 if stop and step + 1 < num_steps:
-                    self._say(f"{desc}: stopped after step {step}; the same command continues")
+                    self.say(f"{desc}: stopped after step {step}; the same command continues")
                     raise SystemExit(0)
 
     def log(
@@ -118,12 +125,13 @@ class Run:
         self.state["skipped_in_a_row"] = skipped
         kind, numbers = batch[0], [int(number) for number in batch[1]]
         self._log.metrics(step, {**values, f"skipped_{kind}": numbers} if skipped else values)
-        self.bar.set_postfix({k: f"{values[k]:.4g}" for k in shown if k in values}, refresh=False)
+        self._shown |= {k: f"{values[k]:.4g}" for k in shown if k in values}
+        self.bar.set_postfix(self._shown, refresh=False)
         if not skipped:
             return
         named = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
         text = f"step {step}: the gradient is not finite ({kind} {named})"
-        self._say(f"{text}: skipped, the weights stay as they are; all numbers in metrics.jsonl")
+        self.say(f"{text}: skipped, the weights stay as they are; all numbers in metrics.jsonl")
         if skipped >= MAX_SKIPPED_STEPS:
             raise SystemExit(f"{text}, {MAX_SKIPPED_STEPS} in a row: the run ends")
 
@@ -147,13 +155,14 @@ class Run:
             raise SystemExit(str(error)) from None
         except checkpoint.SaveFailed as error:
             self.failed_saves += 1
-            self._say(f"warning: {error}")
+            self.say(f"warning: {error}")
             if must_succeed or self.failed_saves >= MAX_FAILED_SAVES:
                 raise SystemExit(
                     f"the run cannot be saved ({self.failed_saves} in a row failed): {error}"
                 ) from None
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Print a line above the bar, once."""
         if self.dist.is_main:
             bar = getattr(self, "bar", None)
             bar.write(text) if bar is not None else print(text, flush=True)

@@ -1,7 +1,11 @@
-"""Run logs: what a resumed run drops and keeps, and text that must not drive a terminal."""
+"""Run logs: what a resumed run drops and keeps, what leaves the machine, and text that must not
+drive a terminal."""
 
+import importlib
 import json
 import sys
+
+import pytest
 
 from nanomath.log import RunLog, plot_metrics, printable, read_metrics
 
@@ -65,3 +69,100 @@ def test_plot_has_one_panel_per_metric_with_data(tmp_path):
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert plot_metrics(tmp_path, [("nothing", ["absent"])]) is None
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["loss"] == 1.0
+
+
+# ------------------------------------------------------------------------------- services
+
+
+STUB = """
+class Settings:
+    def __init__(self, **settings):
+        self.__dict__ = settings
+
+class Run:
+    def log(self, values, step):
+        calls.append(("log", values, step))
+        if len(calls) == fails_at:
+            raise RuntimeError("the service is gone")
+    def finish(self):
+        calls.append(("finish",))
+
+def init(**settings):
+    calls.append(("init", settings))
+    if fails_at == 1:
+        raise RuntimeError("no key")
+    return Run()
+
+calls, fails_at = [], 0
+"""
+
+
+@pytest.fixture
+def wandb(tmp_path, monkeypatch):
+    """A package of that name, which keeps what it is called with."""
+    (tmp_path / "stub").mkdir()
+    (tmp_path / "stub" / "wandb.py").write_text(STUB)
+    monkeypatch.syspath_prepend(tmp_path / "stub")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    yield importlib.import_module("wandb")
+    sys.modules.pop("wandb", None)
+
+
+def test_wandb_gets_numbers_and_settings_alone(tmp_path, wandb):
+    """Every row's numbers go there under their step, a resumed run under the same id; no text of
+    samples, no list, and nothing at all without the flag or on another rank."""
+    for start in (0, 2):
+        log = RunLog(tmp_path / "run", start_step=start, tensorboard=False, wandb={"lr": 0.5})
+        log.metrics(start, {"reward": 1.0 + start, "skipped_problems": [7]})
+        log.samples(start, ["secret"])
+        log.close()
+    inits, rows = ([call for call in wandb.calls if call[0] == name] for name in ("init", "log"))
+    assert [row[1:] for row in rows] == [({"reward": 1.0}, 0), ({"reward": 3.0}, 2)]
+    assert [call[0] for call in wandb.calls] == ["init", "log", "finish"] * 2
+    first, second = (call[1] for call in inits)
+    assert first["id"] == second["id"] and len(first["id"]) == 32 and first["resume"] == "allow"
+    assert first["config"] == {"lr": 0.5} and first["dir"] == str(tmp_path / "run")
+    assert vars(first["settings"]) == {"console": "off", "disable_git": True, "disable_code": True}
+    assert "secret" not in str([{**call, "settings": 0} for _, call in inits]) + str(rows)
+    wandb.calls.clear()
+    write_steps(tmp_path / "none", 0, 1)
+    RunLog(tmp_path / "rank1", start_step=0, is_main=False, wandb={}).close()
+    assert wandb.calls == [] and not (tmp_path / "none" / "wandb_id.txt").exists()
+
+
+def test_a_service_that_fails_costs_a_warning_in_a_run_and_is_one_line_before_it(
+    tmp_path, wandb, capsys
+):
+    """When sending fails the run goes on without it; when it cannot start, the fix is named."""
+    wandb.fails_at = 3
+    log = RunLog(tmp_path, start_step=0, tensorboard=False, wandb={})
+    for step in range(4):
+        log.metrics(step, {"reward": 1.0})
+    log.close()
+    assert len(wandb.calls) == 3 and len(read_metrics(tmp_path)) == 4
+    assert capsys.readouterr().err.count("the service is gone") == 1
+    wandb.calls.clear()
+    wandb.fails_at = 1
+    with pytest.raises(ValueError, match="no key.*WANDB_MODE=offline"):
+        RunLog(tmp_path, start_step=0, wandb={})
+    sys.modules["wandb"] = None
+    with pytest.raises(ValueError, match="pip install wandb"):
+        RunLog(tmp_path, start_step=0, wandb={})
+
+
+def test_tensorboard_can_be_left_out(tmp_path):
+    """tensorboard=False writes no event file."""
+    for flag in (False, True):
+        log = RunLog(tmp_path / str(flag), start_step=0, tensorboard=flag)
+        log.metrics(0, {"loss": 1.0})
+        log.close()
+    assert not (tmp_path / "False" / "events").exists()
+    assert len([*(tmp_path / "True" / "events").iterdir()]) == 1
+
+
+def test_a_disk_that_refuses_a_plot_costs_a_warning(tmp_path, capsys):
+    """A picture is not worth a run."""
+    write_steps(tmp_path, 0, 2)
+    (tmp_path / "plots").touch()  # where the folder should be
+    assert plot_metrics(tmp_path, [("loss", ["lo*"])]) is None
+    assert "no plot" in capsys.readouterr().err
