@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from kernels import (
     PolicyLossOutput,
@@ -189,6 +190,7 @@ METRIC_SUMS = (
     "clip_high",
     "sampler_gap",
 )
+METRIC_MAXIMA = ("ratio_max", "sampler_gap_max")
 
 
 def objective_of_rows(
@@ -201,8 +203,8 @@ def objective_of_rows(
     weight_scale: float = 1.0,
     status: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the negated objective J of `rows` (Eq. 3, 4) with its graph, the METRIC_SUMS, and the
-    largest ratio of a trained token (0 without one).
+    """Return the negated objective J of `rows` (Eq. 3, 4) with its graph, the METRIC_SUMS, and
+    over the trained tokens the METRIC_MAXIMA (0 without a token).
 
     With old_logp_N None the old policy is the current one: every ratio is 1, with its gradient.
     status: where the kernels report bad rows; kernels.check_status raises on them.
@@ -231,7 +233,7 @@ def objective_of_rows(
 
     out = model(tokens_BT, head_fn=head_fn)
     trained_N = weights_N > 0
-    gap_N = (out.logp_N - packed(batch.sampler_logp_N)).abs()
+    gap_N = (out.logp_N - packed(batch.sampler_logp_N)).abs() * trained_N
     log_ratio_N = torch.zeros_like(out.logp_N, dtype=torch.float64)
     if batch.old_logp_N is not None:
         log_ratio_N = (out.logp_N - packed(batch.old_logp_N)).where(trained_N, 0.0).double()
@@ -244,10 +246,11 @@ def objective_of_rows(
         "entropy": (out.entropy_N * trained_N).sum(),
         "clip_low": ((out.clipped_N < 0) & trained_N).sum(),
         "clip_high": ((out.clipped_N > 0) & trained_N).sum(),
-        "sampler_gap": (gap_N * trained_N).sum(),
+        "sampler_gap": gap_N.sum(),
     }
-    ratio_max = torch.nn.functional.pad(out.ratio_N, (0, 1)).max().double()
-    return out.loss, torch.stack([sums[name].double() for name in METRIC_SUMS]), ratio_max
+    maxima = [F.pad(values_N, (0, 1)).max().double() for values_N in (out.ratio_N, gap_N)]
+    sums = torch.stack([sums[name].double() for name in METRIC_SUMS])
+    return out.loss, sums, torch.stack(maxima)
 
 
 def policy_update(
@@ -267,20 +270,20 @@ def policy_update(
 
     On one of num_parts equal parts of the batch its weights count num_parts times: with loss_norm
     response the objective is the mean over that part. The questions of a rank must then divide by
-    num_parts. Return, over all ranks, the METRIC_SUMS, the largest ratio, the gradient's norm,
+    num_parts. Return, over all ranks, the METRIC_SUMS and METRIC_MAXIMA, the gradient's norm,
     whether it stepped (0: the gradient was not finite) and whether there was nothing to step for
     (empty_steps: every coefficient, hence the gradient, is 0; momentum must not move the policy).
     """
     totals = torch.zeros(len(METRIC_SUMS), dtype=torch.float64, device=dist.device)
-    largest = torch.zeros((), dtype=torch.float64, device=dist.device)
+    largest = torch.zeros(len(METRIC_MAXIMA), dtype=torch.float64, device=dist.device)
     status = torch.zeros(1, dtype=torch.int64, device=dist.device)
 
     def loss_of_rows(rows: list[int]) -> torch.Tensor:
-        loss, sums, ratio_max = objective_of_rows(
+        loss, sums, maxima = objective_of_rows(
             model, batch, rows, objective, dist.device, weight_scale=num_parts, status=status
         )
         totals.add_(sums)
-        torch.maximum(largest, ratio_max, out=largest)
+        torch.maximum(largest, maxima, out=largest)
         return loss
 
     accumulate_gradients(
@@ -292,7 +295,7 @@ def policy_update(
     )
     return {
         **all_reduce_sum(dict(zip(METRIC_SUMS, totals.tolist(), strict=True)), dist),
-        "ratio_max": all_reduce_max(float(largest), dist),
+        **{k: all_reduce_max(v, dist) for k, v in zip(METRIC_MAXIMA, largest.tolist())},
         "grad_norm": grad_norm,
         "stepped": float(stepped),
         "empty_steps": float(grad_norm == 0.0),
@@ -311,7 +314,7 @@ def update_metrics(steps: Sequence[dict[str, float]], kl_coef: float) -> dict[st
         "loss_policy": loss - kl_term,
         "loss_kl": kl_term,
         **{name: totals[name] / max(totals["tokens"], 1.0) for name in METRIC_SUMS[3:]},
-        "ratio_max": max(step["ratio_max"] for step in steps),
+        **{name: max(step[name] for step in steps) for name in METRIC_MAXIMA},
         "grad_norm": totals["grad_norm"] / len(steps),
         "stepped": min(step["stepped"] for step in steps),
         "empty_steps": totals["empty_steps"],
