@@ -12,6 +12,7 @@ command continues a run.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -27,7 +28,6 @@ from nanomath.dist import (
     make_replica,
     refresh_replica,
 )
-from nanomath.evaluation import greedy_accuracy
 from nanomath.grpo import (
     Objective,
     RolloutBatch,
@@ -38,7 +38,16 @@ from nanomath.grpo import (
 )
 from nanomath.lock import RunLock
 from nanomath.model import Transformer
-from nanomath.monitor import Clock, draw_plots, rollout_metrics, sample_lines
+from nanomath.monitor import (
+    SHOWN,
+    WHY_LOSS_IS_0,
+    Clock,
+    cost_metrics,
+    draw_plots,
+    heldout_metrics,
+    rollout_metrics,
+    sample_lines,
+)
 from nanomath.optim import SCHEDULES, make_adamw
 from nanomath.rewards import Rewards
 from nanomath.run import Run, open_run
@@ -135,6 +144,10 @@ class GRPOConfig(RunConfig):
     # What is shown
     eval_interval: int = opt(25, "steps between held-out evaluations", low=1)
     num_eval_problems: int = opt(200, "problems of one held-out evaluation", low=1)
+    num_eval_samples: int = opt(
+        8, "samples K per held-out problem for Pass@K and Maj@K; 0: greedy answers only", low=0
+    )
+    eval_temperature: float = opt(0.7, "temperature of those samples, Sec. 5.2.2", low=1e-3)
 
 
 # GSM8K's training file, one question in ten held out. DEVIATION: Sec. 4.2 adds MATH's training set,
@@ -206,6 +219,7 @@ PRESETS = {
         "micro_batch_size": 128,
         "checkpoint_interval": 25,
         "eval_interval": 20,
+        "num_eval_samples": 4,
     },
     "smoke": {
         **countdown.RANGES["smoke"],
@@ -349,15 +363,29 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
         "micro_batch_size": cfg.micro_batch_size,
         "device": dist.device,
     }
+    limits = {"max_rows": cfg.max_rows, "cache_gb": cfg.cache_gb or math.inf}
+    evaluate = partial(
+        heldout_metrics,
+        tokenizer=tokenizer,
+        problems=heldout,
+        num_samples=cfg.num_eval_samples,
+        temperature=cfg.eval_temperature,
+        max_new_tokens=cfg.max_new_tokens,
+        dist=dist,
+        **limits,
+    )
     for step in run.steps(total_steps, desc="grpo"):  # Alg. 1 l.2, l.4
         if step % cfg.num_steps == 0:
             copy_weights(reference, policy)  # Alg. 1 l.3
-        clock = Clock()
+        clock = Clock(dist.device)
         chosen = epoch_order(len(problems), step, cfg.batch_size, cfg.seed)  # Alg. 1 l.5
         my_places = range(dist.rank, cfg.batch_size, dist.world_size)
         mine = [problems[chosen[place]] for place in my_places]
         prompts = [encode_prompt(tokenizer, problem) for problem in mine]
         refresh_replica(sampling_model, policy, dist)  # Alg. 1 l.6: old <- policy
+        is_shown = step % cfg.eval_interval == 0
+        metrics = evaluate(sampling_model) if is_shown else {}
+        clock.lap("evaluation")
         rollouts = sample_groups(  # Alg. 1 l.7
             sampling_model,
             prompts,
@@ -369,8 +397,7 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
             step=step,
             prompt_ids=my_places,  # a question drawn twice makes two groups, not one group twice
             vocab_limit=tokenizer.sample_limit,
-            max_rows=cfg.max_rows,
-            cache_gb=cfg.cache_gb or math.inf,
+            **limits,
         )
         clock.lap("sampling")
         rewards_PG, texts, parts = judge(rewards, mine, rollouts, tokenizer)  # Alg. 1 l.8
@@ -401,25 +428,33 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
         lr = SCHEDULES[cfg.schedule](
             step, num_steps=total_steps, peak=cfg.lr, warmup_steps=cfg.warmup_steps
         )
-        metrics = update(cfg, policy, optimizer, batch, lr, dist)  # Alg. 1 l.10-11
+        metrics |= update(cfg, policy, optimizer, batch, lr, dist)  # Alg. 1 l.10-11
         clock.lap("update")
-        metrics |= rollout_metrics(rewards_PG, parts, rollouts, dist)
-        metrics |= {"lr": lr, **clock.seconds}
-        if (step + 1) % cfg.eval_interval == 0 or step + 1 == total_steps:
+        metrics |= rollout_metrics(rewards_PG, parts, rollouts, dist) | {"lr": lr}
+        metrics |= cost_metrics(clock.seconds, batch, cfg.num_updates, dist)
+        if step + 1 == total_steps:
             refresh_replica(sampling_model, policy, dist)
-            metrics["heldout_pass@1"] = greedy_accuracy(
-                sampling_model, tokenizer, heldout, max_new_tokens=cfg.max_new_tokens, dist=dist
-            )
-            if dist.is_main:
-                lines = sample_lines(mine[0], texts, rewards_PG[0], advantages_PG[0])
-                run.samples(step, lines)
+            metrics |= evaluate(sampling_model)
         ids = [problems[place].id for place in chosen]
-        run.log(step, metrics, shown=("reward", "heldout_pass@1"), batch=("problems", ids))
-    finish(cfg, run, dist)
+        run.log(step, metrics, shown=SHOWN, batch=("problems", ids))
+        if step == 0 and loss_starts_at_0(cfg):
+            run.say(WHY_LOSS_IS_0)
+        if dist.is_main and (is_shown or step + 1 == total_steps):
+            run.samples(step, sample_lines(mine[0], texts, rollouts, rewards_PG, advantages_PG))
+            draw_plots(cfg.run_dir)
+    run.close()
+
+
+def loss_starts_at_0(cfg: GRPOConfig) -> bool:
+    """Tell whether every ratio is 1 and every question's weighted advantages sum to 0."""
+    num_steps = cfg.num_updates * cfg.num_minibatches
+    return num_steps == 1 and cfg.loss_norm == "response" and not cfg.mask_truncated
 
 
 def check(cfg: GRPOConfig, dist: Dist) -> None:
     """Refuse what would only fail in the middle of a step. Raises ValueError."""
+    if cfg.num_eval_samples == 1:
+        raise ValueError("--num_eval_samples is 1: give 0, or at least 2 for Pass@K and Maj@K")
     if cfg.problems and "equation" in cfg.reward:
         raise ValueError(
             "--problems needs --reward answer, or one of your own: equation is Countdown's"
@@ -430,13 +465,6 @@ def check(cfg: GRPOConfig, dist: Dist) -> None:
             f"--batch_size {cfg.batch_size} must divide by --num_minibatches times the number of "
             f"processes ({parts}): every optimizer step is a mean over equally many questions"
         )
-
-
-def finish(cfg: GRPOConfig, run: Run, dist: Dist) -> None:
-    """Draw the run's plots."""
-    if dist.is_main:
-        draw_plots(cfg.run_dir, cfg.reward)
-    run.close()
 
 
 def main() -> None:

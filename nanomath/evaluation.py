@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanomath.dist import Dist, all_reduce_sum
 from nanomath.log import new_figure, save_figure
 from nanomath.rewards import format_reward
 from nanomath.sampler import Rollouts, sample_groups
@@ -163,18 +162,18 @@ def evaluate_chunk(
     temperature: float,
     max_new_tokens: int,
     seed: int = 0,
+    **limits: Any,
 ) -> list[dict[str, Any]]:
     """Return one record per problem: its payload, and every output with its text and judgement.
 
     Each is sampled once greedily and num_samples times; a sample depends on (seed, problem id,
-    sample index) alone, not on the problems beside it.
+    sample index) alone, not on the problems beside it. limits: the sampler's max_rows, cache_gb.
     """
-    greedy = _sample(model, tokenizer, problems, 1, 0.0, max_new_tokens, seed)
+    asked = (model, tokenizer, problems)
+    greedy = _sample(*asked, 1, 0.0, max_new_tokens, seed, **limits)
     sampled = [[] for _ in problems]
     if num_samples:
-        sampled = _sample(
-            model, tokenizer, problems, num_samples, temperature, max_new_tokens, seed
-        )
+        sampled = _sample(*asked, num_samples, temperature, max_new_tokens, seed, **limits)
     return [
         {
             "id": problem.id,
@@ -186,30 +185,6 @@ def evaluate_chunk(
         }
         for problem, once, many in zip(problems, greedy, sampled, strict=True)
     ]
-
-
-def greedy_accuracy(
-    model: torch.nn.Module,
-    tokenizer: Any,
-    problems: Sequence[Problem],
-    *,
-    max_new_tokens: int,
-    dist: Dist,
-    chunk_problems: int = 256,
-) -> float:
-    """Return the share of problems whose greedy answer is right, over all ranks (the same on each).
-
-    The ranks share the problems out; model is this rank's unsharded one.
-    """
-    if not problems:
-        raise ValueError("no problems to evaluate")
-    num_correct = 0
-    for chunk in chunks(problems[dist.rank :: dist.world_size], chunk_problems):
-        outputs = _sample(model, tokenizer, chunk, 1, 0.0, max_new_tokens, 0)
-        for problem, output in zip(chunk, outputs, strict=True):
-            num_correct += TASKS[problem.task].is_correct(problem, output[0]["text"])
-    total = all_reduce_sum({"correct": float(num_correct)}, dist)["correct"]
-    return total / len(problems)
 
 
 def chunks(problems: Sequence[Problem], size: int) -> Iterable[Sequence[Problem]]:
@@ -226,6 +201,7 @@ def _sample(
     temperature: float,
     max_new_tokens: int,
     seed: int,
+    **limits: Any,
 ) -> list[list[dict[str, Any]]]:
     """Return each problem's outputs as {"text", "length" in tokens, "finished"}."""
     is_benchmark = bool(problems) and TASKS[problems[0].task] is benchmarks
@@ -241,6 +217,7 @@ def _sample(
         prompt_ids=[problem.id for problem in problems],
         vocab_limit=tokenizer.sample_limit,
         **stops,
+        **limits,
     )
     columns = (rollouts.tokens_PGT, rollouts.lengths_PG, rollouts.finished_PG)
     return [

@@ -4,9 +4,11 @@ import contextlib
 import copy
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +18,14 @@ import torch
 import train_grpo
 import train_pretrain
 import train_sft
-from nanomath import activations, checkpoint
+from nanomath import activations, checkpoint, optim
 from nanomath.config import parse
 from nanomath.data import PackedExamples, TokenShards, epoch_order, write_shards
 from nanomath.dist import Dist
 from nanomath.lock import run_lock
 from nanomath.log import read_metrics
 from nanomath.model import ModelConfig, Transformer
+from nanomath.monitor import MEASURED, PANELS
 from nanomath.optim import cosine_lr
 from nanomath.run import Run
 from nanomath.sampler import sample_groups
@@ -205,19 +208,24 @@ def digits_reward(problem, completion) -> float:
     return sum(ord(character) % 2 == 0 for character in completion) / max(len(completion), 1)
 
 
-def test_train_grpo_is_algorithm_1(tmp_path, tokenizer, monkeypatch):
-    """The weights equal a plain loop's: two iterations, mu = 2, minibatches, KL, clipping."""
-    start = save_start(tmp_path / "start", tokenizer, torch.float64)
-    (tmp_path / "rewards.py").write_text(
+def digits_file(folder) -> str:
+    """Write digits_reward as a user's file; return what --reward takes."""
+    (folder / "rewards.py").write_text(
         "def digits(problem, completion):\n"
         "    return sum(ord(c) % 2 == 0 for c in completion) / max(len(completion), 1)\n"
     )
+    return f"{folder}/rewards.py:digits"
+
+
+def test_train_grpo_is_algorithm_1(tmp_path, tokenizer, monkeypatch):
+    """The weights equal a plain loop's: two iterations, mu = 2, minibatches, KL, clipping."""
+    start = save_start(tmp_path / "start", tokenizer, torch.float64)
     argv = [
         *SMALL_GRPO, "--num_iterations", "2", "--num_steps", "2", "--num_updates", "2",
         "--num_minibatches", "2", "--batch_size", "4", "--kl_coef", "0.3", "--lr", "0.02",
         "--schedule", "cosine", "--warmup_steps", "1", "--temperature", "0.8",
         "--clip_eps", "0.1", "--max_grad_norm", "0.5",
-        "--reward", f"{tmp_path}/rewards.py:digits", "--reward_weights", "1.0",
+        "--reward", digits_file(tmp_path), "--reward_weights", "1.0",
         "--init", str(start), "--run_dir", str(tmp_path / "grpo"),
     ]  # fmt: skip
     run_script(train_grpo, argv, monkeypatch)
@@ -260,6 +268,11 @@ def test_two_processes_train_as_one_does(tmp_path, tokenizer, monkeypatch):
     assert (weights[0] - weights[1]).abs().max() < 1e-8 < (weights[0] - weights[2]).abs().max()
     samples = [(tmp_path / name / "samples.txt").read_text() for name in ("one", "two")]
     assert samples[0] == samples[1] and "advantage" in samples[0]
+    # The ranks had 3 and 2 questions, and 2 and 2 held-out problems: no mean of means is the same.
+    one, two = (rows_without_times(tmp_path / name) for name in ("one", "two"))
+    assert len(one) == 4 and one[2]["kl"] < one[1]["kl"]
+    for rows in zip(one, two, strict=True):
+        assert rows[0] == pytest.approx(rows[1], rel=1e-6, abs=1e-9)
 
 
 def load_weights(run_dir):
@@ -346,46 +359,118 @@ class Killed(BaseException):
 
 def rows_without_times(run_dir) -> list[dict]:
     return [
-        {k: v for k, v in row.items() if not k.startswith("seconds")}
+        {k: v for k, v in row.items() if not any(fnmatch(k, name) for name in MEASURED)}
         for row in read_metrics(run_dir)
     ]
 
 
-def test_killed_and_resumed_grpo_equals_the_uninterrupted_run(tmp_path, start, monkeypatch):
-    """GRPO cut in the middle of a step and continued is bit-exact: metrics, samples, weights."""
-    argv = [*SMALL_GRPO, "--init", start, "--kl_coef", "0.04", "--num_updates", "2"]
+def files_of(run_dir) -> dict:
+    """Return all that a GRPO run must leave the same, however it was cut."""
+    newest = sorted((run_dir / "checkpoints").glob("step-*"))[-1]
+    paths = [run_dir / "samples.txt", *newest.glob("*.safetensors")]
+    files = {path.name: path.read_bytes() for path in paths}
+    return files | {"newest": newest.name, "metrics": rows_without_times(run_dir)}
+
+
+@pytest.mark.parametrize("settings", [(1, 1, 1), (2, 2, 2)])
+def test_killed_and_resumed_grpo_equals_the_uninterrupted_run(
+    tmp_path, start, monkeypatch, settings
+):
+    """GRPO cut between two optimizer steps, before and after the reference was refreshed, and
+    continued each time is bit-exact: metrics, samples, policy, reference, moments."""
+    num_iterations, num_updates, num_minibatches = settings
+    argv = [
+        *SMALL_GRPO, "--init", start, "--num_iterations", num_iterations, "--lr", "0.01",
+        "--num_steps", 6 // num_iterations, "--num_updates", num_updates, "--kl_coef", "0.04",
+        "--num_minibatches", num_minibatches, "--checkpoint_interval", "2", "--eval_interval", "2",
+        "--reward", digits_file(tmp_path), "--reward_weights", "1.0",
+    ]  # fmt: skip
     run_script(train_grpo, [*argv, "--run_dir", tmp_path / "whole"], monkeypatch)
 
-    real_update, calls = train_grpo.update, []
+    real, calls = train_grpo.policy_update, []
+    for dies_in_step, resumes_at in ((3, 0), (5, 2)):  # the reference is refreshed in step 3
+        calls.clear()
+        last = (dies_in_step - resumes_at) * num_updates * num_minibatches + num_updates
 
-    def dying_update(*args):
-        calls.append(1)
-        if len(calls) == 5:  # step 4; the newest checkpoint is of step 3
-            raise Killed
-        return real_update(*args)
+        def dying(*args, last=last, **kwargs):
+            calls.append(1)
+            if len(calls) == last:
+                raise Killed
+            return real(*args, **kwargs)
 
-    monkeypatch.setattr(train_grpo, "update", dying_update)
-    with pytest.raises(Killed):
-        run_script(train_grpo, [*argv, "--run_dir", tmp_path / "cut"], monkeypatch)
-    monkeypatch.setattr(train_grpo, "update", real_update)
+        monkeypatch.setattr(train_grpo, "policy_update", dying)
+        with pytest.raises(Killed):
+            run_script(train_grpo, [*argv, "--run_dir", tmp_path / "cut"], monkeypatch)
+        assert len(read_metrics(tmp_path / "cut")) == dies_in_step
+    monkeypatch.setattr(train_grpo, "policy_update", real)
     run_script(train_grpo, [*argv, "--run_dir", tmp_path / "cut"], monkeypatch)
 
-    whole, cut = rows_without_times(tmp_path / "whole"), rows_without_times(tmp_path / "cut")
-    assert whole == cut and len(whole) == 6
-    assert (tmp_path / "whole/samples.txt").read_text() == (
-        tmp_path / "cut/samples.txt"
-    ).read_text()
-    for file in (
-        "model-00000.safetensors",
-        "reference-00000.safetensors",
-        "optim-00000.safetensors",
-    ):
-        left, right = (
-            next((tmp_path / name / "checkpoints").glob(f"step-000006/{file}")).read_bytes()
-            for name in ("whole", "cut")
-        )
-        assert left == right, file
-    assert any(row["kl"] > 0 for row in whole) and any(row["grad_norm"] > 0 for row in whole)
+    whole, cut = files_of(tmp_path / "whole"), files_of(tmp_path / "cut")
+    assert whole == cut and whole["newest"] == "step-000006" and len(whole) == 6
+    rows = whole["metrics"]
+    assert [row["step"] for row in rows if "heldout_pass@1" in row] == [0, 2, 4, 5]
+    assert len(rows) == 6 and all(row["grad_norm"] > 0.001 for row in rows)
+    assert any(row["kl"] > 1e-4 for row in rows) and {row["stepped"] for row in rows} == {1.0}
+    assert (rows[3]["kl"] < rows[2]["kl"]) == (num_iterations == 2)
+    assert whole["samples.txt"].count(b"=== step") == 4
+    assert (tmp_path / "cut" / "plots" / "metrics.png").exists()
+
+
+def test_evaluations_leave_training_as_it_is(tmp_path, start, monkeypatch, capsys):
+    """However often held-out problems are asked, with samples or without, the weights end at the
+    same bits; the row of step 0 is of the policy before any update, the last of the final one."""
+    argv = [*SMALL_GRPO, "--init", start, "--num_steps", "3", "--lr", "0.01", "--reward",
+            digits_file(tmp_path), "--reward_weights", "1.0"]  # fmt: skip
+    asked = []
+
+    def heldout_metrics(model, *, problems, num_samples, **settings):
+        asked.append((torch.cat([p.detach().flatten() for p in model.parameters()]), num_samples))
+        return real(model, problems=problems, num_samples=num_samples, **settings)
+
+    real = train_grpo.heldout_metrics
+    monkeypatch.setattr(train_grpo, "heldout_metrics", heldout_metrics)
+    weights, said = {}, []
+    for interval, num_samples in ((1, 3), (9, 0)):
+        run_dir = tmp_path / f"every-{interval}"
+        flags = ["--eval_interval", interval, "--num_eval_samples", num_samples]
+        run_script(train_grpo, [*argv, *flags, "--run_dir", run_dir], monkeypatch)
+        weights[interval] = torch.cat([p.detach().flatten() for p in load_weights(run_dir)])
+        said.append(capsys.readouterr().out.count("the loss starts at 0"))
+    assert torch.equal(weights[1], weights[9]) and said == [1, 1]
+    started = torch.cat([p.detach().flatten() for p in load_weights(start)])
+    assert [num_samples for _, num_samples in asked] == [3, 3, 3, 3, 0, 0]
+    for first, last in (asked[0::3], asked[4:]):
+        assert torch.equal(first[0], started) and torch.equal(last[0], weights[1])
+    names = [{k for k in row if k.startswith("heldout")} for row in read_metrics(run_dir)]
+    assert names == [{"heldout_pass@1"}, set(), {"heldout_pass@1"}]
+    names = {k for k in read_metrics(tmp_path / "every-1")[1] if k.startswith("heldout")}
+    assert names == {"heldout_pass@1", "heldout_pass@3", "heldout_maj@3"}
+    text = message(train_grpo, [*argv, "--num_eval_samples", "1"], monkeypatch, capsys)
+    assert "at least 2" in text
+
+
+def test_every_metric_has_a_line_in_the_glossary(tmp_path, start, monkeypatch):
+    """The names in metrics.jsonl of a run, one step of it skipped, and those of the README's table
+    are the same; and all but what says that a step was skipped is plotted."""
+    real = optim.clip_grad_norm
+    norms = iter([float("nan"), 1.0, 1.0])
+    monkeypatch.setattr(optim, "clip_grad_norm", lambda *args: real(*args) * next(norms))
+    argv = [*SMALL_GRPO, "--init", start, "--num_steps", "3", "--run_dir", tmp_path / "grpo"]
+    run_script(train_grpo, argv, monkeypatch)
+    logged = {name for row in read_metrics(tmp_path / "grpo") for name in row} - {"step"}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme.split("### Metrics of train_grpo.py")[1].split("|---|---|\n")[1].split("\n\n")[0]
+    names = [
+        name for line in table.splitlines() for name in re.findall("`([^`]+)`", line.split("|")[1])
+    ]
+    patterns = [name.replace("K", "[0-9]*") for name in names]
+    assert len({*names}) == len(names)
+    assert [name for name in logged if not any(fnmatch(name, p) for p in patterns)] == []
+    assert [p for p in patterns if not any(fnmatch(name, p) for name in logged)] == []
+    drawn = [name for _, panel in PANELS for name in panel]
+    unseen = {name for name in logged if not any(fnmatch(name, p) for p in drawn)}
+    assert unseen == {"loss", "no_reward", "stepped", "empty_steps", "skipped_problems"}
+    assert [p for p in drawn if not any(fnmatch(name, p) for name in logged)] == []
 
 
 def test_killed_and_resumed_sft_equals_the_uninterrupted_run(tmp_path, start, monkeypatch):

@@ -13,14 +13,12 @@ import pytest
 import torch
 
 from nanomath import evaluation
-from nanomath.dist import Dist
 from nanomath.evaluation import (
     bootstrap_interval,
     chunks,
     compare,
     default_ks,
     evaluate_chunk,
-    greedy_accuracy,
     group_answers,
     maj_at_k,
     majority_credits,
@@ -278,17 +276,6 @@ def test_chunks_do_not_change_the_result(monkeypatch):
     """Any chunk size gives the same figures."""
     scripted(monkeypatch, script)
     assert evaluate_in_chunks(1) == evaluate_in_chunks(2)
-
-
-def test_greedy_accuracy(monkeypatch):
-    """Greedy accuracy is the share of right answers, the same whatever the chunks."""
-    scripted(monkeypatch, script)
-    dist = Dist(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
-    for size in (1, 2):
-        accuracy = greedy_accuracy(
-            None, Characters(), PROBLEMS, max_new_tokens=50, dist=dist, chunk_problems=size
-        )
-        assert accuracy == 0.5
 
 
 def test_compare(monkeypatch):
