@@ -62,6 +62,7 @@ def pairs_of(text: str) -> list[tuple[str, str]]:
         ("所以答案为：$\\frac12$。", r"\frac12", "phrase"),
         ("故选：C．", "C", "choice"),
         ("so the correct option is (B)", "B", "choice"),
+        ("Option A is too small, so choose C.", "C", "choice"),
         ("<answer>1</answer> <answer> 2 </answer>", "2", "answer tag"),
         (r"\boxed{1} <answer>\boxed{2}</answer>", "2", "answer tag"),
         ("<answer>The answer is 5.</answer>", "5", "answer tag"),
