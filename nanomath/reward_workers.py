@@ -20,6 +20,7 @@ import asyncio
 import dataclasses
 import faulthandler
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -55,12 +56,13 @@ class Workers:
 
     def __init__(self, specs: Sequence[str], *, num_workers: int, seconds: float):
         self._specs, self._seconds = specs, seconds
-        self._command = [sys.executable, "-P", "-m", "nanomath.reward_workers", str(seconds)]
-        self._command += specs
+        # -u: prints show at once; -P: no file of the current folder hides a module.
+        program = [sys.executable, "-u", "-P", "-m", "nanomath.reward_workers"]
+        self._command = [*program, str(seconds), *specs]
         self._processes: list[asyncio.subprocess.Process | None] = [None] * num_workers
         self._forwards: list[asyncio.Task | None] = [None] * num_workers
         self._output_left = 0
-        self._runner = asyncio.Runner()
+        self._runner: asyncio.Runner | None = asyncio.Runner()
         errors = self._run(self._start_all())
         if any(errors):
             self.close()
@@ -73,8 +75,10 @@ class Workers:
 
     def close(self) -> None:
         """Kill the workers, and what they started."""
-        self._runner.run(self._end_all())
-        self._runner.close()
+        runner, self._runner = self._runner, None
+        if runner is not None:  # else Ctrl-C has closed them
+            with runner:
+                runner.run(self._end_all())
 
     def _run(self, work) -> Any:
         try:
@@ -271,6 +275,10 @@ def load_function(spec: str) -> RewardFunction:
     if not callable(function):
         functions = [key for key, value in vars(sys.modules[file]).items() if callable(value)]
         raise ValueError(f"{file} has no function {name!r}; it has {', '.join(functions)}")
+    try:
+        inspect.signature(function).bind(None, "")
+    except TypeError as error:
+        raise ValueError(f"{name} is called with (problem, completion): {error}") from error
     return function
 
 

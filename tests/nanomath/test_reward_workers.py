@@ -256,13 +256,17 @@ def test_signals_for_the_trainer_do_not_end_a_worker(spec):
 
 def test_ctrl_c_ends_the_workers(spec):
     """KeyboardInterrupt in the middle of a batch leaves score() and no process."""
-    workers = Workers([spec], num_workers=2, seconds=60)
-    left = pids(workers)
-    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        workers.score(tasks("sleep", "forever", "sleep"))
-    assert wait_until_gone(left, 2) == []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job has none
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Rewards((spec, "format"), seconds=60, num_workers=2) as rewards,
+    ):
+        left = pids(rewards._workers)
+        timer.start()
+        rewards.score([PROBLEM] * 3, ["sleep", "forever", "sleep"])
+    signal.signal(signal.SIGINT, before)
+    assert len(left) == 2 and wait_until_gone(left, 2) == []
 
 
 KILLED = """
@@ -295,6 +299,17 @@ def test_no_worker_outlives_a_killed_trainer(spec):
     assert wait_until_gone(left, 3) == []
 
 
+GOOD = """
+number = 3
+
+def f(problem, completion):
+    return 1
+
+def one(completion):
+    return 1
+"""
+
+
 def test_files_that_do_not_load(tmp_path, monkeypatch):
     """Errors in the file, a missing function, one that is not callable, set-up without end: one
     error that names the reward; nothing is left running."""
@@ -303,14 +318,15 @@ def test_files_that_do_not_load(tmp_path, monkeypatch):
     (tmp_path / "exits.py").write_text("import sys; sys.exit('no GPU')\n")
     (tmp_path / "ends.py").write_text("import os; os._exit(4)\n")
     (tmp_path / "hangs.py").write_text("while True: pass\n")
-    (tmp_path / "good.py").write_text("number = 3\ndef f(problem, completion):\n    return 1\n")
+    (tmp_path / "good.py").write_text(GOOD)
     for name, message in (
         ("broken.py:f", "SyntaxError"),
         ("fails.py:f", "ZeroDivisionError: division by zero"),
         ("exits.py:f", "SystemExit: no GPU"),
         ("ends.py:f", r"it ended its process \(exit status 4\)"),
-        ("good.py:g", "has no function 'g'; it has f"),
+        ("good.py:g", "has no function 'g'; it has f, one"),
         ("good.py:number", "has no function 'number'"),
+        ("good.py:one", r"one is called with \(problem, completion\): too many positional"),
         ("hangs.py:f", "it took more than 0.5 s"),
     ):
         if name == "hangs.py:f":
