@@ -111,7 +111,7 @@ class GRPOConfig(RunConfig):
         choices=LOSS_NORMS,
     )
     mask_truncated: bool = opt(
-        False, "outputs cut at --max_new_tokens leave the loss, but not their group's mean and std"
+        False, "outputs without an end leave the loss, but not their group's mean, std and G"
     )
     drop_constant_groups: bool = opt(
         False, "groups of equal rewards leave the loss and P, instead of counting with advantage 0"

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import json
 import os
 import re
@@ -142,8 +143,12 @@ def test_run_folder_in_use_and_with_other_settings_is_refused(tmp_path, start, m
 # ------------------------------------------------------------------------------- Algorithm 1
 
 
-def plain_algorithm_1(cfg, start_dir) -> torch.Tensor:
-    """Algorithm 1 as a plain loop over the reference loss, one row at a time: final weights."""
+def plain_algorithm_1(cfg, start_dir, reward) -> torch.Tensor:
+    """Algorithm 1 as a plain loop over the reference loss, one row at a time: final weights.
+
+    With loss_norm token: the other objective that is tested, whatever its flags' values.
+    """
+    is_paper = cfg.loss_norm == "response"
     policy, tokenizer, _ = checkpoint.load_model(start_dir, device="cpu")
     problems = train_grpo.problem_set(cfg, "train", cfg.num_problems)
     optimizer = torch.optim.AdamW(
@@ -166,7 +171,7 @@ def plain_algorithm_1(cfg, start_dir) -> torch.Tensor:
             eos_ids=tokenizer.stop_ids, temperature=cfg.temperature, seed=cfg.seed, step=step,
             vocab_limit=tokenizer.sample_limit,
         )  # fmt: skip
-        outputs = []  # (prompt, output tokens, advantage, log-probabilities of old and reference)
+        outputs = []  # (prompt, output, advantage, weight, log-probabilities of old and reference)
         for p, prompt in enumerate(prompts):
             rows = [
                 tokens[:length]
@@ -174,25 +179,37 @@ def plain_algorithm_1(cfg, start_dir) -> torch.Tensor:
                     rollouts.tokens_PGT[p].tolist(), rollouts.lengths_PG[p].tolist(), strict=True
                 )
             ]
-            rewards = np.array([digits_reward(None, tokenizer.decode(row)) for row in rows])  # l.8
-            spread = rewards.std()  # l.9; numpy's default is the population's
-            advantages = (rewards - rewards.mean()) / spread if np.ptp(rewards) else 0 * rewards
+            rewards = np.array([reward(None, tokenizer.decode(row)) for row in rows])  # l.8
+            # l.9; numpy's default is the population's std
+            scale = rewards.std() if is_paper else 1 - 1 / len(rewards)
+            advantages = (rewards - rewards.mean()) / scale if np.ptp(rewards) else 0 * rewards
             for row, advantage in zip(rows, advantages, strict=True):
                 with torch.no_grad():
                     old, ref = logp_of(policy, prompt, row), logp_of(reference, prompt, row)
-                outputs.append((prompt, row, float(advantage), old, ref))
+                weight = 1 / (cfg.batch_size * cfg.group_size * len(row))
+                if not is_paper:
+                    weight = float(row[-1] in tokenizer.stop_ids and np.ptp(rewards) > 0)
+                outputs.append((prompt, row, float(advantage), weight, old, ref))
+        # A sum over all tokens in the loss, over their number.
+        num_tokens = sum(weight * len(row) for _, row, _, weight, _, _ in outputs)
+        divisor = 1 if is_paper else num_tokens
         lr = cosine_lr(step, num_steps=total_steps, peak=cfg.lr, warmup_steps=cfg.warmup_steps)
         per_part = len(outputs) // cfg.num_minibatches
         for _ in range(cfg.num_updates):  # l.10
             for part in range(cfg.num_minibatches):
                 optimizer.zero_grad()
-                for prompt, row, advantage, old, ref in outputs[part * per_part :][:per_part]:
+                for prompt, row, advantage, weight, old, ref in outputs[part * per_part :][
+                    :per_part
+                ]:
                     logp = logp_of(policy, prompt, row)
                     ratio = (logp - old).exp()
-                    clipped = ratio.clamp(1 - cfg.clip_eps, 1 + cfg.clip_eps)
+                    clipped = ratio.clamp(1 - cfg.clip_eps, 1 + (cfg.clip_eps_high or cfg.clip_eps))
                     kl = (ref - logp).exp() - (ref - logp) - 1  # Eq. 4
+                    if not is_paper:
+                        kl = (ref - logp) ** 2 / 2
                     gain = torch.minimum(ratio * advantage, clipped * advantage)  # Eq. 3
-                    (-(gain - cfg.kl_coef * kl).mean() / per_part).backward()
+                    total = -(gain - cfg.kl_coef * kl).sum()
+                    (total * weight / divisor * cfg.num_minibatches).backward()
                 grads = [p.grad for p in policy.parameters()]
                 norm = torch.cat([grad.flatten() for grad in grads]).norm()
                 for grad in grads:
@@ -208,30 +225,43 @@ def digits_reward(problem, completion) -> float:
     return sum(ord(character) % 2 == 0 for character in completion) / max(len(completion), 1)
 
 
-def digits_file(folder) -> str:
-    """Write digits_reward as a user's file; return what --reward takes."""
-    (folder / "rewards.py").write_text(
-        "def digits(problem, completion):\n"
-        "    return sum(ord(c) % 2 == 0 for c in completion) / max(len(completion), 1)\n"
-    )
-    return f"{folder}/rewards.py:digits"
+def reward_file(folder, reward=digits_reward) -> str:
+    """Write a reward as a user's file; return what --reward takes."""
+    (folder / "rewards.py").write_text(inspect.getsource(reward))
+    return f"{folder}/rewards.py:{reward.__name__}"
 
 
-def test_train_grpo_is_algorithm_1(tmp_path, tokenizer, monkeypatch):
-    """The weights equal a plain loop's: two iterations, mu = 2, minibatches, KL, clipping."""
+def coarse_reward(problem, completion) -> float:
+    """A reward that is often equal within a group."""
+    return float(sum(map(ord, completion)) % 3 == 0)
+
+
+OTHER_OBJECTIVE = [
+    "--loss_norm", "token", "--advantage", "leave_one_out", "--kl_estimator", "k2",
+    "--clip_eps_high", "0.3", "--mask_truncated", "--drop_constant_groups",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", [[], OTHER_OBJECTIVE], ids=["paper", "other"])
+def test_train_grpo_is_algorithm_1(tmp_path, tokenizer, monkeypatch, flags):
+    """The weights equal a plain loop's: two iterations, mu = 2, minibatches, KL, clipping; by the
+    paper's objective and with every flag of the objective at another value."""
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.stop_ids = (*tokenizer.stop_ids, *range(0, 250, 6))  # so that some outputs end
     start = save_start(tmp_path / "start", tokenizer, torch.float64)
+    reward = coarse_reward if flags else digits_reward
     argv = [
         *SMALL_GRPO, "--num_iterations", "2", "--num_steps", "2", "--num_updates", "2",
         "--num_minibatches", "2", "--batch_size", "4", "--kl_coef", "0.3", "--lr", "0.02",
         "--schedule", "cosine", "--warmup_steps", "1", "--temperature", "0.8",
-        "--clip_eps", "0.1", "--max_grad_norm", "0.5",
-        "--reward", digits_file(tmp_path), "--reward_weights", "1.0",
+        "--clip_eps", "0.1", "--max_grad_norm", "0.5", *flags,
+        "--reward", reward_file(tmp_path, reward), "--reward_weights", "1.0",
         "--init", str(start), "--run_dir", str(tmp_path / "grpo"),
     ]  # fmt: skip
     run_script(train_grpo, argv, monkeypatch)
     model, _, _ = checkpoint.load_model(tmp_path / "grpo", device="cpu")
     cfg = parse(train_grpo.GRPOConfig, train_grpo.PRESETS, argv)
-    expected = plain_algorithm_1(cfg, start)
+    expected = plain_algorithm_1(cfg, start, reward)
     actual = torch.cat([p.detach().flatten() for p in model.parameters()])
     started, _, _ = checkpoint.load_model(start, device="cpu")
     moved = actual - torch.cat([p.detach().flatten() for p in started.parameters()])
@@ -241,6 +271,63 @@ def test_train_grpo_is_algorithm_1(tmp_path, tokenizer, monkeypatch):
     assert any(row["clip_low"] + row["clip_high"] > 0 for row in rows)
     # l.3: the first log row of an iteration is against a fresh reference, the later ones are not.
     assert rows[2]["kl"] < rows[1]["kl"] and all(row["constant_groups"] < 1 for row in rows)
+    if flags:
+        assert any(row["constant_groups"] > 0 for row in rows)
+        assert any(0 < row["truncated"] < 1 for row in rows)
+
+
+def test_a_question_drawn_twice_makes_two_groups(tmp_path, start, monkeypatch):
+    """The groups of one question that a batch holds twice are sampled apart from one another."""
+    drawn, real = [], train_grpo.sample_groups
+    monkeypatch.setattr(
+        train_grpo, "sample_groups", lambda *a, **k: drawn.append(real(*a, **k)) or drawn[-1]
+    )
+    argv = [*SMALL_GRPO, "--num_problems", "1", "--num_steps", "1", "--init", start]
+    run_script(train_grpo, [*argv, "--run_dir", tmp_path / "grpo"], monkeypatch)
+    tokens_PGT = drawn[0].tokens_PGT
+    assert tokens_PGT.shape[:2] == (2, 4) and not torch.equal(tokens_PGT[0], tokens_PGT[1])
+
+
+def test_batches_without_a_reward_or_a_difference_leave_the_weights_alone(
+    tmp_path, start, monkeypatch
+):
+    """Every reward None, with a KL and without; every reward equal, without one: the run goes on,
+    counts the steps it left out, and ends at the weights it began with."""
+    (tmp_path / "rewards.py").write_text(
+        "def none(problem, completion):\n    return None\n"
+        "def one(problem, completion):\n    return 1.0\n"
+    )
+    for name, kl_coef, no_reward in (("none", "0.3", 8), ("none", "0", 8), ("one", "0", 0)):
+        run_dir = tmp_path / f"{name}-{kl_coef}"
+        argv = [*SMALL_GRPO, "--reward", f"{tmp_path}/rewards.py:{name}", "--kl_coef", kl_coef]
+        argv += ["--num_steps", "2", "--num_updates", "2", "--lr", "0.1", "--init", start]
+        run_script(train_grpo, [*argv, "--run_dir", run_dir], monkeypatch)
+        for row in read_metrics(run_dir):
+            assert (row["empty_steps"], row["stepped"], row["grad_norm"]) == (2.0, 1.0, 0.0)
+            assert (row["no_reward"], row["constant_groups"], row["loss"]) == (no_reward, 1.0, 0.0)
+        assert all(map(torch.equal, load_weights(run_dir), load_weights(start)))
+
+
+@pytest.mark.slow
+def test_ranks_without_rows_or_rewards_do_not_hang(tmp_path, start):
+    """Two processes share one question, so that one has no rows, and no output has a reward."""
+    reward = "def none(problem, completion):\n    return None\n"
+    (tmp_path / "rewards.py").write_text(reward)
+    argv = [
+        *SMALL_GRPO, "--batch_size", "1", "--num_updates", "2", "--num_steps", "2",
+        "--device", "cpu", "--init", start, "--run_dir", tmp_path / "two",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for flags in ([], ["--reward", f"{tmp_path}/rewards.py:none"]):
+        argv[-1] = tmp_path / f"two-{len(flags)}"
+        done = subprocess.run(
+            [*command, ROOT / "train_grpo.py", *argv, *flags],
+            capture_output=True, text=True, cwd=ROOT, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        rows = read_metrics(argv[-1])
+        assert len(rows) == 2 and {row["no_reward"] for row in rows} == {4.0 if flags else 0.0}
+        assert all(row["empty_steps"] == 2 for row in rows) or not flags
 
 
 @pytest.mark.slow
@@ -291,6 +378,40 @@ def test_what_would_fail_in_the_first_step_is_refused_before_it(
     text = message(train_grpo, [*argv, "--num_minibatches", "3"], monkeypatch, capsys)
     assert "--batch_size 2 must divide" in text
     assert not (tmp_path / "grpo" / "config.json").exists()
+
+
+def test_prompts_that_fill_the_context_are_dropped_and_named(
+    tmp_path, start, tokenizer, monkeypatch, capsys
+):
+    """Too long a prompt is left out by its line's number before anything is drawn, and the run goes
+    on with the others; with none left one line says what to shorten."""
+    long, path = " ".join(["word"] * 200), tmp_path / "own.jsonl"
+    save_start(tmp_path / "wide", tokenizer, torch.float32, max_context=128)
+
+    def write(questions):
+        rows = [{"question": question, "answer": "#### 1"} for question in questions]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write([f"What is {i} + 1?{long if i % 8 == 0 else ''}" for i in range(40)])
+    argv = [*SMALL_GRPO, "--init", tmp_path / "wide", "--problems", path, "--reward", "answer"]
+    argv += ["--num_steps", "3", "--batch_size", "8", "--group_size", "2"]
+    seen, real = [], train_grpo.sample_groups
+    monkeypatch.setattr(
+        train_grpo, "sample_groups", lambda model, prompts, *a, **k: (
+            seen.extend(map(len, prompts)) or real(model, prompts, *a, **k)
+        ),
+    )  # fmt: skip
+    run_script(train_grpo, [*argv, "--run_dir", tmp_path / "grpo"], monkeypatch)
+    named = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    ids = sorted(int(i) for line in named for i in line.split("own.jsonl ")[1].split(", "))
+    problems = [q for s in ("train", "heldout") for q in benchmarks.read_split(path, s)]
+    assert ids == sorted(q.id for q in problems if long in q.prompt) and len(ids) == 5
+    assert len(seen) == 24 and max(seen) < 128
+    write([f"What is {i} + 1?{long}" for i in range(40)])
+    argv += ["--run_dir", tmp_path / "none"]
+    text = message(train_grpo, argv, monkeypatch, capsys)
+    assert "a context of 128" in text and "shorten the questions" in text
+    assert "--prompt_style" not in text
 
 
 def test_unknown_reward_is_refused_before_anything_is_bound(tmp_path, start, monkeypatch, capsys):
@@ -383,7 +504,7 @@ def test_killed_and_resumed_grpo_equals_the_uninterrupted_run(
         *SMALL_GRPO, "--init", start, "--num_iterations", num_iterations, "--lr", "0.01",
         "--num_steps", 6 // num_iterations, "--num_updates", num_updates, "--kl_coef", "0.04",
         "--num_minibatches", num_minibatches, "--checkpoint_interval", "2", "--eval_interval", "2",
-        "--reward", digits_file(tmp_path), "--reward_weights", "1.0",
+        "--reward", reward_file(tmp_path), "--reward_weights", "1.0",
     ]  # fmt: skip
     run_script(train_grpo, [*argv, "--run_dir", tmp_path / "whole"], monkeypatch)
 
@@ -420,7 +541,7 @@ def test_evaluations_leave_training_as_it_is(tmp_path, start, monkeypatch, capsy
     """However often held-out problems are asked, with samples or without, the weights end at the
     same bits; the row of step 0 is of the policy before any update, the last of the final one."""
     argv = [*SMALL_GRPO, "--init", start, "--num_steps", "3", "--lr", "0.01", "--reward",
-            digits_file(tmp_path), "--reward_weights", "1.0"]  # fmt: skip
+            reward_file(tmp_path), "--reward_weights", "1.0"]  # fmt: skip
     asked = []
 
     def heldout_metrics(model, *, problems, num_samples, **settings):
