@@ -14,6 +14,7 @@ weights or a changed setting starts anew.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -81,6 +82,8 @@ class EvalConfig:
     max_new_tokens: int = opt(1024, "tokens per output at most, Sec. 4.2", low=1)
     seed: int = opt(0, "seed of the samples", low=0)
     # The run
+    max_rows: int = opt(512, "outputs sampled at a time, per process", low=1)
+    cache_gb: float = opt(0.0, "GB for keys and values, fewer rows if need be; 0: any", low=0.0)
     chunk_problems: int = opt(64, "problems sampled at once and then saved", low=1)
     shown_problems: int = opt(50, "problems whose outputs are written to the samples file", low=0)
     device: str = opt("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
@@ -109,7 +112,7 @@ PRESETS = {
     "deepseekmath_7b": {
         "tasks": ("gsm8k", "math"),
         "chat_template": "deepseekmath",
-        "chunk_problems": 8,  # 64 outputs at a time: their keys and values take 36 GB
+        "cache_gb": 40.0,
     },
     "countdown_qwen_3b": {
         "prompt_style": "full",
@@ -121,7 +124,7 @@ PRESETS = {
 # What does not change the figures: it may differ when an evaluation is continued.
 NOT_IN_HASH = (
     *("checkpoint", "tasks", "out", "compare", "data", "problems"),
-    *("shown_problems", "device", "threads"),
+    *("shown_problems", "max_rows", "cache_gb", "device", "threads"),
 )
 
 
@@ -236,6 +239,8 @@ def all_records(
                 temperature=cfg.temperature,
                 max_new_tokens=cfg.max_new_tokens,
                 seed=cfg.seed,
+                max_rows=cfg.max_rows,
+                cache_gb=cfg.cache_gb or math.inf,
             )
             write_text(path, "".join(json.dumps(record) + "\n" for record in records))
             # The other ranks are about as far.

@@ -343,9 +343,11 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
         if tokenizer is None:
             raise ValueError(f"--init {cfg.init} holds no tokenizer.json: texts cannot be encoded")
         use_template(tokenizer, cfg.chat_template)
-        # Its weights are set at the start of each iteration (l.3), or come from a checkpoint.
-        reference, _, _ = load_model(cfg.init, dist, compile=cfg.compile)
-        reference.requires_grad_(False)
+        modules = {"model": policy}
+        if cfg.kl_coef > 0:
+            # Its weights are set at the start of each iteration (l.3), or come from a checkpoint.
+            reference, _, _ = load_model(cfg.init, dist, compile=cfg.compile)
+            modules["reference"] = reference.requires_grad_(False)
         # On one CPU the policy samples for itself; else a whole copy does, refreshed before use.
         sampling_model = make_replica(policy, dist)
         optimizer = make_adamw(policy, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0)
@@ -355,7 +357,6 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
             )
             for split, num in (("train", cfg.num_problems), ("heldout", cfg.num_eval_problems))
         )
-        modules = {"model": policy, "reference": reference}
         run = Run(cfg, dist, lock, modules, optimizer, tokenizer)
     total_steps = cfg.num_iterations * cfg.num_steps
     scoring = {
@@ -375,7 +376,7 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
         **limits,
     )
     for step in run.steps(total_steps, desc="grpo"):  # Alg. 1 l.2, l.4
-        if step % cfg.num_steps == 0:
+        if step % cfg.num_steps == 0 and cfg.kl_coef > 0:
             copy_weights(reference, policy)  # Alg. 1 l.3
         clock = Clock(dist.device)
         chosen = epoch_order(len(problems), step, cfg.batch_size, cfg.seed)  # Alg. 1 l.5

@@ -25,7 +25,7 @@ from kernels import (
     linear_policy_loss,
     linear_token_logprobs,
 )
-from nanomath.dist import Dist, all_reduce_max, all_reduce_sum
+from nanomath.dist import Dist, all_reduce_max, all_reduce_sum, reshard
 from nanomath.optim import accumulate_gradients, optimizer_step, split_rows
 from nanomath.sampler import Rollouts
 
@@ -165,6 +165,7 @@ def response_logprobs(
         part_N, _ = model(tokens_BT, head_fn=head_fn)
         logp_N[batch.token_slices(rows)] = part_N.cpu()
     check_status(status)
+    reshard(model)  # without a backward pass the embedding and the head would stay gathered
     return logp_N
 
 

@@ -253,8 +253,10 @@ def sampling_bytes(cfg: PlanConfig) -> dict[str, float]:
     rows, prompts = sampled_at_a_time(cfg)
     # A prompt's keys and values are held once for its group.
     whole = cache_per_token(cfg) * (prompts * cfg.prompt_tokens + rows * cfg.max_new_tokens)
-    # Logits: themselves, their probabilities, and those summed, in fp32.
-    return {"cache": whole, "logits chunk": 12.0 * rows * cfg.model.vocab_size}
+    # Logits: themselves, their probabilities, and those summed, in fp32; on a GPU once more in the
+    # pool of the CUDA graphs.
+    logits = 12.0 * rows * cfg.model.vocab_size * (1 + (cfg.device == "cuda"))
+    return {"cache": whole, "logits chunk": logits}
 
 
 def cache_per_token(cfg: PlanConfig) -> int:

@@ -368,8 +368,10 @@ class _Batch:
             self.decode()
             return
         if self.graphs[shape] is None:
+            # All in one pool of memory: none leaves anything there that another one reads.
+            pools = [graph.pool() for graph in self.graphs.values() if graph is not None]
             self.graphs[shape] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[shape]):
+            with torch.cuda.graph(self.graphs[shape], pool=pools[0] if pools else None):
                 self.decode()
         self.graphs[shape].replay()
 

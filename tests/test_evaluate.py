@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import evaluate
-from nanomath import checkpoint, hf
+from nanomath import checkpoint, hf, sampler
 from nanomath.config import parse
 from nanomath.dist import setup
 from nanomath.model import ModelConfig, Transformer
@@ -103,6 +104,33 @@ def test_interrupted_evaluation_continues_to_the_same_file(run_folder, dist, mon
     assert shown[0] == shown[1]
     assert not Path(cfg.out + ".parts").exists()
     assert "pass@2" in capsys.readouterr().out
+
+
+def test_limits_of_the_sampler_change_no_figure(run_folder, dist, monkeypatch):
+    """--max_rows and --cache_gb reach the sampler; an evaluation continues under other ones."""
+    evaluate.run(config(run_folder, out=str(run_folder.parent / "whole.json")), dist)
+    taken, real = set(), sampler.fit_rows
+
+    def fit_rows(*args):
+        taken.add((*args[2:4], real(*args)[0]))
+        return real(*args)
+
+    monkeypatch.setattr(sampler, "fit_rows", fit_rows)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        counted_chunks(patch, stop_after=2)
+        evaluate.run(config(run_folder, max_rows=2), dist)
+    assert taken == {(2, math.inf, 2)}
+    taken.clear()
+    with monkeypatch.context() as patch:
+        counts = counted_chunks(patch)
+        evaluate.run(config(run_folder, cache_gb=8e-6), dist)
+        assert counts == [3, 1]
+    assert {most[:2] for most in taken} == {(512, 8e-6)} and max(most[2] for most in taken) < 3
+    first, second = (
+        json.loads((run_folder.parent / f"{name}.json").read_text())
+        for name in ("whole", "figures")
+    )
+    assert all(first[key] == second[key] for key in ("problems", "metrics", "examples"))
 
 
 def test_finished_is_only_shown_and_changes_start_anew(run_folder, dist, monkeypatch, capsys):

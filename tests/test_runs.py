@@ -96,6 +96,17 @@ def test_other_figures_of_the_headers():
     assert f"are {state:.0f} GB by themselves" in header
 
 
+def test_the_plan_in_the_readme():
+    """The README shows, word for word, what the planner prints for 7B."""
+    lines = plan.report(plan.PlanConfig(**plan.PRESETS["deepseekmath_7b"])).splitlines()
+    shown = "\n".join(f"    {line}".rstrip() for line in lines)
+    readme = (ROOT / "README.md").read_text()
+    assert shown in readme
+    anyhow = plan.PlanConfig(**plan.PRESETS["deepseekmath_7b"] | {"cache_gb": 0.0})
+    assert f"would take {sum(plan.memory(anyhow, 'grpo').values()) / 1e9:.1f} GB" in readme
+    assert plan.advice(anyhow, "grpo") == "NO; fits with --max_rows 64"
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_the_plan_is_of_the_run(name):
     """The planner's preset has the sizes of the trainer's, and evaluation its lengths and

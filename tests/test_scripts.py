@@ -414,6 +414,24 @@ def test_prompts_that_fill_the_context_are_dropped_and_named(
     assert "--prompt_style" not in text
 
 
+def test_no_reference_is_held_without_a_kl(tmp_path, start, monkeypatch):
+    """--kl_coef 0 loads, copies and saves no reference, and the run trains."""
+    copied = []
+    monkeypatch.setattr(train_grpo, "copy_weights", lambda *models: copied.append(models))
+    reward = "def even(p, text):\n    return sum(ord(c) % 2 == 0 for c in text) / 9\n"
+    (tmp_path / "rewards.py").write_text(reward)
+    argv = [*SMALL_GRPO, "--init", start, "--reward", f"{tmp_path}/rewards.py:even"]
+    for kl_coef, files in (("0", {"model", "optim"}), ("0.1", {"model", "optim", "reference"})):
+        run_dir = tmp_path / kl_coef
+        flags = ["--kl_coef", kl_coef, "--run_dir", run_dir, "--num_steps", "1"]
+        run_script(train_grpo, [*argv, *flags], monkeypatch)
+        found = (run_dir / "checkpoints" / "step-000001").glob("*.safetensors")
+        assert {path.name.split("-")[0] for path in found} == files
+        assert len(copied) == (kl_coef != "0")
+    start_weights, run_weights = (load_weights(folder) for folder in (start, tmp_path / "0"))
+    assert any((a - b).abs().max() > 0 for a, b in zip(start_weights, run_weights, strict=True))
+
+
 def test_unknown_reward_is_refused_before_anything_is_bound(tmp_path, start, monkeypatch, capsys):
     """A mistyped reward is one line, and the corrected command may use the same run folder."""
     argv = [*SMALL_GRPO, "--init", start, "--run_dir", tmp_path / "grpo", "--reward_weights", "1"]

@@ -5,9 +5,12 @@ What its objective is, by default and by the other names: test_objectives.py.
 
 import pytest
 import torch
+import torch.distributed as td
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from nanomath.advantages import outcome_advantages, output_weights
-from nanomath.dist import Dist
+from nanomath.dist import Dist, shard
 from nanomath.grpo import (
     METRIC_SUMS,
     Objective,
@@ -103,6 +106,20 @@ def test_response_tokens_are_predicted_from_the_position_before():
     assert predicted_N.tolist() == [3, 4, 5, 7 + 3, 7 + 4]
     assert targets_N.tolist() == batch.sequences[1][4:] + batch.sequences[0][4:]
     assert batch.token_slices([1, 0]).tolist() == [2, 3, 4, 0, 1]
+
+
+def test_scoring_leaves_no_weight_gathered():
+    """A sharded model scores alike, and all its weights are shards again: the reference's embedding
+    and head would else stay whole beside the update."""
+    model, batch = tiny_model(), random_batch()
+    expected_N = score(model, batch)
+    td.init_process_group("gloo", store=td.HashStore(), rank=0, world_size=1)
+    try:
+        model = shard(model, Dist(0, 0, 1, CPU, init_device_mesh("cpu", (1,))))
+        assert torch.equal(score(model, batch), expected_N)
+        assert all(isinstance(weight, DTensor) for weight in model.parameters())
+    finally:
+        td.destroy_process_group()
 
 
 def test_response_logprobs_equal_log_softmax_at_the_temperature():
