@@ -165,7 +165,8 @@ class Workers:
         status = await self._end(slot, wait=0.0 if late else GRACE_SECONDS)
         if late:
             return None, f"it took more than {seconds:g} s"
-        ended = f"exit status {status}" if status >= 0 else signal.Signals(-status).name
+        is_signal = status is not None and status < 0
+        ended = signal.strsignal(-status) if is_signal else f"exit status {status}"
         return None, f"it ended its process ({ended})"
 
     async def _end(self, slot: int, wait: float = 0.0) -> int | None:
@@ -184,10 +185,12 @@ class Workers:
         """Pass on what functions print, until it has been too much; go on reading."""
         while chunk := await stream.read(65536):
             if self._output_left > 0:
-                sys.stderr.write(chunk[: self._output_left].decode(errors="replace"))
+                text = chunk[: self._output_left].decode(errors="replace")
                 self._output_left -= len(chunk)
                 if self._output_left <= 0:
-                    sys.stderr.write("\n(what else reward functions print here is not shown)\n")
+                    text += "\n(what else reward functions print in this step is not shown)\n"
+                with suppress(OSError, ValueError):  # nobody listens any more
+                    sys.stderr.write(text)
 
 
 async def _until_ended(process: asyncio.subprocess.Process, seconds: float) -> None:
