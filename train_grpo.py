@@ -369,6 +369,7 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
         heldout_metrics,
         tokenizer=tokenizer,
         problems=heldout,
+        rewards=rewards,
         num_samples=cfg.num_eval_samples,
         temperature=cfg.eval_temperature,
         max_new_tokens=cfg.max_new_tokens,

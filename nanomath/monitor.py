@@ -20,6 +20,7 @@ from nanomath.dist import Dist, all_reduce_sum, gather_json
 from nanomath.evaluation import chunks, evaluate_chunk, maj_at_k, pass_at_k
 from nanomath.grpo import RolloutBatch
 from nanomath.log import plot_metrics
+from nanomath.rewards import Rewards
 from nanomath.sampler import Rollouts
 from nanomath.tasks import Problem
 
@@ -33,9 +34,9 @@ WHY_LOSS_IS_0 = (
 PANELS = (
     (
         "reward, and its spread over all outputs and within a group",
-        ("reward", "reward_*", "group_std"),
+        ("reward", "reward_*", "group_std", "heldout_reward"),
     ),
-    ("held-out problems: pass@1 greedy, pass@K, maj@K", ("heldout_*",)),
+    ("held-out problems: pass@1 greedy, pass@K, maj@K", ("heldout_pass@*", "heldout_maj@*")),
     ("constant groups, truncated outputs (share)", ("constant_groups", "truncated")),
     ("output length (tokens)", ("length",)),
     ("loss: policy term and beta * KL", ("loss_policy", "loss_kl")),
@@ -143,6 +144,7 @@ def heldout_metrics(
     tokenizer: Any,
     problems: Sequence[Problem],
     *,
+    rewards: Rewards,
     num_samples: int,
     temperature: float,
     max_new_tokens: int,
@@ -150,7 +152,7 @@ def heldout_metrics(
     chunk_problems: int = 256,
     **limits: Any,
 ) -> dict[str, float]:
-    """Return Pass@1 of the greedy answer and, of K = num_samples samples, Pass@K and Maj@K.
+    """Return Pass@1 and mean reward of greedy answers; of K = num_samples samples Pass@K and Maj@K.
 
     The ranks share the problems out and get the same figures; model is this rank's unsharded one.
     Samples come from a random stream of their own: no training run and no number of ranks changes
@@ -160,7 +162,7 @@ def heldout_metrics(
         raise ValueError("no problems to evaluate")
     rows = []
     for chunk in chunks(problems[dist.rank :: dist.world_size], chunk_problems):
-        for record in evaluate_chunk(
+        records = evaluate_chunk(
             model,
             tokenizer,
             chunk,
@@ -168,8 +170,10 @@ def heldout_metrics(
             temperature=temperature,
             max_new_tokens=max_new_tokens,
             **limits,
-        ):
-            row = {"heldout_pass@1": float(record["greedy"]["correct"])}
+        )
+        totals, _ = rewards.score(chunk, [record["greedy"]["text"] for record in records])
+        for record, total in zip(records, totals, strict=True):
+            row = {"heldout_reward": total, "heldout_pass@1": float(record["greedy"]["correct"])}
             if num_samples:
                 correct = [sample["correct"] for sample in record["samples"]]
                 classes = [sample["class"] for sample in record["samples"]]
@@ -178,8 +182,9 @@ def heldout_metrics(
                 row[f"heldout_maj@{k}"] = maj_at_k(classes, correct, k)
             rows.append(row)
     rows = [row for part in gather_json(rows, dist) for row in part]
+    columns = {name: [row[name] for row in rows if row[name] is not None] for name in rows[0]}
     # fsum is exact: the order of the ranks' problems does not show.
-    return {name: math.fsum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    return {name: math.fsum(known) / len(known) for name, known in columns.items() if known}
 
 
 def sample_lines(

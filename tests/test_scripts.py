@@ -581,9 +581,10 @@ def test_evaluations_leave_training_as_it_is(tmp_path, start, monkeypatch, capsy
     for first, last in (asked[0::3], asked[4:]):
         assert torch.equal(first[0], started) and torch.equal(last[0], weights[1])
     names = [{k for k in row if k.startswith("heldout")} for row in read_metrics(run_dir)]
-    assert names == [{"heldout_pass@1"}, set(), {"heldout_pass@1"}]
+    shown = {"heldout_pass@1", "heldout_reward"}
+    assert names == [shown, set(), shown]
     names = {k for k in read_metrics(tmp_path / "every-1")[1] if k.startswith("heldout")}
-    assert names == {"heldout_pass@1", "heldout_pass@3", "heldout_maj@3"}
+    assert names == {*shown, "heldout_pass@3", "heldout_maj@3"}
     text = message(train_grpo, [*argv, "--num_eval_samples", "1"], monkeypatch, capsys)
     assert "at least 2" in text
 
@@ -768,6 +769,7 @@ def test_readme_from_own_problems_and_reward_to_a_run(tmp_path, tokenizer):
     drawn = [train[i] for i in epoch_order(len(train), 0, 40, 0)]
     unjudged = 4 * sum("steps" not in problem.payload["row"] for problem in drawn)
     assert metrics["no_reward"] == unjudged > 0 and metrics["reward"] == metrics["reward_score"]
+    assert 0 <= metrics["heldout_reward"] <= 0.5  # the held-out rows' own fields reach the function
     assert (tmp_path / "exported" / "model.safetensors").is_file()
 
 

@@ -102,7 +102,7 @@ def judged_chunk(calls):
         calls.append((len(problems), num_samples, settings))
         return [
             {
-                "greedy": {"correct": JUDGED[p.id - 100][0]},
+                "greedy": {"correct": JUDGED[p.id - 100][0], "text": f"greedy {p.id}"},
                 "samples": [
                     {"correct": right, "class": label}
                     for right, label in JUDGED[p.id - 100][1][:num_samples]
@@ -114,10 +114,19 @@ def judged_chunk(calls):
     return evaluate_chunk
 
 
+class TenthsOfTheId:
+    """Stands for Rewards: a tenth of the number in a greedy answer; 101 cannot be judged."""
+
+    def score(self, problems, completions):
+        assert completions == [f"greedy {problem.id}" for problem in problems]
+        return [None if problem.id == 101 else problem.id / 10 for problem in problems], {}
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_heldout_metrics_by_hand_on_any_number_of_ranks(monkeypatch, world_size):
-    """Pass@1 counts greedy answers, Pass@4 and Maj@4 the samples; the ranks share the problems, and
-    all get the very same figures, also one that has no problem."""
+    """Pass@1 counts greedy answers, Pass@4 and Maj@4 the samples, and the reward is the mean of
+    those there are; the ranks share the problems, and all get the very same figures, also one that
+    has no problem."""
     calls = []
     monkeypatch.setattr(monitor, "evaluate_chunk", judged_chunk(calls))
     settings = {"temperature": 0.7, "max_new_tokens": 9}
@@ -125,10 +134,12 @@ def test_heldout_metrics_by_hand_on_any_number_of_ranks(monkeypatch, world_size)
     def metrics(dist, num_samples=4):
         return heldout_metrics(
             None, None, PROBLEMS, num_samples=num_samples, dist=dist, chunk_problems=2,
-            max_rows=7, **settings,
+            max_rows=7, rewards=TenthsOfTheId(), **settings,
         )  # fmt: skip
 
+    reward = {"heldout_reward": math.fsum([10.0, 10.2, 10.3, 10.4]) / 4}
     expected = {
+        **reward,
         "heldout_pass@1": 2 / 5,
         "heldout_pass@4": 4 / 5,
         "heldout_maj@4": math.fsum([1, 0, 1 / 3, 0, 1]) / 5,
@@ -137,14 +148,14 @@ def test_heldout_metrics_by_hand_on_any_number_of_ranks(monkeypatch, world_size)
     assert sum(call[0] for call in calls) == 5 and max(call[0] for call in calls) <= 2
     assert all(call[2] == {**settings, "max_rows": 7} for call in calls)
     greedy = on_ranks(monkeypatch, world_size, lambda dist: metrics(dist, 0))
-    assert greedy == [{"heldout_pass@1": 2 / 5}] * world_size
+    assert greedy == [reward | {"heldout_pass@1": 2 / 5}] * world_size
 
 
 def test_no_heldout_problem_is_an_error():
     """An evaluation of nothing has no figure."""
     settings = {"num_samples": 0, "temperature": 1.0, "max_new_tokens": 9, "dist": ALONE}
     with pytest.raises(ValueError, match="no problems"):
-        heldout_metrics(None, None, [], **settings)
+        heldout_metrics(None, None, [], rewards=TenthsOfTheId(), **settings)
 
 
 # ------------------------------------------------------------------------------------ cost

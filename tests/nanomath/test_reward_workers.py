@@ -285,7 +285,8 @@ from nanomath.reward_workers import Workers
 from nanomath.tasks import Problem
 workers = Workers([sys.argv[1]], num_workers=3, seconds=1.5)
 print([process.pid for process in workers._processes], flush=True)
-workers.score([(0, Problem(0, "", "", {}), kind) for kind in ("forever", "lock")])
+for kinds in (["left_thread"] * 3, ["forever", "lock"]):
+    workers.score([(0, Problem(0, "", "", {}), kind) for kind in kinds])
 """
 
 
