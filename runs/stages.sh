@@ -33,13 +33,16 @@ launch() {
     local all=(--nproc_per_node "$NPROC" --max-restarts 3)
     if [ "$NODES" -gt 1 ]; then
         torchrun --nnodes "$NODES" "${all[@]}" --rdzv_backend c10d --rdzv_id "$PRESET" \
-            --rdzv_endpoint "$HOST:29500" "$@"
+            --rdzv_endpoint "${HOST:?must name the first machine}:29500" "$@"
     elif [ "$NPROC" -gt 1 ]; then
         torchrun --standalone "${all[@]}" "$@"
     else
         python "$@"
     fi
 }
+
+# Without this, bash goes on to the next stage when Ctrl-C finds one in its last moments.
+trap 'echo "interrupted; the same command continues" >&2; exit 130' INT
 
 evaluate() {
     # shellcheck disable=SC2086 # EVALUATE is several words
@@ -53,6 +56,8 @@ fi
 evaluate --checkpoint "$MODEL" --out "$RUN/before.json"
 launch train_grpo.py --preset "$PRESET" --init "$MODEL" --run_dir "$RUN" "$@"
 evaluate --checkpoint "$RUN" --compare "$RUN/before.json" --out "$RUN/after.json"
-if [ "${NODE:-0}" = 0 ] && [ ! -e "$RUN/exported" ]; then
+# Anew where training went on since: a signal ends it early, and what follows is of that step.
+if [ "${NODE:-0}" = 0 ] && [ ! "$RUN/exported" -nt "$RUN/checkpoints" ]; then
+    rm -rf "$RUN/exported"
     python -m nanomath.hf --checkpoint "$RUN" --out "$RUN/exported"
 fi

@@ -320,6 +320,25 @@ def test_what_the_scripts_call(tmp_path, name):
         assert sum("evaluate.py" in line for line in lines) == 2
 
 
+def test_an_export_is_made_anew_after_more_training(tmp_path):
+    """An export older than the newest checkpoint, of a run that a signal ended early, is replaced;
+    a newer one is kept."""
+    log = tmp_path / "log"
+    (tmp_path / "python").write_text(f'#!/usr/bin/env bash\necho "$@" >> {log}\n')
+    (tmp_path / "python").chmod(0o755)
+    for folder in ("checkpoints", "exported"):
+        (tmp_path / "run" / folder).mkdir(parents=True)
+    (tmp_path / "config.json").touch()
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NPROC": "1"}
+    env |= {"MODEL": str(tmp_path), "RUN": str(tmp_path / "run")}
+    for age, num_exports in ((10, 0), (-10, 1)):
+        log.unlink(missing_ok=True)
+        os.utime(tmp_path / "run" / "checkpoints", (time.time() - age,) * 2)
+        subprocess.run(["bash", ROOT / "runs" / "gsm8k_qwen_0b5.sh"], env=env, check=True)
+        assert log.read_text().count("nanomath.hf") == num_exports
+        assert (tmp_path / "run" / "exported").exists() == (num_exports == 0)
+
+
 @pytest.mark.skipif(not DATA, reason="NANOMATH_DATA is not set: no public benchmark files")
 def test_training_on_the_real_gsm8k(folders, tmp_path, monkeypatch):
     """A step on GSM8K's own questions: every output is judged, held-out questions are answered."""
