@@ -24,8 +24,9 @@ class GroupCache:
 
     A place holds one prompt; a row is a sample that continues the prompt of its place. All rows
     write a pass's token into the same column, and the columns are used in a circle: a row with n
-    tokens of its own sees the last n. Its next token is at position prompt_length + n, so nothing
-    depends on padding, on the age of other rows or on where in the batch a row is. Suffixes: A
+    tokens of its own sees the last n. Once round, a pass reads every column, whatever the rows'
+    lengths. A row's next token is at position prompt_length + n, so nothing depends on padding, on
+    the age of other rows or on where in the batch a row is. Suffixes: A
     places, R rows, W columns (a prompt's, then the rows' own), C cells (see `arrange`).
     """
 

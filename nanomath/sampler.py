@@ -12,6 +12,7 @@ at samples from a checkpoint:
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections import Counter, deque
@@ -22,8 +23,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -39,6 +39,7 @@ from nanomath.model import ModelConfig, Transformer
 from nanomath.tokenizer import Tokenizer
 
 PREFILL_TOKENS = 16_384  # of one pass over prompts: bounds the memory of its activations
+SMALL_WEIGHT = 2**17  # numbers; on a CPU a product with a smaller one gains nothing from packing
 
 
 @dataclass
@@ -123,7 +124,7 @@ def sample_stream(
     right and, while sampling, for NaN logits.
     """
     cfg, weight = model.cfg, model.embedding.weight
-    prompt_ids = list(range(len(prompts)) if prompt_ids is None else prompt_ids)
+    prompt_ids = range(len(prompts)) if prompt_ids is None else prompt_ids
     vocab_limit = cfg.vocab_size if vocab_limit is None else vocab_limit
     _check_prompts(cfg, prompts, prompt_ids)
     for name, value, low, high in (
@@ -144,7 +145,9 @@ def sample_stream(
 
     room_P = [min(max_new_tokens, cfg.max_context - len(prompt)) for prompt in prompts]
     is_static = weight.is_cuda if static is None else static
-    own_width, prompt_width = max(room_P, default=0), max(map(len, prompts), default=0)
+    own_width = max(room_P, default=0)
+    # A prompt without room gives empty samples: it is not even run.
+    prompt_width = max((len(prompt) for prompt, room in zip(prompts, room_P) if room), default=0)
     num_blocks = math.ceil(own_width / (128 if is_static else 16))
     block = math.ceil(own_width / max(num_blocks, 1))
     prompt_bytes = cache_bytes_per_token(cfg, weight.dtype) * prompt_width
@@ -157,15 +160,23 @@ def sample_stream(
     )
     ends = [text.encode() for text in stop]
     keys = stream_keys(seed, step, prompt_ids, range(group_size)).tolist()
-    pairs = [(p, g) for p in range(len(prompts)) for g in range(group_size)]
-    waiting = deque(_Row(p, g, keys[p][g], room_P[p]) for p, g in pairs)
+    rows = [
+        _Row(p, g, keys[p][g], room_P[p]) for p in range(len(prompts)) for g in range(group_size)
+    ]
+    waiting = deque(row for row in rows if row.limit)
 
     def loop() -> Iterator[Sample]:
         began, num_tokens = time.perf_counter(), 0
         cache = GroupCache(cfg, *sizes, weight.detach(), is_static)
-        batch = _Batch(model, cache, prompts, waiting, choose, eos_ids, ends, tokenizer, is_static)
-        bar = progress_bar(total=len(pairs), desc="sampling", unit=" samples", disable=not progress)
+        batch = _Batch(
+            packed(model), cache, prompts, waiting, choose, eos_ids, ends, tokenizer, is_static
+        )
+        bar = progress_bar(total=len(rows), desc="sampling", unit=" samples", disable=not progress)
         try:
+            for row in rows:
+                if not row.limit:
+                    bar.update()
+                    yield Sample(row.prompt, row.index, *batch.nothing(), False)
             while batch.waiting or batch.rows:
                 batch.admit()
                 batch.step()
@@ -180,6 +191,34 @@ def sample_stream(
             bar.close()
 
     return loop()
+
+
+class PackedLinear(nn.Module):
+    """A Linear whose weight oneDNN has laid out for its own products; without gradients."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        weight = linear.weight.detach()
+        self.bias, self.weight = linear.bias, torch.ops.mkldnn._reorder_linear_weight(weight, 128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def packed(model: Transformer) -> Transformer:
+    """Return the model; in fp32 on a CPU a twin that holds the large weights again, repacked."""
+    weight = model.embedding.weight
+    if weight.is_cuda or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return model
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    large = {name: m for name, m in linears.items() if m.weight.numel() > SMALL_WEIGHT}
+    if not large:
+        return model
+    twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    for name, linear in large.items():
+        parent, _, last = name.rpartition(".")
+        setattr(twin.get_submodule(parent), last, PackedLinear(linear))
+    return twin
 
 
 def fit_rows(
@@ -291,7 +330,7 @@ class _Batch:
             self.prompt_logits_AV[places_P] = self.model(
                 pad_sequence(tokens, batch_first=True).to(device),
                 cache=self.cache,
-                head_fn=lambda hidden_PTD, head_VD, at=last: F.linear(hidden_PTD[at], head_VD),
+                head_fn=lambda hidden_PTD, _, at=last: self.model.head(hidden_PTD[at]),
             )
 
     def _open(self, admitted: dict[int, _Row]) -> None:
@@ -417,6 +456,10 @@ class _Batch:
             finished = r in stopped or (n > 0 and int(tokens_T[-1]) in self.eos_ids)
             samples.append(Sample(row.prompt, row.index, tokens_T, logp_T, finished))
         return samples
+
+    def nothing(self) -> tuple[Tensor, Tensor]:
+        """Return the tokens and logp of an empty sample."""
+        return self.tokens_RT[0, :0].cpu(), self.logp_RT[0, :0].cpu()
 
     def _stop_lengths(self) -> dict[int, int]:
         """Read on in every row; return its tokens up to one that completes a stop string."""

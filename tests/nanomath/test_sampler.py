@@ -80,6 +80,46 @@ def test_logp_equals_full_forward(dtype, tolerance, kv_heads, temperature):
             assert not rollouts.tokens_PGT[p, g, len(tokens) :].any()
 
 
+@pytest.mark.parametrize("change", [{}, {"qkv_bias": True}, {"tied_head": True}])
+def test_packed_weights_are_the_models(monkeypatch, change):
+    """With every product repacked, logp stays the full pass's (1e-5); the model is untouched."""
+    monkeypatch.setattr(sampler, "SMALL_WEIGHT", 0)
+    model = make_model(dataclasses.replace(CFG, **change), dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(generator=torch.Generator().manual_seed(0))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert {type(m) for m in sampler.packed(model).modules()} >= {sampler.PackedLinear}
+    assert not any(type(m) is torch.nn.Linear for m in sampler.packed(model).modules())
+    prompts = make_prompts([3, 17, 1])
+    for turn in range(2):
+        rollouts = sample(model, prompts, seed=turn)
+        for p, g in itertools.product(range(3), range(4)):
+            tokens = response(rollouts, p, g)
+            got = rollouts.logp_PGT[p, g, : len(tokens)]
+            expected = full_logp(model, prompts[p], tokens, 1.0)
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+        assert all(torch.equal(before[name], t) for name, t in model.state_dict().items()) or turn
+        model.blocks[1].ffn.up_proj.weight.data.mul_(1.5)  # an update: the next call sees it
+    assert sampler.packed(model.double()) is model
+    monkeypatch.undo()
+    assert sampler.packed(model.float()) is model  # nothing in it is large
+
+
+def test_a_prompt_without_room_is_not_run(monkeypatch):
+    """No new tokens, or a prompt that fills the context: its samples come without a pass."""
+    model, lengths = make_model(), []
+    forward = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda *a, **k: (lengths.append(a[0].shape[1]), forward(*a, **k))[1]
+    )
+    sample(model, make_prompts([3, 4]), max_new_tokens=0)
+    sample(model, make_prompts([96, 96]))
+    assert lengths == []
+    mixed = sample(model, make_prompts([96, 5, 96]))
+    assert max(lengths) == 5 and mixed.lengths_PG[[0, 2]].sum() == 0 < mixed.lengths_PG[1].min()
+
+
 @pytest.mark.parametrize("kv_heads", [4, 1])
 def test_greedy_equals_a_loop_without_cache(kv_heads):
     """Temperature 0 gives, for unequal prompts in one batch, the argmax loop's tokens."""
