@@ -21,7 +21,7 @@ PROBLEM = Problem(7, "mine", "What?", {"answer": "4", "row": {"points": 0.5}})
 SECONDS = 1.0
 
 HOSTILE = '''
-import ctypes, os, signal, subprocess, sys, threading, time
+import ctypes, os, resource, signal, subprocess, sys, threading, time
 
 def act(problem, completion):
     return ACTIONS.get(completion, lambda: float(len(completion)))()
@@ -93,6 +93,9 @@ ACTIONS = {
     "none": lambda: None, "forked": forked, "left_thread": left_thread, "say": lambda: say("hi"),
     "read_input": read_input, "modules": lambda: float("torch" in sys.modules),
     "pid": os.getpid, "nap": lambda: time.sleep(0.2) or 0.5, "zero": lambda: 0.0,
+    "hash": lambda: hash("a set of texts is in the same order in every worker"),
+    "core": lambda: resource.getrlimit(resource.RLIMIT_CORE)[0],
+    "oom": lambda: float(open("/proc/self/oom_score_adj").read()),
 }
 '''  # fmt: skip
 FAILURES = {
@@ -118,7 +121,7 @@ FAILURES = {
     ),
 }
 REWARDS = {"none": None, "forked": 0.5, "left_thread": 0.5, "say": 0.5, "read_input": 0.0,
-           "modules": 0.0, "zero": 0.0, "x" * 9: 9.0}  # fmt: skip
+           "modules": 0.0, "zero": 0.0, "core": 0.0, "x" * 9: 9.0}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +140,10 @@ def workers(spec):
 
 def tasks(*completions):
     return [(0, PROBLEM, completion) for completion in completions]
+
+
+if sys.platform == "linux":
+    REWARDS["oom"] = 1000.0  # when memory runs out a worker goes first, not the trainer
 
 
 def pids(workers) -> list[int]:
@@ -202,7 +209,7 @@ def test_workers_are_kept_and_only_the_lost_one_replaced(spec):
 
 def test_the_number_of_workers_changes_nothing(spec):
     """One worker or three: the same rewards, in the order of the completions; in parallel."""
-    completions = ["x" * length for length in range(60)] + ["raise", "none", "zero"]
+    completions = ["x" * length for length in range(60)] + ["raise", "none", "hash"]
     results, seconds = [], []
     for num_workers in (1, 3):
         workers = Workers([spec], num_workers=num_workers, seconds=5)
