@@ -133,6 +133,7 @@ class GRPOConfig(RunConfig):
         10.0,
         "time limit of a function of yours on one output; beyond it there is no reward",
         low=0.1,
+        high=120.0,
         may_change=True,
     )
     reward_workers: int = opt(

@@ -40,8 +40,9 @@ Scored = tuple[float | None, str | None]  # a reward, or None and what failed (N
 
 START_SECONDS = 300.0  # to load the files, which may load a model
 GRACE_SECONDS = 1.0  # beyond its limit, for a worker to end itself
-# For all completions of a step. Other ranks wait for this one: less than run.STEP_TIMEOUT_S.
-BATCH_SECONDS = 600.0
+# For all completions of a step. Other ranks wait for this one: with a last start, and a completion
+# at --reward_seconds' bound, it is less than run.STEP_TIMEOUT_S.
+BATCH_SECONDS = 450.0
 OUTPUT_BYTES = 20_000
 
 
@@ -178,6 +179,7 @@ class Workers:
         with suppress(ProcessLookupError):  # its session too: what its functions started
             os.killpg(process.pid, signal.SIGKILL)
         await _until_ended(process, 5.0)
+        await asyncio.wait([self._forwards[slot]], timeout=0.5)  # its last words
         self._forwards[slot].cancel()
         return process.returncode
 
@@ -232,9 +234,9 @@ def main() -> None:
             reply = score_one(function, problem, request["completion"])
         except BaseException as error:  # sys.exit
             reply = None, _one_line(error)
-        faulthandler.cancel_dump_traceback_later()
         if os.getpid() != pid:
-            os._exit(0)  # a child that the function forked has come back here
+            os._exit(0)  # a child that the function forked has come back here, without the timer
+        faulthandler.cancel_dump_traceback_later()
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
     os._exit(0)  # whatever threads the functions have left
