@@ -92,7 +92,7 @@ def test_label_is_the_functions_name(tmp_path, monkeypatch):
     for name in ("one", "two"):
         (tmp_path / f"{name}.py").write_text(
             f"import os\nopen({str(tmp_path / 'ran')!r}, 'a').write(f'{name} {{os.getpid()}}\\n')\n"
-            "def score(problem, completion):\n    return 0.5\n"
+            "def score(problem, text):\n    return os._exit(1) if text == 'end' else 0.5\n"
             "def other(problem, completion):\n    return -0.5\n"
         )
     monkeypatch.chdir(tmp_path)
@@ -106,8 +106,10 @@ def test_label_is_the_functions_name(tmp_path, monkeypatch):
         for _ in range(3):
             totals, parts = rewards.score([PROBLEM], ["x"])
             assert parts == {"format": [0.0], "score": [0.5], "other": [-0.5]} and totals == [0.5]
+        assert rewards.score([PROBLEM], ["end"])[0] == [None]
+        assert rewards.score([PROBLEM], ["x"])[0] == [0.5]  # by a worker started from elsewhere
     runs = (tmp_path / "ran").read_text().split()
-    assert runs[::2] == ["one", "one"] and len({*runs[1::2], str(os.getpid())}) == 3
+    assert runs[::2] == ["one"] * 3 and len({*runs[1::2], str(os.getpid())}) == 4
 
 
 def test_failing_function_gives_none_not_zero(tmp_path, caplog):
