@@ -18,7 +18,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ from nanomath.evaluation import (
     chunks,
     compare,
     draw_at_k,
-    evaluate_chunk,
+    problem_record,
+    sample_problems,
     summarise,
 )
 from nanomath.failures import raise_together
@@ -84,7 +85,7 @@ class EvalConfig:
     # The run
     max_rows: int = opt(512, "outputs sampled at a time, per process", low=1)
     cache_gb: float = opt(0.0, "GB for keys and values, fewer rows if need be; 0: any", low=0.0)
-    chunk_problems: int = opt(64, "problems sampled at once and then saved", low=1)
+    chunk_problems: int = opt(64, "problems whose outputs are saved together", low=1)
     shown_problems: int = opt(50, "problems whose outputs are written to the samples file", low=0)
     device: str = opt("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
     threads: int = opt(0, "torch threads per process; 0: one per core", low=0)
@@ -213,42 +214,56 @@ def all_records(
 ) -> list[dict[str, Any]]:
     """Evaluate the chunks that have no file yet, this rank its share; return all records.
 
-    A chunk's file appears whole or not at all. The ranks need one file system.
+    Greedy outputs and samples have files of their own. One stream of samples runs through all
+    chunks, so that no row waits for a chunk's end; a chunk's file appears whole or not at all. The
+    ranks need one file system.
     """
-    parts = [
-        (folder / f"{config_hash}-{i:05d}.jsonl", chunk)
-        for i, chunk in enumerate(chunks(problems, cfg.chunk_problems))
-    ]
-    missing = [(path, chunk) for path, chunk in parts if not path.exists()]
-    barrier(dist)  # nobody writes before everybody has looked
-    left = sum(len(chunk) for _, chunk in missing)
-    bar = progress(
-        total=len(problems),
-        initial=len(problems) - left,
-        desc=problems[0].task,
-        unit="problem",
-        disable=not dist.is_main,
-    )
-    with bar:
-        for path, chunk in missing[dist.rank :: dist.world_size]:
-            records = evaluate_chunk(
-                model,
-                tokenizer,
-                chunk,
-                num_samples=cfg.num_samples,
-                temperature=cfg.temperature,
-                max_new_tokens=cfg.max_new_tokens,
-                seed=cfg.seed,
-                max_rows=cfg.max_rows,
-                cache_gb=cfg.cache_gb or math.inf,
-            )
-            write_text(path, "".join(json.dumps(record) + "\n" for record in records))
-            # The other ranks are about as far.
-            bar.update(min(len(chunk) * dist.world_size, len(problems) - bar.n))
-    barrier(dist)
-    texts = [path.read_text(encoding="utf-8") for path, _ in parts]
-    barrier(dist)  # the first rank removes them
-    return [json.loads(line) for text in texts for line in text.splitlines()]
+    kinds = {"greedy": (1, 0.0), "samples": (cfg.num_samples, cfg.temperature)}
+    outputs: dict[str, list] = {"samples": [[]] * len(problems)}
+    for kind, (num_samples, temperature) in kinds.items():
+        if num_samples == 0:
+            continue
+        parts = {
+            folder / f"{config_hash}-{kind}-{i:05d}.jsonl": chunk
+            for i, chunk in enumerate(chunks(range(len(problems)), cfg.chunk_problems))
+        }
+        missing = [path for path in parts if not path.exists()]
+        barrier(dist)  # nobody writes before everybody has looked
+        mine = {i: path for path in missing[dist.rank :: dist.world_size] for i in parts[path]}
+        indices, done = list(mine), {}
+        left = sum(len(parts[path]) for path in missing)
+        bar = progress(
+            total=len(problems),
+            initial=len(problems) - left,
+            desc=f"{problems[0].task}, {kind}",
+            unit="problem",
+            disable=not dist.is_main,
+        )
+        stream = sample_problems(
+            model,
+            tokenizer,
+            [problems[i] for i in indices],
+            num_samples=num_samples,
+            temperature=temperature,
+            max_new_tokens=cfg.max_new_tokens,
+            seed=cfg.seed,
+            max_rows=cfg.max_rows,
+            cache_gb=cfg.cache_gb or math.inf,
+        )
+        with bar, closing(stream):
+            for at, judged in stream:
+                i = indices[at]
+                done[i] = judged
+                if all(other in done for other in parts[mine[i]]):
+                    lines = [json.dumps(done[other]) + "\n" for other in parts[mine[i]]]
+                    write_text(mine[i], "".join(lines))
+                # The other ranks are about as far.
+                bar.update(min(dist.world_size, len(problems) - bar.n))
+        barrier(dist)
+        texts = [path.read_text(encoding="utf-8") for path in parts]
+        outputs[kind] = [json.loads(line) for text in texts for line in text.splitlines()]
+    barrier(dist)  # the first rank removes the files
+    return [problem_record(*row) for row in zip(problems, outputs["greedy"], outputs["samples"])]
 
 
 def sample_pages(records: list[dict[str, Any]]) -> str:

@@ -5,14 +5,14 @@ Both are expectations over all K-subsets of a problem's n samples, exact, not es
 are percentile bootstraps over problems: they say how much the figure hangs on which problems were
 asked, and nothing about other training seeds.
 
-`evaluate_chunk` samples and judges; `summarise` turns its records, kept as JSON, into figures;
-`compare` takes the paired difference of two evaluations of the same problems. The command is
-evaluate.py.
+`sample_problems` and `evaluate_chunk` sample and judge; `summarise` turns records, kept as JSON,
+into figures; `compare` takes the paired difference of two evaluations of the same problems. The
+command is evaluate.py.
 """
 
 import operator
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import comb
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +23,7 @@ import torch
 
 from nanomath.log import new_figure, save_figure
 from nanomath.rewards import format_reward
-from nanomath.sampler import Rollouts, sample_groups
+from nanomath.sampler import sample_stream
 from nanomath.tasks import Problem, benchmarks, countdown, encode_prompt
 
 # Each module has is_correct, answer_class and same_answer.
@@ -153,7 +153,7 @@ def paired_difference(
 # ------------------------------------------------------------------------------------- sampling
 
 
-def evaluate_chunk(
+def sample_problems(
     model: torch.nn.Module,
     tokenizer: Any,
     problems: Sequence[Problem],
@@ -163,50 +163,16 @@ def evaluate_chunk(
     max_new_tokens: int,
     seed: int = 0,
     **limits: Any,
-) -> list[dict[str, Any]]:
-    """Return one record per problem: its payload, and every output with its text and judgement.
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Yield (index, judged outputs) of each problem of one task when all its samples have ended.
 
-    Each is sampled once greedily and num_samples times; a sample depends on (seed, problem id,
-    sample index) alone, not on the problems beside it. limits: the sampler's max_rows, cache_gb.
+    A sample depends on (seed, problem id, sample index) alone. limits: the sampler's max_rows and
+    cache_gb. Each output is {"text", "length" in tokens, "finished"} and judge_outputs' marks.
     """
-    asked = (model, tokenizer, problems)
-    greedy = _sample(*asked, 1, 0.0, max_new_tokens, seed, **limits)
-    sampled = [[] for _ in problems]
-    if num_samples:
-        sampled = _sample(*asked, num_samples, temperature, max_new_tokens, seed, **limits)
-    return [
-        {
-            "id": problem.id,
-            "task": problem.task,
-            "prompt": problem.prompt,
-            "payload": problem.payload,
-            "greedy": judge_outputs(problem, once)[0],
-            "samples": judge_outputs(problem, many),
-        }
-        for problem, once, many in zip(problems, greedy, sampled, strict=True)
-    ]
-
-
-def chunks(problems: Sequence[Problem], size: int) -> Iterable[Sequence[Problem]]:
-    """Yield consecutive runs of at most `size` problems."""
-    for start in range(0, len(problems), size):
-        yield problems[start : start + size]
-
-
-def _sample(
-    model: torch.nn.Module,
-    tokenizer: Any,
-    problems: Sequence[Problem],
-    num_samples: int,
-    temperature: float,
-    max_new_tokens: int,
-    seed: int,
-    **limits: Any,
-) -> list[list[dict[str, Any]]]:
-    """Return each problem's outputs as {"text", "length" in tokens, "finished"}."""
     is_benchmark = bool(problems) and TASKS[problems[0].task] is benchmarks
     stops = {"stop": benchmarks.STOPS, "tokenizer": tokenizer} if is_benchmark else {}
-    rollouts: Rollouts = sample_groups(
+    ended: dict[int, dict[int, dict[str, Any]]] = defaultdict(dict)
+    for sample in sample_stream(
         model,
         [encode_prompt(tokenizer, problem) for problem in problems],
         num_samples,
@@ -218,15 +184,58 @@ def _sample(
         vocab_limit=tokenizer.sample_limit,
         **stops,
         **limits,
-    )
-    columns = (rollouts.tokens_PGT, rollouts.lengths_PG, rollouts.finished_PG)
+    ):
+        tokens, group = sample.tokens_T.tolist(), ended[sample.prompt]
+        group[sample.index] = {
+            "text": tokenizer.decode(tokens),
+            "length": len(tokens),
+            "finished": sample.finished,
+        }
+        if len(group) == num_samples:
+            outputs = [group[g] for g in range(num_samples)]
+            yield sample.prompt, judge_outputs(problems[sample.prompt], outputs)
+
+
+def evaluate_chunk(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    *,
+    num_samples: int,
+    temperature: float,
+    **settings: Any,
+) -> list[dict[str, Any]]:
+    """Return `problem_record` of each problem, sampled once greedily and num_samples times.
+
+    settings: those of sample_problems.
+    """
+    asked = (model, tokenizer, problems)
+    greedy = dict(sample_problems(*asked, num_samples=1, temperature=0.0, **settings))
+    sampled = {}
+    if num_samples:
+        settings |= {"num_samples": num_samples, "temperature": temperature}
+        sampled = dict(sample_problems(*asked, **settings))
     return [
-        [
-            {"text": tokenizer.decode(tokens[:length]), "length": length, "finished": finished}
-            for tokens, length, finished in zip(*group, strict=True)
-        ]
-        for group in zip(*(column.tolist() for column in columns), strict=True)
+        problem_record(problem, greedy[i], sampled.get(i, [])) for i, problem in enumerate(problems)
     ]
+
+
+def problem_record(problem: Problem, greedy: list[dict], samples: list[dict]) -> dict[str, Any]:
+    """Return one problem's payload, and every output with its text and judgement."""
+    return {
+        "id": problem.id,
+        "task": problem.task,
+        "prompt": problem.prompt,
+        "payload": problem.payload,
+        "greedy": greedy[0],
+        "samples": samples,
+    }
+
+
+def chunks(problems: Sequence[Problem], size: int) -> Iterable[Sequence[Problem]]:
+    """Yield consecutive runs of at most `size` problems."""
+    for start in range(0, len(problems), size):
+        yield problems[start : start + size]
 
 
 def judge_outputs(problem: Problem, outputs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import evaluate
-from nanomath import checkpoint, hf, sampler
+from nanomath import checkpoint, evaluation, hf, sampler
 from nanomath.config import parse
 from nanomath.dist import setup
 from nanomath.model import ModelConfig, Transformer
@@ -68,17 +68,18 @@ def config(run_folder, **changes):
 
 
 def counted_chunks(monkeypatch, *, stop_after=None):
-    """Count the chunks that are sampled; raise KeyboardInterrupt after stop_after of them."""
+    """Count the problems of each file of samples; raise KeyboardInterrupt after stop_after."""
     counts = []
-    real = evaluate.evaluate_chunk
+    real = evaluate.write_text
 
-    def chunk(*args, **settings):
-        if len(counts) == stop_after:
-            raise KeyboardInterrupt
-        counts.append(len(args[2]))
-        return real(*args, **settings)
+    def write_text(path, text):
+        if "-samples-" in path.name:
+            if len(counts) == stop_after:
+                raise KeyboardInterrupt
+            counts.append(len(text.splitlines()))
+        real(path, text)
 
-    monkeypatch.setattr(evaluate, "evaluate_chunk", chunk)
+    monkeypatch.setattr(evaluate, "write_text", write_text)
     return counts
 
 
@@ -104,6 +105,24 @@ def test_interrupted_evaluation_continues_to_the_same_file(run_folder, dist, mon
     assert shown[0] == shown[1]
     assert not Path(cfg.out + ".parts").exists()
     assert "pass@2" in capsys.readouterr().out
+
+
+def test_one_stream_runs_through_all_chunks(run_folder, dist, monkeypatch):
+    """Rows go on to the next chunk's problems; chunks of any size give the same figures."""
+    asked, real = [], evaluation.sample_stream
+
+    def stream(model, prompts, group_size, **settings):
+        asked.append((len(prompts), group_size))
+        return real(model, prompts, group_size, **settings)
+
+    monkeypatch.setattr(evaluation, "sample_stream", stream)
+    results = []
+    for size in (3, 64):
+        cfg = config(run_folder, chunk_problems=size, max_rows=4, out=str(run_folder / f"{size}"))
+        evaluate.run(cfg, dist)
+        results.append(json.loads(Path(cfg.out).read_text()))
+    assert asked == [(10, 1), (10, 2)] * 2
+    assert results[0]["problems"] == results[1]["problems"]
 
 
 def test_limits_of_the_sampler_change_no_figure(run_folder, dist, monkeypatch):

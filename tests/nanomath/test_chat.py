@@ -222,7 +222,7 @@ def test_sampling_stops_where_the_turn_ends(family, monkeypatch):
         raise Called
 
     monkeypatch.setattr(sampler, "sample_stream", sample)
-    monkeypatch.setattr(evaluation, "sample_groups", sample)
+    monkeypatch.setattr(evaluation, "sample_stream", sample)
     monkeypatch.setattr(sampler, "load_model", lambda *args, **kwargs: (None, tokenizer, {}))
     cfg = sampler.Config("x", prompt=problem.prompt, chat_template=name, device="cpu")
     with pytest.raises(Called):

@@ -27,7 +27,7 @@ from nanomath.evaluation import (
     summarise,
 )
 from nanomath.model import ModelConfig, Transformer
-from nanomath.sampler import Rollouts
+from nanomath.sampler import Sample
 from nanomath.tasks.countdown import generate, make_problem, worked_solution
 from nanomath.tokenizer import Tokenizer
 
@@ -179,22 +179,15 @@ def scripted(monkeypatch, script):
     """Replace sampling by script(prompt text, temperature, sample index) -> (text, finished)."""
     calls = []
 
-    def sample_groups(model, prompts, group_size, *, temperature, prompt_ids, **settings):
+    def sample_stream(model, prompts, group_size, *, temperature, prompt_ids, **settings):
         calls.append((len(prompts), group_size, temperature, list(prompt_ids), settings))
-        outputs = [
-            [script(Characters().decode(p), temperature, g) for g in range(group_size)]
-            for p in prompts
-        ]
-        lengths = torch.tensor([[len(t) + done for t, done in group] for group in outputs])
-        tokens = torch.full((*lengths.shape, int(lengths.max())), ord("Z"))  # past length: not text
-        for p, group in enumerate(outputs):
-            for g, (text, _) in enumerate(group):
-                ids = [ord(c) for c in text] + [0]
-                tokens[p, g, : lengths[p, g]] = torch.tensor(ids[: lengths[p, g]])
-        finished = torch.tensor([[bool(done) for _, done in group] for group in outputs])
-        return Rollouts(tokens, lengths, torch.zeros(tokens.shape), finished)
+        pairs = [(p, g) for p in range(len(prompts)) for g in range(group_size)]
+        for p, g in reversed(pairs):  # they may end in any order
+            text, finished = script(Characters().decode(prompts[p]), temperature, g)
+            ids = torch.tensor([ord(c) for c in text] + [0] * bool(finished))
+            yield Sample(p, g, ids, torch.zeros(len(ids)), bool(finished))
 
-    monkeypatch.setattr(evaluation, "sample_groups", sample_groups)
+    monkeypatch.setattr(evaluation, "sample_stream", sample_stream)
     return calls
 
 
