@@ -57,7 +57,8 @@ evaluate --checkpoint "$MODEL" --out "$RUN/before.json"
 launch train_grpo.py --preset "$PRESET" --init "$MODEL" --run_dir "$RUN" "$@"
 evaluate --checkpoint "$RUN" --compare "$RUN/before.json" --out "$RUN/after.json"
 # Anew where training went on since: a signal ends it early, and what follows is of that step.
-if [ "${NODE:-0}" = 0 ] && [ ! "$RUN/exported" -nt "$RUN/checkpoints" ]; then
+sealed=("$RUN"/checkpoints/step-*/COMMIT)
+if [ "${NODE:-0}" = 0 ] && [ ! "$RUN/exported" -nt "${sealed[-1]}" ]; then
     rm -rf "$RUN/exported"
     python -m nanomath.hf --checkpoint "$RUN" --out "$RUN/exported"
 fi

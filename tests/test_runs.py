@@ -326,14 +326,16 @@ def test_an_export_is_made_anew_after_more_training(tmp_path):
     log = tmp_path / "log"
     (tmp_path / "python").write_text(f'#!/usr/bin/env bash\necho "$@" >> {log}\n')
     (tmp_path / "python").chmod(0o755)
-    for folder in ("checkpoints", "exported"):
+    for folder in ("checkpoints/step-000001", "checkpoints/step-000002", "exported"):
         (tmp_path / "run" / folder).mkdir(parents=True)
+        (tmp_path / "run" / folder / "COMMIT").touch()
     (tmp_path / "config.json").touch()
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "NPROC": "1"}
     env |= {"MODEL": str(tmp_path), "RUN": str(tmp_path / "run")}
     for age, num_exports in ((10, 0), (-10, 1)):
         log.unlink(missing_ok=True)
-        os.utime(tmp_path / "run" / "checkpoints", (time.time() - age,) * 2)
+        newest = tmp_path / "run" / "checkpoints" / "step-000002" / "COMMIT"
+        os.utime(newest, (time.time() - age,) * 2)
         subprocess.run(["bash", ROOT / "runs" / "gsm8k_qwen_0b5.sh"], env=env, check=True)
         assert log.read_text().count("nanomath.hf") == num_exports
         assert (tmp_path / "run" / "exported").exists() == (num_exports == 0)
