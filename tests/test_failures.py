@@ -16,13 +16,14 @@ import signal
 import subprocess
 import sys
 import time
+from fnmatch import fnmatch
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tqdm import tqdm
 
-from nanomath import checkpoint, dist, log, optim
+from nanomath import checkpoint, dist, log, monitor, optim
 from nanomath.config import RunConfig
 from nanomath.data import PackedExamples, TrainBatch
 from nanomath.model import Block, ModelConfig, Transformer
@@ -779,8 +780,10 @@ def trainer_commands(folder):
 
 def trainer_files(run_dir):
     files = {"samples.txt": (run_dir / "samples.txt").read_bytes()}
-    rows = log.read_metrics(run_dir)
-    files["metrics"] = [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
+    files["metrics"] = [
+        {k: v for k, v in row.items() if not any(fnmatch(k, name) for name in monitor.MEASURED)}
+        for row in log.read_metrics(run_dir)
+    ]
     newest = run_dir / "checkpoints" / "step-000012"
     return files | {path.name: path.read_bytes() for path in newest.glob("*.safetensors")}
 
