@@ -11,6 +11,7 @@ command continues a run.
 """
 
 import math
+import sys
 from dataclasses import dataclass
 from functools import partial
 
@@ -365,7 +366,12 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
         "micro_batch_size": cfg.micro_batch_size,
         "device": dist.device,
     }
-    limits = {"max_rows": cfg.max_rows, "cache_gb": cfg.cache_gb or math.inf}
+    more = {
+        "max_rows": cfg.max_rows,
+        "cache_gb": cfg.cache_gb or math.inf,
+        # A second bar, at a terminal, when sampling takes longer than this.
+        "progress": 5.0 if dist.is_main and sys.stderr.isatty() else None,
+    }
     evaluate = partial(
         heldout_metrics,
         tokenizer=tokenizer,
@@ -375,7 +381,7 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
         temperature=cfg.eval_temperature,
         max_new_tokens=cfg.max_new_tokens,
         dist=dist,
-        **limits,
+        **more,
     )
     for step in run.steps(total_steps, desc="grpo"):  # Alg. 1 l.2, l.4
         if step % cfg.num_steps == 0 and cfg.kl_coef > 0:
@@ -400,7 +406,7 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
             step=step,
             prompt_ids=my_places,  # a question drawn twice makes two groups, not one group twice
             vocab_limit=tokenizer.sample_limit,
-            **limits,
+            **more,
         )
         clock.lap("sampling")
         rewards_PG, texts, parts = judge(rewards, mine, rollouts, tokenizer)  # Alg. 1 l.8
@@ -435,16 +441,17 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
         clock.lap("update")
         metrics |= rollout_metrics(rewards_PG, parts, rollouts, dist) | {"lr": lr}
         metrics |= cost_metrics(clock.seconds, batch, cfg.num_updates, dist)
-        if step + 1 == total_steps:
+        is_last = step + 1 == total_steps
+        if is_last:
             refresh_replica(sampling_model, policy, dist)
             metrics |= evaluate(sampling_model)
         ids = [problems[place].id for place in chosen]
         run.log(step, metrics, shown=SHOWN, batch=("problems", ids))
         if step == 0 and loss_starts_at_0(cfg):
             run.say(WHY_LOSS_IS_0)
-        if dist.is_main and (is_shown or step + 1 == total_steps):
+        if dist.is_main and (is_shown or is_last):
             run.samples(step, sample_lines(mine[0], texts, rollouts, rewards_PG, advantages_PG))
-            draw_plots(cfg.run_dir)
+            draw_plots(cfg.run_dir, at_end=is_last)
     run.close()
 
 

@@ -236,7 +236,7 @@ def plot_metrics(
         for metric in metrics:
             points = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
             axis.plot(*zip(*points, strict=True), label=metric, linewidth=1.2)
-        axis.set_title(title)
+        axis.set_title(title, y=1.0)  # y given, matplotlib need not look for room
         axis.set_xlabel("step")
         if len(metrics) > 1:
             axis.legend(fontsize=7, loc="upper left")

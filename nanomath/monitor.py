@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ WHY_LOSS_IS_0 = (
     "the loss starts at 0 and then is beta * KL: with one update per batch every ratio is 1 and "
     "the advantages of a group sum to 0. Its gradient is not 0: watch reward and grad_norm"
 )
+PLOT_INTERVAL_S = 60
 PANELS = (
     (
         "reward, and its spread over all outputs and within a group",
@@ -150,13 +152,13 @@ def heldout_metrics(
     max_new_tokens: int,
     dist: Dist,
     chunk_problems: int = 256,
-    **limits: Any,
+    **more: Any,
 ) -> dict[str, float]:
     """Return Pass@1 and mean reward of greedy answers; of K = num_samples samples Pass@K and Maj@K.
 
     The ranks share the problems out and get the same figures; model is this rank's unsharded one.
     Samples come from a random stream of their own: no training run and no number of ranks changes
-    them. num_samples 0: greedy answers only. limits: the sampler's max_rows and cache_gb.
+    them. num_samples 0: greedy answers only. more: further settings of the sampler.
     """
     if not problems:
         raise ValueError("no problems to evaluate")
@@ -169,7 +171,7 @@ def heldout_metrics(
             num_samples=num_samples,
             temperature=temperature,
             max_new_tokens=max_new_tokens,
-            **limits,
+            **more,
         )
         totals, _ = rewards.score(chunk, [record["greedy"]["text"] for record in records])
         for record, total in zip(records, totals, strict=True):
@@ -208,6 +210,13 @@ def sample_lines(
     ]
 
 
-def draw_plots(run_dir: str | os.PathLike) -> None:
-    """Draw all that metrics.jsonl holds so far into plots/metrics.png."""
-    plot_metrics(run_dir, PANELS)
+def draw_plots(run_dir: str | os.PathLike, *, at_end: bool) -> None:
+    """Draw all that metrics.jsonl holds so far into plots/metrics.png.
+
+    It takes about a second, so before the end at most once in PLOT_INTERVAL_S.
+    """
+    before = Path(run_dir) / "plots" / "metrics.png"
+    if not before.exists():
+        before = Path(run_dir) / "config.json"  # as old as this start of the run
+    if at_end or time.time() - before.stat().st_mtime >= PLOT_INTERVAL_S:
+        plot_metrics(run_dir, PANELS)

@@ -106,7 +106,7 @@ def sample_stream(
     vocab_limit: int | None = None,
     max_rows: int = 512,
     cache_gb: float = math.inf,
-    progress: bool = False,
+    progress: float | None = None,
     static: bool | None = None,
 ) -> Iterator[Sample]:
     """Sample `group_size` responses to each prompt (token ids, any lengths); yield each at its end.
@@ -120,8 +120,8 @@ def sample_stream(
     when greedy; a float64 model returns float64. `prompt_ids` name the prompts in the random stream
     (default 0, 1, ...): equal ids share it. static (default: on a GPU): batches of few shapes, at
     fixed addresses, and a look at who has ended only every few steps; on a GPU each shape is a CUDA
-    graph. Closing the iterator frees the cache. Raises ValueError for arguments that cannot be
-    right and, while sampling, for NaN logits.
+    graph. progress: seconds before a bar appears. Closing the iterator frees the cache. Raises
+    ValueError for arguments that cannot be right and, while sampling, for NaN logits.
     """
     cfg, weight = model.cfg, model.embedding.weight
     prompt_ids = range(len(prompts)) if prompt_ids is None else prompt_ids
@@ -171,7 +171,10 @@ def sample_stream(
         batch = _Batch(
             packed(model), cache, prompts, waiting, choose, eos_ids, ends, tokenizer, is_static
         )
-        bar = progress_bar(total=len(rows), desc="sampling", unit=" samples", disable=not progress)
+        bar = progress_bar(
+            total=len(rows), desc="sampling", unit=" samples", disable=progress is None,
+            delay=progress or 0.0, leave=False,
+        )  # fmt: skip
         try:
             for row in rows:
                 if not row.limit:
@@ -550,7 +553,7 @@ def main(cfg: Config) -> None:
             tokenizer=tokenizer,
             seed=cfg.seed,
             vocab_limit=tokenizer.sample_limit,
-            progress=True,
+            progress=0.0,
         ):
             mean_logp = float(sample.logp_T.mean())
             end = "finished" if sample.finished else "truncated"

@@ -541,6 +541,7 @@ def test_killed_and_resumed_grpo_equals_the_uninterrupted_run(
         with pytest.raises(Killed):
             run_script(train_grpo, [*argv, "--run_dir", tmp_path / "cut"], monkeypatch)
         assert len(read_metrics(tmp_path / "cut")) == dies_in_step
+        assert not (tmp_path / "cut" / "plots").exists()
     monkeypatch.setattr(train_grpo, "policy_update", real)
     run_script(train_grpo, [*argv, "--run_dir", tmp_path / "cut"], monkeypatch)
 

@@ -20,6 +20,7 @@ from nanomath.grpo import (
     pad_rows,
     policy_update,
     response_logprobs,
+    update_metrics,
 )
 from nanomath.model import ModelConfig, Transformer
 from nanomath.sampler import Rollouts
@@ -206,3 +207,21 @@ def test_gradient_that_is_not_finite_leaves_the_weights_alone():
     metrics = update(model, optimizer, batch)
     assert metrics["stepped"] == 0.0 and not optimizer.state
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_sampler_gap_is_that_of_trained_tokens():
+    """Mean and largest difference of the sampler's log-probabilities are worked out over the tokens
+    that have a weight; what an output without one differs by counts in neither."""
+    model, batch = tiny_model(), random_batch()
+    batch.weights_B[1] = 0.0
+    logp_N, gaps_N = score(model, batch), torch.linspace(-0.3, 0.2, sum(batch.response_lengths))
+    batch.sampler_logp_N = logp_N + gaps_N
+    skipped_N = batch.token_slices([1])
+    batch.sampler_logp_N[skipped_N] += 9.0
+    trained = torch.ones(len(gaps_N), dtype=torch.bool)
+    trained[skipped_N] = False
+    step = update(model, batch, Objective(0.2, 0.2, 0.0, 1.0))
+    metrics = update_metrics([step, {**step, "sampler_gap_max": 0.0}], 0.0)
+    expected_N = gaps_N[trained].abs().double()
+    assert metrics["sampler_gap"] == pytest.approx(expected_N.mean().item(), rel=1e-6)
+    assert metrics["sampler_gap_max"] == pytest.approx(expected_N.max().item(), rel=1e-6)

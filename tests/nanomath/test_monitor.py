@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import threading
 import time
@@ -13,7 +14,14 @@ import torch
 
 from nanomath import monitor
 from nanomath.dist import Dist
-from nanomath.monitor import Clock, cost_metrics, heldout_metrics, rollout_metrics, sample_lines
+from nanomath.monitor import (
+    Clock,
+    cost_metrics,
+    draw_plots,
+    heldout_metrics,
+    rollout_metrics,
+    sample_lines,
+)
 from nanomath.sampler import Rollouts
 from nanomath.tasks import Problem
 
@@ -229,3 +237,26 @@ def test_samples_show_whole_outputs_with_their_worth():
         "reward 1.00 advantage +1.25 tokens 3: it is\n5",
         "reward none advantage +0.00 tokens 9, truncated: " + "x" * 5000,
     ]
+
+
+def test_plots_are_drawn_as_the_run_goes_but_not_more_than_once_a_minute(tmp_path):
+    """The first picture is due a minute after the start, each next one a minute later, and at the
+    end in any case."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "reward": 1}\n{"step": 1, "reward": 2}\n')
+    (tmp_path / "config.json").write_text("{}")
+    picture = tmp_path / "plots" / "metrics.png"
+
+    def drawn(at_end=False) -> bool:
+        before = picture.stat().st_mtime_ns if picture.exists() else 0
+        draw_plots(tmp_path, at_end=at_end)
+        return picture.exists() and picture.stat().st_mtime_ns != before
+
+    def age(path, seconds):
+        os.utime(path, (time.time() - seconds,) * 2)
+
+    age(tmp_path / "config.json", 50)
+    assert not drawn()
+    age(tmp_path / "config.json", 70)
+    assert drawn() and not drawn() and drawn(at_end=True)
+    age(picture, 70)
+    assert drawn()
