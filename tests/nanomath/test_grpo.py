@@ -220,7 +220,7 @@ def test_sampler_gap_is_that_of_trained_tokens():
     batch.sampler_logp_N[skipped_N] += 9.0
     trained = torch.ones(len(gaps_N), dtype=torch.bool)
     trained[skipped_N] = False
-    step = update(model, batch, Objective(0.2, 0.2, 0.0, 1.0))
+    step = update(model, torch.optim.SGD(model.parameters(), lr=1.0), batch)
     metrics = update_metrics([step, {**step, "sampler_gap_max": 0.0}], 0.0)
     expected_N = gaps_N[trained].abs().double()
     assert metrics["sampler_gap"] == pytest.approx(expected_N.mean().item(), rel=1e-6)
