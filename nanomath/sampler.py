@@ -173,7 +173,7 @@ def sample_stream(
         )
         bar = progress_bar(
             total=len(rows), desc="sampling", unit=" samples", disable=progress is None,
-            delay=progress or 0.0, leave=False,
+            delay=progress or 0.0, leave=not progress,
         )  # fmt: skip
         try:
             for row in rows:

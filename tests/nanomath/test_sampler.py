@@ -579,7 +579,7 @@ def test_stream_yields_samples_as_they_end(capsys):
     """Each sample comes once, short ones first, while others are still being drawn; with a bar."""
     model, prompts = make_model(), make_prompts([3, 17, 96])
     whole = sample(model, prompts, group_size=6)
-    settings = {"max_new_tokens": 24, "eos_ids": EOS, "progress": True}
+    settings = {"max_new_tokens": 24, "eos_ids": EOS, "progress": 0.0}
     samples = list(sample_stream(model, prompts, 6, **settings))
     seen = [(s.prompt, s.index) for s in samples]
     assert sorted(seen) == list(itertools.product(range(3), range(6))) != seen
@@ -590,6 +590,8 @@ def test_stream_yields_samples_as_they_end(capsys):
         assert s.finished == bool(whole.finished_PG[s.prompt, s.index])
     bar = capsys.readouterr().err
     assert "18/18" in bar and "tokens/s" in bar and "rows" in bar
+    list(sample_stream(model, prompts, 6, **settings | {"progress": 60.0}))
+    assert capsys.readouterr().err == ""  # it took less
     with pytest.raises(ValueError, match="group_size"):
         sample_stream(model, prompts, 0, **settings)  # at once, not at the first sample
 
