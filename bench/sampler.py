@@ -76,6 +76,18 @@ def run_peer(peer, prompts, args, eos_ids: list[int]) -> int:
     return int((~after).sum())
 
 
+def launches_per_step(model, prompts, args, settings: dict, steps: int = 64) -> dict:
+    """Return kernels run and launches by the host per decode step, over a short profiled call."""
+    settings = settings | {"max_new_tokens": steps, "eos_ids": []}
+    with torch.profiler.profile() as profile:
+        sample_groups(model, prompts, args.group, **settings)
+        torch.cuda.synchronize()
+    on_gpu = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    calls = {event.key: event.count for event in profile.key_averages()}
+    launches = sum(n for name, n in calls.items() if "Launch" in name and name.startswith("cu"))
+    return {"kernels_per_step": len(on_gpu) / steps, "launches_per_step": launches / steps}
+
+
 def compare(cfg: ModelConfig, args, eos_share: float) -> dict:
     """Time both in turns on one model; return the row of the table."""
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
@@ -132,6 +144,7 @@ def compare(cfg: ModelConfig, args, eos_share: float) -> dict:
         floor_s = args.new_tokens * step_bytes / (args.bandwidth_tb_s * 1e12)
         row["share_of_floor"] = floor_s / statistics.median(seconds["nanomath"])
         row["peak_gb"] = peak_gb
+        row |= launches_per_step(model, prompts, args, settings)
     return row
 
 
@@ -167,6 +180,12 @@ def main() -> None:
             f"{row['tokens_per_s']['transformers']:.0f} tokens/s, "
             f"{row['ratio']:.2f} times ({low:.2f} to {high:.2f})"
         )
+        if args.device == "cuda":
+            print(
+                f"  {100 * row['share_of_floor']:.0f}% of the bandwidth floor, peak "
+                f"{row['peak_gb']:.1f} GB, {row['kernels_per_step']:.0f} kernels and "
+                f"{row['launches_per_step']:.1f} launches a step"
+            )
     device = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     result = {
         "command": "python bench/sampler.py " + " ".join(sys.argv[1:]),

@@ -413,7 +413,9 @@ class _Batch:
             # All in one pool of memory: none leaves anything there that another one reads.
             pools = [graph.pool() for graph in self.graphs.values() if graph is not None]
             self.graphs[shape] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[shape], pool=pools[0] if pools else None):
+            pool = pools[0] if pools else None
+            # Other threads, NCCL's watchdog for one, may go on calling CUDA meanwhile.
+            with torch.cuda.graph(self.graphs[shape], pool, capture_error_mode="thread_local"):
                 self.decode()
         self.graphs[shape].replay()
 

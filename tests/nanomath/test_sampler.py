@@ -47,7 +47,10 @@ def response(rollouts, p: int, g: int) -> list[int]:
 
 
 def full_logp(model, prompt, tokens, temperature) -> torch.Tensor:
-    logits = model(torch.tensor([prompt + tokens]))[0, len(prompt) - 1 : -1].detach()
+    device = model.embedding.weight.device
+    text = torch.tensor([prompt + tokens], device=device)
+    logits = model(text)[0, len(prompt) - 1 : -1].detach().cpu()
+    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
     logp = (logits / temperature).log_softmax(-1)
     return logp.gather(1, torch.tensor(tokens)[:, None])[:, 0]
 
@@ -286,6 +289,71 @@ def test_step_reads_nothing_from_the_device(monkeypatch):
     assert_same(sample(model, prompts, top_k=30, static=True), whole)
 
 
+def test_a_recorded_step_can_be_replayed(monkeypatch):
+    """Tensor operations recorded once per shape, run again without Python, give the same samples.
+
+    What a CUDA graph would freeze (a number of the host, an address) is frozen here, too.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    model, prompts, recorded = make_model(), make_prompts([3, 17, 1, 9, 40]), []
+    whole = sample(model, prompts, max_new_tokens=40)
+
+    def replay(self):
+        shape = self.cache.shape
+        if shape in self.graphs:
+            self.graphs[shape](torch.zeros(1))
+            recorded.append(shape)
+        else:
+            self.graphs[shape] = make_fx(lambda _: self.decode())(torch.zeros(1))  # runs it
+
+    monkeypatch.setattr(sampler._Batch, "_replay", replay)
+    assert_same(sample(model, prompts, max_new_tokens=40, max_rows=8, static=True), whole)
+    assert len(set(recorded)) >= 3 and len(recorded) > 40
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_graphs_equal_eager_steps(monkeypatch, dtype):
+    """On a GPU the CUDA graphs give the tokens and logp of the steps run one by one, to the bit."""
+    model, prompts, replays = make_model(dtype=dtype).cuda(), make_prompts([3, 17, 1, 9, 40]), []
+    original = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(
+        torch.cuda.CUDAGraph, "replay", lambda self: (replays.append(id(self)), original(self))
+    )
+    settings = {"max_rows": 8, "max_new_tokens": 48}
+    turns = [sample(model, prompts, **settings) for _ in range(2)]
+    assert len(set(replays)) >= 3 and len(replays) > 40
+    count = len(replays)
+    monkeypatch.setattr(sampler._Batch, "_replay", lambda self: self.decode())
+    eager = sample(model, prompts, **settings)
+    assert len(replays) == count
+    for graphs in turns:
+        assert torch.equal(graphs.tokens_PGT, eager.tokens_PGT)
+        assert torch.equal(graphs.logp_PGT, eager.logp_PGT)
+        assert torch.equal(graphs.finished_PG, eager.finished_PG)
+    if dtype == torch.float64:  # and the CPU's, but for the rounding of fp32 rotary angles
+        there = sample(model.cpu(), prompts, **settings)
+        assert torch.equal(there.tokens_PGT, eager.tokens_PGT)
+        torch.testing.assert_close(there.logp_PGT, eager.logp_PGT, rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_launches_per_step(capsys):
+    """On a GPU a replayed step is one launch by the host; the kernels of a step are printed."""
+    model, prompts = make_model(dtype=torch.bfloat16).cuda(), make_prompts([3, 17])
+    settings = {"eos_ids": (), "max_new_tokens": 90}
+    sample(model, prompts, **settings)
+    with torch.profiler.profile() as profile:
+        sample(model, prompts, **settings)
+    calls = {event.key: event.count for event in profile.key_averages()}
+    kernels = sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events())
+    with capsys.disabled():
+        print(f"[{kernels / 89:.0f} kernels a step, 2 layers]", end=" ")
+    # The first step of a shape runs one by one and its capture launches nothing.
+    assert calls["cudaGraphLaunch"] == 88
+
+
 def test_flips_in_fp32_are_near_ties():
     """In fp32, batches of other sizes part only where u is within 1e-5 of a step of the CDF."""
     model, exact = make_model(dtype=torch.float32), make_model()
@@ -305,20 +373,23 @@ def test_flips_in_fp32_are_near_ties():
     assert flips < 5
 
 
-def test_bf16_gap(capsys):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_bf16_gap(capsys, device):
     """In bf16 the logp of every token stays near the full pass's; the gap is printed."""
-    model = make_model(dtype=torch.bfloat16)
+    model = make_model(dtype=torch.bfloat16).to(device)
     prompts = make_prompts([3, 17, 1, 9])
     rollouts = sample(model, prompts, group_size=8, max_rows=20)
     gaps = []
     for p, g in itertools.product(range(4), range(8)):
         tokens = response(rollouts, p, g)
-        logits = model(torch.tensor([prompts[p] + tokens]))[0, len(prompts[p]) - 1 : -1].float()
-        logp = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0].detach()
+        logp = full_logp(model, prompts[p], tokens, 1.0)
         gaps.append((rollouts.logp_PGT[p, g, : len(tokens)] - logp).abs())
     gap = torch.cat(gaps)
     with capsys.disabled():
-        print(f"[bf16: |logp gap| max {gap.max():.4f}, mean {gap.mean():.4f} nats]", end=" ")
+        print(
+            f"[bf16 on {device}: |logp gap| max {gap.max():.4f}, mean {gap.mean():.4f} nats]",
+            end=" ",
+        )
     assert rollouts.logp_PGT.dtype == torch.float32
     assert gap.mean() < 0.02 and gap.max() < 0.2
 
