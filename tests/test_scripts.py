@@ -386,7 +386,10 @@ def test_prompts_that_fill_the_context_are_dropped_and_named(
     """Too long a prompt is left out by its line's number before anything is drawn, and the run goes
     on with the others; with none left one line says what to shorten."""
     long, path = " ".join(["word"] * 200), tmp_path / "own.jsonl"
-    save_start(tmp_path / "wide", tokenizer, torch.float32, max_context=128)
+    # The shortest of the long prompts fills the context to the last token.
+    asked = [benchmarks.make_prompt(f"What is {i} + 1?{long}") for i in range(0, 40, 8)]
+    limit = min(len(tokenizer.encode(prompt, bos=True)) for prompt in asked)
+    save_start(tmp_path / "wide", tokenizer, torch.float32, max_context=limit)
 
     def write(questions):
         rows = [{"question": question, "answer": "#### 1"} for question in questions]
@@ -406,11 +409,11 @@ def test_prompts_that_fill_the_context_are_dropped_and_named(
     ids = sorted(int(i) for line in named for i in line.split("own.jsonl ")[1].split(", "))
     problems = [q for s in ("train", "heldout") for q in benchmarks.read_split(path, s)]
     assert ids == sorted(q.id for q in problems if long in q.prompt) and len(ids) == 5
-    assert len(seen) == 24 and max(seen) < 128
+    assert len(seen) == 24 and max(seen) < limit
     write([f"What is {i} + 1?{long}" for i in range(40)])
     argv += ["--run_dir", tmp_path / "none"]
     text = message(train_grpo, argv, monkeypatch, capsys)
-    assert "a context of 128" in text and "shorten the questions" in text
+    assert f"a context of {limit}" in text and "shorten the questions" in text
     assert "--prompt_style" not in text
 
 
