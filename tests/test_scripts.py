@@ -291,15 +291,16 @@ def test_a_question_drawn_twice_makes_two_groups(tmp_path, start, monkeypatch):
 def test_batches_without_a_reward_or_a_difference_leave_the_weights_alone(
     tmp_path, start, monkeypatch
 ):
-    """Every reward None, with a KL and without; every reward equal, without one: the run goes on,
+    """Every reward None, with a KL; every reward equal, without one: the run goes on,
     counts the steps it left out, and ends at the weights it began with."""
-    (tmp_path / "rewards.py").write_text(
-        "def none(problem, completion):\n    return None\n"
-        "def one(problem, completion):\n    return 1.0\n"
-    )
-    for name, kl_coef, no_reward in (("none", "0.3", 8), ("none", "0", 8), ("one", "0", 0)):
-        run_dir = tmp_path / f"{name}-{kl_coef}"
-        argv = [*SMALL_GRPO, "--reward", f"{tmp_path}/rewards.py:{name}", "--kl_coef", kl_coef]
+    # Countdown's problems have no reference answer: None; an untrained model has no format: 0.
+    for reward, kl_coef, no_reward in (
+        ("answer", "0.3", 8),
+        ("answer", "0", 8),
+        ("format", "0", 0),
+    ):
+        run_dir = tmp_path / f"{reward}-{kl_coef}"
+        argv = [*SMALL_GRPO, "--reward", reward, "--reward_weights", "1", "--kl_coef", kl_coef]
         argv += ["--num_steps", "2", "--num_updates", "2", "--lr", "0.1", "--init", start]
         run_script(train_grpo, [*argv, "--run_dir", run_dir], monkeypatch)
         for row in read_metrics(run_dir):
@@ -311,14 +312,12 @@ def test_batches_without_a_reward_or_a_difference_leave_the_weights_alone(
 @pytest.mark.slow
 def test_ranks_without_rows_or_rewards_do_not_hang(tmp_path, start):
     """Two processes share one question, so that one has no rows, and no output has a reward."""
-    reward = "def none(problem, completion):\n    return None\n"
-    (tmp_path / "rewards.py").write_text(reward)
     argv = [
         *SMALL_GRPO, "--batch_size", "1", "--num_updates", "2", "--num_steps", "2",
         "--device", "cpu", "--init", start, "--run_dir", tmp_path / "two",
     ]  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for flags in ([], ["--reward", f"{tmp_path}/rewards.py:none"]):
+    for flags in ([], ["--reward", "answer"]):  # which Countdown's problems have none for
         argv[-1] = tmp_path / f"two-{len(flags)}"
         done = subprocess.run(
             [*command, ROOT / "train_grpo.py", *argv, *flags],
