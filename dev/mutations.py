@@ -3,14 +3,14 @@
     python dev/mutations.py --only grpo        entries whose file, lines or reason hold this text
     python dev/mutations.py --list             show them, run nothing
 
-The entries are in dev/mutations.txt: the file and the tests that must fail (paths or node ids
-under tests/), then per entry the reason, a piece of one line that occurs once in the file, and what
-replaces it. Works on a copy of the tree, made anew. First the tests of all entries must pass there
-unbroken. An entry is
+The entries are in dev/mutations.txt: a file and the tests that must fail, then per entry the
+reason, a piece of one line that occurs once in the file, and what replaces it. No test that
+measures time should be named there. Works on a copy of the tree, made anew. First the tests of all
+entries must pass there unbroken. An entry is
 
     killed      a test failed: an assertion, or an exception that the code itself raises
     SURVIVED    all its tests passed: one is missing
-    stale       its text does not occur exactly once in the file
+    stale       its text does not occur exactly once in the file: said before anything runs
     broken      no test spoke: it did not load, or a NameError and the like ended it
 
 and all but killed make the exit code 1. Each entry runs in a fork of this process, which has torch
@@ -58,13 +58,15 @@ def read_mutations(text: str) -> list[Mutation]:
     for number, line in enumerate(text.splitlines(), 1):
         kind, _, rest = line.partition(" ")
         if kind == "==":
-            file, *tests = rest.split()
+            file, tests = rest, ()
+        elif kind == "=":
+            tests = (*tests, rest)
         elif kind == "#":
             why = rest
         elif kind == "-":
             old = rest
         elif kind == "+" and file and tests and why and old:
-            mutations.append(Mutation(file, tuple(tests), why, old, rest))
+            mutations.append(Mutation(file, tests, why, old, rest))
             why = old = ""
         elif line.strip() and mutations:
             raise ValueError(f"dev/mutations.txt:{number}: not part of an entry: {line}")
@@ -123,13 +125,15 @@ def run_tests(folder: Path, tests: tuple[str, ...], *options: str) -> tuple[int,
     return -1 if code is None or code < 0 else code, first
 
 
+def is_stale(mutation: Mutation) -> bool:
+    path = ROOT / mutation.file
+    return not path.is_file() or path.read_text(encoding="utf-8").count(mutation.old) != 1
+
+
 def try_mutation(folder: Path, mutation: Mutation) -> tuple[str, str]:
-    """Return "killed", "SURVIVED", "stale" or "broken", and what says so."""
+    """Return "killed", "SURVIVED" or "broken", and what says so."""
     path = folder / mutation.file
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    count = text.count(mutation.old)
-    if count != 1:
-        return "stale", f"its text occurs {count} times"
+    text = path.read_text(encoding="utf-8")
     path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
     try:
         code, failure = run_tests(folder, mutation.tests, "-x")
@@ -156,6 +160,10 @@ def main() -> int:
         return 0
     if not mutations:
         print(f"no entry of dev/mutations.txt holds {args.only!r}")
+        return 1
+    if stale := [mutation for mutation in mutations if is_stale(mutation)]:
+        print("\n".join(mutation.describe() for mutation in stale))
+        print(f"{len(stale)} entries are stale: their text does not occur exactly once in the file")
         return 1
     began = time.monotonic()
     for module in PRELOADED:

@@ -30,7 +30,7 @@ from nanomath.monitor import MEASURED, PANELS
 from nanomath.optim import cosine_lr
 from nanomath.run import Run
 from nanomath.sampler import sample_groups
-from nanomath.tasks import benchmarks
+from nanomath.tasks import benchmarks, countdown
 from nanomath.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -238,14 +238,14 @@ def coarse_reward(problem, completion) -> float:
 
 OTHER_OBJECTIVE = [
     "--loss_norm", "token", "--advantage", "leave_one_out", "--kl_estimator", "k2",
-    "--clip_eps_high", "0.3", "--mask_truncated", "--drop_constant_groups",
+    "--clip_eps_high", "0.3", "--mask_truncated", "--drop_constant_groups", "--num_updates", "1",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("flags", [[], OTHER_OBJECTIVE], ids=["paper", "other"])
 def test_train_grpo_is_algorithm_1(tmp_path, tokenizer, monkeypatch, flags):
     """The weights equal a plain loop's: two iterations, mu = 2, minibatches, KL, clipping; by the
-    paper's objective and with every flag of the objective at another value."""
+    paper's objective and, with mu = 1, every flag of the objective at another value."""
     tokenizer = copy.copy(tokenizer)
     tokenizer.stop_ids = (*tokenizer.stop_ids, *range(0, 250, 6))  # so that some outputs end
     start = save_start(tmp_path / "start", tokenizer, torch.float64)
@@ -286,6 +286,28 @@ def test_a_question_drawn_twice_makes_two_groups(tmp_path, start, monkeypatch):
     run_script(train_grpo, [*argv, "--run_dir", tmp_path / "grpo"], monkeypatch)
     tokens_PGT = drawn[0].tokens_PGT
     assert tokens_PGT.shape[:2] == (2, 4) and not torch.equal(tokens_PGT[0], tokens_PGT[1])
+
+
+def test_heldout_problems_are_never_trained_on(tmp_path, start, monkeypatch):
+    """What a run evaluates is of the held-out split, what it samples outputs of is not."""
+    asked = {"train": [], "heldout": []}
+    real_judge, real_metrics = train_grpo.judge, train_grpo.heldout_metrics
+
+    def judge(rewards, problems, *rest):
+        asked["train"] += problems
+        return real_judge(rewards, problems, *rest)
+
+    def metrics(model, *, problems, **rest):
+        asked["heldout"] += problems
+        return real_metrics(model, problems=problems, **rest)
+
+    monkeypatch.setattr(train_grpo, "judge", judge)
+    monkeypatch.setattr(train_grpo, "heldout_metrics", metrics)
+    argv = [*SMALL_GRPO, "--num_steps", "1", "--init", start, "--run_dir", tmp_path / "grpo"]
+    run_script(train_grpo, argv, monkeypatch)
+    for split, problems in asked.items():
+        payloads = [problem.payload for problem in problems]
+        assert {countdown.split_of(p["nums"], p["target"]) for p in payloads} == {split}
 
 
 def test_batches_without_a_reward_or_a_difference_leave_the_weights_alone(

@@ -36,12 +36,18 @@ def test_advantages_by_hand():
         assert advantages_PG.dtype == torch.float64
         assert advantages_PG[0].tolist() == pytest.approx(expected, abs=1e-14)
         assert advantages_PG[1].tolist() == [0.0] * 3
+        # Rewards keep float64's digits.
+        shifted_PG = outcome_advantages(rewards_PG.double() + 2**30, kind)
+        assert shifted_PG[0].tolist() == pytest.approx(expected, abs=1e-14)
 
 
 @pytest.mark.parametrize("kind", ["std", "mean", "leave_one_out"])
 @pytest.mark.parametrize("reward", [0.1, 0.7, 0.0, 1e9, -3.3])
 def test_constant_group_has_advantage_exactly_zero(reward, kind):
-    """Equal rewards give exactly 0, though their fp32 std is not 0 (eight rewards of 0.1)."""
+    """Equal rewards give exactly 0, though rounding leaves their std above 0 (three of 0.1)."""
+    for size in range(2, 12):
+        equal_PG = torch.full((1, size), reward, dtype=torch.float64)
+        assert (outcome_advantages(equal_PG, kind) == 0).all()
     rewards_PG = torch.full((2, 8), reward, dtype=torch.float32)
     rewards_PG[1, 3] += 1.0
     advantages_PG = outcome_advantages(rewards_PG, kind)

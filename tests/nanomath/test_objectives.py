@@ -439,12 +439,13 @@ def test_first_of_two_updates_is_the_only_one_of_one(options):
 
 
 def test_metrics_of_ratios_are_those_of_the_trained_tokens():
-    """The largest ratio, the KL to the old policy and the share clipped, by hand: only over tokens
-    in the loss, and over the steps of a batch as sums over sums and a maximum of maxima."""
+    """The largest ratio, the KL to the old policy, the gap to the sampler and the share clipped, by
+    hand: only over tokens in the loss, and over a batch's steps as sums over sums and maxima."""
     model = tiny_model()
     batch, objective = build({"mask_truncated": True})
     batch.old_logp_N[batch.token_slices([2])] -= 20.0  # a truncated output
     logp_N = score(model, batch)
+    batch.sampler_logp_N = logp_N + torch.linspace(-0.3, 0.2, len(logp_N))
     steps = [
         policy_update(
             tiny_model(), torch.optim.SGD(model.parameters(), lr=0.0), batch, objective, lr=0.0,
@@ -464,6 +465,9 @@ def test_metrics_of_ratios_are_those_of_the_trained_tokens():
     assert metrics["ratio_max"] == pytest.approx(ratio_N[trained_N].max().item(), rel=1e-12)
     assert metrics["ratio_max"] < ratio_N.max().item()  # the largest of all is not in the loss
     assert metrics["kl_old"] == pytest.approx(kl_old_N[trained_N].mean().item(), rel=1e-12)
+    gap_N = (logp_N - batch.sampler_logp_N).abs()[trained_N]
+    assert metrics["sampler_gap"] == pytest.approx(gap_N.mean().item(), rel=1e-9)
+    assert metrics["sampler_gap_max"] == pytest.approx(gap_N.max().item(), rel=1e-9)
     assert metrics["clip_low"] == low_N.sum().item() / count > 0
     assert len({step["tokens"] for step in steps}) > 1  # a mean of means would be another number
     assert sum(step["tokens"] for step in steps) == count

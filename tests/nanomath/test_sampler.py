@@ -589,6 +589,17 @@ def test_context_limit():
     assert only_full.tokens_PGT.shape == (1, 4, 0) and not only_full.finished_PG.any()
 
 
+def test_whose_outputs_may_be_trained_on():
+    """Only samples of the whole distribution are the policy's own, at whatever temperature."""
+    model, prompts = make_model(), make_prompts([3])
+    for settings, expected in (
+        ({}, True), ({"temperature": 0.7}, True), ({"temperature": 0.0}, False),
+        ({"top_p": 0.9}, False), ({"top_k": 5}, False),
+    ):  # fmt: skip
+        rollouts = sample(model, prompts, max_new_tokens=2, **settings)
+        assert rollouts.from_policy is expected, settings
+
+
 def test_nothing_to_do():
     """No new tokens and no prompts give empty results of the right shapes."""
     model = make_model()
