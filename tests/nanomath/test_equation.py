@@ -39,7 +39,8 @@ def test_reads_exact_values(text, value, numbers):
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("-3+5", 2), ("5 - -3", 8), ("2*-3", -6), ("+4", 4), ("-(1+2)", -3)]
+    ("text", "value"),
+    [("-3+5", 2), ("--3", 3), ("5 - -3", 8), ("2*-3", -6), ("+4", 4), ("-(1+2)", -3)],
 )
 def test_reads_signs(text, value):
     """A sign before a number or a parenthesis is read; the number itself has none."""
