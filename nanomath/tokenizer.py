@@ -50,7 +50,8 @@ _LETTER = (
 # The upper bounds cap every piece: a run of a million equal characters is a row of short pieces,
 # in training, in `encode` and in any other program that reads tokenizer.json.
 SPLITS = (
-    f"[0-9\uff10-\uff19]|[{_CJK}]{{1,16}}",  # digits one by one; CJK has no spaces to split at
+    # numbers in threes from the left, so that each to 999 can be a token; CJK has no spaces
+    f"[0-9]{{1,3}}|[\uff10-\uff19]|[{_CJK}]{{1,16}}",
     # a word or a run of signs takes one space before it; line breaks; the spaces that are left
     rf" ?[{_LETTER}]{{1,32}}| ?[^\s{_LETTER}]{{1,16}}|[\r\n]{{1,16}}|[^\S\r\n]{{1,32}}(?!\S)|\s",
 )
@@ -332,7 +333,7 @@ class Config:
     max_mb: float = opt(100.0, "megabytes of text to train on", low=0.001)
 
 
-PRESETS = {"smoke": {"vocab_size": 512}, "cpu": {"vocab_size": 1024}, "gpu": {"vocab_size": 4096}}
+PRESETS = {"smoke": {"vocab_size": 512}, "cpu": {"vocab_size": 1280}, "gpu": {"vocab_size": 4096}}
 
 HELD_OUT_EVERY = 20  # each 20th page is not trained on and measures bytes per token
 
