@@ -7,12 +7,13 @@ cd "$(dirname "$0")"
 
 usage() {
     cat <<USAGE
-usage: bash speedrun.sh [--preset smoke|cpu|gpu] [--run_dir DIR]
+usage: bash speedrun.sh [--preset smoke|cpu|gpu] [--seed N] [--run_dir DIR]
 
   --preset smoke   a minute or two: every stage, far too small to learn anything
   --preset cpu     under 20 minutes on two cores (default without an NVIDIA GPU)
   --preset gpu     one NVIDIA GPU (default where there is one)
-  --run_dir DIR    where everything is written [runs/speedrun-PRESET]
+  --seed N         seed of weights, solutions, data order and samples [0]
+  --run_dir DIR    where everything is written [runs/speedrun-PRESET, with -seedN after it]
 
 Environment: PYTHON (interpreter for the virtual environment), VENV (its folder, .venv),
 NANOMATH_DATA (folder of public benchmarks to decontaminate against).
@@ -22,11 +23,13 @@ USAGE
 refuse() { echo "speedrun.sh: $1 (see bash speedrun.sh --help)" >&2; exit 2; }
 
 PRESET=""
+SEED=0
 RUN=""
 while [ $# -gt 0 ]; do
-    case "$1" in --preset | --run_dir) [ -n "${2:-}" ] || refuse "$1 needs a value" ;; esac
+    case "$1" in --preset | --seed | --run_dir) [ -n "${2:-}" ] || refuse "$1 needs a value" ;; esac
     case "$1" in
         --preset) PRESET="$2"; shift 2 ;;
+        --seed) SEED="$2"; shift 2 ;;
         --run_dir) RUN="$2"; shift 2 ;;
         -h | --help) usage; exit 0 ;;
         *) refuse "unknown argument $1" ;;
@@ -39,7 +42,10 @@ case "$PRESET" in
     smoke | cpu | gpu) ;;
     *) refuse "--preset is '$PRESET', but must be smoke, cpu or gpu" ;;
 esac
-RUN="${RUN:-runs/speedrun-$PRESET}"
+[[ "$SEED" =~ ^[0-9]{1,9}$ ]] || refuse "--seed is '$SEED', but must be a whole number"
+if [ "$SEED" = 0 ]; then RUN="${RUN:-runs/speedrun-$PRESET}"; else RUN="${RUN:-runs/speedrun-$PRESET-seed$SEED}"; fi
+# The control's steps take at least as long as GRPO does: the report shows the minutes of both.
+case "$PRESET" in smoke) CONTROL_STEPS=20 ;; cpu) CONTROL_STEPS=3000 ;; gpu) CONTROL_STEPS=4000 ;; esac
 
 source dev/setup.sh
 setup_environment ""
@@ -70,11 +76,14 @@ trap 'echo "speedrun.sh: interrupted; the same command continues" >&2; exit 130'
 stage corpus    "$PY" build_corpus.py --preset "$PRESET" --run_dir "$RUN/corpus" ${BENCHMARKS[@]+"${BENCHMARKS[@]}"}
 stage tokenizer "$PY" -m nanomath.tokenizer --preset "$PRESET" --corpus "$RUN/corpus/corpus.jsonl" --out "$RUN/tokenizer"
 stage pretrain  "$PY" train_pretrain.py --preset "$PRESET" --corpus "$RUN/corpus/corpus.jsonl" \
-                    --valid "$RUN/corpus/valid.jsonl" --tokenizer "$RUN/tokenizer" --run_dir "$RUN/base"
-stage solutions "$PY" -m nanomath.tasks.countdown --preset "$PRESET" --out "$RUN/solutions.jsonl"
-stage sft       "$PY" train_sft.py --preset "$PRESET" --init "$RUN/base" --data "$RUN/solutions.jsonl" --run_dir "$RUN/sft"
-stage grpo      "$PY" train_grpo.py --preset "$PRESET" --init "$RUN/sft" --run_dir "$RUN/grpo"
-for model in base sft grpo; do
+                    --valid "$RUN/corpus/valid.jsonl" --tokenizer "$RUN/tokenizer" --seed "$SEED" --run_dir "$RUN/base"
+stage solutions "$PY" -m nanomath.tasks.countdown --preset "$PRESET" --seed "$SEED" --out "$RUN/solutions.jsonl"
+stage sft       "$PY" train_sft.py --preset "$PRESET" --init "$RUN/base" --data "$RUN/solutions.jsonl" \
+                    --seed "$SEED" --run_dir "$RUN/sft"
+stage control   "$PY" train_sft.py --preset "$PRESET" --init "$RUN/sft" --data "$RUN/solutions.jsonl" \
+                    --num_steps "$CONTROL_STEPS" --seed "$SEED" --run_dir "$RUN/control"
+stage grpo      "$PY" train_grpo.py --preset "$PRESET" --init "$RUN/sft" --seed "$SEED" --run_dir "$RUN/grpo"
+for model in base sft control grpo; do
     stage "evaluate $model" "$PY" evaluate.py --preset "$PRESET" --checkpoint "$RUN/$model" --out "$RUN/eval-$model.json"
 done
 stage report    "$PY" -m nanomath.report --run_dir "$RUN"

@@ -1,9 +1,13 @@
-"""What a speedrun achieved: one table, three pictures and a page of samples, from its run folders.
+"""What a speedrun achieved: its tables, three pictures and a page of samples, from its run folders.
 
     python -m nanomath.report --run_dir runs/speedrun-cpu
+    python -m nanomath.report --run_dir runs/speedrun-cpu runs/speedrun-cpu-seed1
 
 Reads what the stages left (funnel.json, metrics.jsonl, eval-*.json) and
-writes report.md, samples.md and plots/. Every figure comes from those files; none is kept here.
+writes report.md, samples.md and plots/; of several runs, which differ in their seeds, seeds.md in
+the first one's folder. Every figure comes from those files; none is kept here.
+
+The control is the SFT model trained on, on the same solutions, for at least GRPO's minutes.
 """
 
 import json
@@ -12,16 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from nanomath.config import one_line_errors, opt, parse
-from nanomath.evaluation import compare, draw_at_k
+from nanomath.evaluation import check_same_problems, compare, draw_at_k, paired_difference
 from nanomath.log import new_figure, printable, read_metrics, save_figure
 
-MODELS = ("base", "sft", "grpo")
+MODELS = ("base", "sft", "control", "grpo")
+PHASES = ("sampling", "rewards", "logprobs", "update", "evaluation")  # of a step of GRPO
 NUM_SAMPLE_PROBLEMS = 6
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    run_dir: str = opt("runs/speedrun-cpu", "folder of a speedrun")
+    run_dir: tuple[str, ...] = opt(
+        ("runs/speedrun-cpu",), "folder of a speedrun; several: runs of other seeds, compared"
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -55,7 +62,7 @@ def stage_rows(run: Path, evals: dict[str, dict]) -> list[tuple[str, str, str]]:
     last = funnel["rounds"][-1]
     minutes = stage_minutes(run)
     training = read_json(run / "tokenizer" / "training.json")
-    base, sft, grpo = (read_metrics(run / name) for name in MODELS)
+    base, sft, control, grpo = (read_metrics(run / name) for name in MODELS)
     achieved = {
         "corpus": (
             f"{last['pages']} of {funnel['pages']['kept']} pages recalled, precision "
@@ -68,6 +75,7 @@ def stage_rows(run: Path, evals: dict[str, dict]) -> list[tuple[str, str, str]]:
             f"{first_value(base, 'valid_bits_per_byte'):.3f}"
         ),
         "sft": f"loss {sft[-1]['loss']:.3f} nats per solution token, from {sft[0]['loss']:.3f}",
+        "control": f"SFT continued: loss {control[-1]['loss']:.3f}",
         "grpo": f"reward {mean_reward(grpo[-10:]):.2f}, from {mean_reward(grpo[:10]):.2f}",
     }
     for name in MODELS:
@@ -100,7 +108,7 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def accuracy_table(evals: dict[str, dict]) -> str:
-    """Compare the three models on the same held-out problems, with 95% intervals."""
+    """Compare the models on the same held-out problems, with 95% intervals."""
     names = list(evals["sft"]["metrics"])
     wanted = ["greedy", "pass@1", *(n for n in names if n.split("@")[-1] not in ("greedy", "1"))]
     wanted = [n for n in wanted if n in names and n.split("@")[-1] in ("greedy", "1", max_k(names))]
@@ -120,7 +128,7 @@ def max_k(names: list[str]) -> str:
 
 def draw(run: Path, evals: dict[str, dict]) -> None:
     """Draw losses, the run of GRPO, and Pass@K and Maj@K before and after (Figure 7)."""
-    base, sft, grpo = (read_metrics(run / name) for name in MODELS)
+    base, sft, _, grpo = (read_metrics(run / name) for name in MODELS)
     figure, axes = new_figure(3)
     line(axes[0], base, "loss", "pretraining loss (nats per token)")
     line(axes[1], base, "valid_bits_per_byte", "held-out math pages (bits per byte)")
@@ -159,26 +167,76 @@ def sample_page(evals: dict[str, dict]) -> str:
     return "\n".join(parts)
 
 
-def main() -> None:
-    cfg = parse(ReportConfig, description=__doc__)
-    run = Path(cfg.run_dir)
-    with one_line_errors():
-        evals = {model: read_json(run / f"eval-{model}.json") for model in MODELS}
-        stages = [list(row) for row in stage_rows(run, evals)]
-    gain = compare(evals["sft"], evals["grpo"])["greedy"]
-    report = "\n\n".join(
-        [
-            markdown_table(["stage", "minutes", "achieved"], stages),
-            accuracy_table(evals),
-            f"GRPO over SFT, greedy, paired: {gain['value']:+.1%} "
-            f"[{gain['low']:+.1%}, {gain['high']:+.1%}]",
-        ]
-    )
+def time_table(run: Path) -> str:
+    """Share out the minutes of the GRPO stage; what no step's clock covers is the last row."""
+    rows = read_metrics(run / "grpo")
+    seconds = {phase: sum(row[f"seconds_{phase}"] for row in rows) for phase in PHASES}
+    whole = 60 * stage_minutes(run).get("grpo", 0.0)
+    seconds["checkpoints, start"] = max(whole - sum(seconds.values()), 0.0)
+    total = sum(seconds.values())
+    cells = [[name, f"{s / 60:.1f}", f"{s / total:.0%}"] for name, s in seconds.items()]
+    return markdown_table(["GRPO's time", "minutes", "share"], cells)
+
+
+def seeds_table(evals_of_runs: dict[str, dict[str, dict]]) -> str:
+    """Compare the runs' greedy accuracies, and GRPO with SFT and the control, paired by problem.
+
+    In the last row a problem counts by the share of runs that solve it: its intervals speak of
+    other problems, the rows above it of other seeds. Raises ValueError for different problems.
+    """
+    right = {}  # run: {model: [problem]}
+    for name, evals in evals_of_runs.items():
+        first = next(iter(evals_of_runs.values()))["sft"]["problems"]
+        check_same_problems(first, evals["sft"]["problems"])
+        right[name] = {
+            model: [float(problem["greedy_correct"]) for problem in evals[model]["problems"]]
+            for model in MODELS
+        }
+    means = {}
+    for model in MODELS:
+        columns = zip(*(values[model] for values in right.values()), strict=True)
+        means[model] = [sum(column) / len(right) for column in columns]
+    rows = []
+    for name, values in {**right, f"mean of {len(right)}": means}.items():
+        greedy = [f"{sum(values[m]) / len(values[m]):.1%}" for m in MODELS[1:]]
+        pairs = [paired_difference(values[other], values["grpo"]) for other in ("sft", "control")]
+        rows.append([name, *greedy, *map(signed, pairs)])
+    return markdown_table(["greedy", *MODELS[1:], "GRPO - SFT", "GRPO - control"], rows)
+
+
+def signed(gain: dict[str, float]) -> str:
+    """Write a difference and its 95% interval in points of percent."""
+    return f"{gain['value']:+.1%} [{gain['low']:+.1%}, {gain['high']:+.1%}]"
+
+
+def write_report(run: Path) -> tuple[str, dict[str, dict]]:
+    """Write a run's page, samples and plots; return the page and its evaluations."""
+    evals = {model: read_json(run / f"eval-{model}.json") for model in MODELS}
+    stages = [list(row) for row in stage_rows(run, evals)]
+    gains = {other: compare(evals[other], evals["grpo"])["greedy"] for other in ("sft", "control")}
+    lines = [f"GRPO over {name}, greedy, paired: {signed(gain)}" for name, gain in gains.items()]
+    tables = [markdown_table(["stage", "minutes", "achieved"], stages), accuracy_table(evals)]
+    report = "\n\n".join([*tables, "\n".join(lines), time_table(run)])
     (run / "report.md").write_text(report + "\n", encoding="utf-8")
     (run / "samples.md").write_text(sample_page(evals), encoding="utf-8")
     draw(run, evals)
-    print(report)
-    print(f"\nPlots: {run / 'plots'}, {run / 'corpus' / 'plots'}; rollouts: {run / 'samples.md'}")
+    return report, evals
+
+
+def main() -> None:
+    cfg = parse(ReportConfig, description=__doc__)
+    runs = [Path(folder) for folder in cfg.run_dir]
+    with one_line_errors():
+        written = {str(run): write_report(run) for run in runs}
+        if len(written) > 1:
+            table = seeds_table({name: evals for name, (_, evals) in written.items()})
+    if len(written) == 1:
+        print(written[str(runs[0])][0])
+        samples = runs[0] / "samples.md"
+        print(f"\nPlots: {runs[0] / 'plots'}, {runs[0] / 'corpus' / 'plots'}; rollouts: {samples}")
+        return
+    (runs[0] / "seeds.md").write_text(table + "\n", encoding="utf-8")
+    print(table)
 
 
 if __name__ == "__main__":

@@ -54,11 +54,11 @@ def speedrun(run_dir: Path, cut=None) -> tuple[int, str]:
 def results(run_dir: Path) -> dict:
     """Return everything a run is judged by, without times and paths."""
     evals = {}
-    for model in ("base", "sft", "grpo"):
+    for model in ("base", "sft", "control", "grpo"):
         evals[model] = json.loads((run_dir / f"eval-{model}.json").read_text())
         for name in ("checkpoint", "settings", "config_hash"):
             evals[model].pop(name)
-    report = (run_dir / "report.md").read_text().splitlines()
+    report = (run_dir / "report.md").read_text().partition("| GRPO's time")[0].splitlines()
     columns = [line.split("|")[1:2] + line.split("|")[3:] for line in report]  # without minutes
     return {
         "evals": evals,
