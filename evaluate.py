@@ -97,15 +97,15 @@ PRESETS = {
     "smoke": {
         "num_problems": 50,
         **countdown.RANGES["smoke"],
-        "max_new_tokens": 32,
+        "max_new_tokens": 96,
     },
     "cpu": {
         **countdown.RANGES["cpu"],
-        "max_new_tokens": 40,
+        "max_new_tokens": 160,
     },
     "gpu": {
         **countdown.RANGES["gpu"],
-        "max_new_tokens": 128,
+        "max_new_tokens": 256,
         "chunk_problems": 256,
     },
     "gsm8k_qwen_0b5": _GSM8K_QWEN,

@@ -23,6 +23,7 @@ import hashlib
 import json
 import operator
 import os
+import random
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
@@ -31,10 +32,19 @@ from pathlib import Path
 from nanomath.config import one_line_errors, opt, parse, write_text
 from nanomath.judge.equation import Reading, read_equation
 from nanomath.tasks import Problem
-from nanomath.tasks.expressions import MAX_NUMBERS, expressions, is_reachable, solutions
+from nanomath.tasks.expressions import (
+    MAX_NUMBERS,
+    Expression,
+    expressions,
+    is_reachable,
+    number_text,
+    solutions,
+)
 
 HELDOUT_ONE_IN = 10  # share of all problems that are never trained on
 _MAX_DRAWS = 20_000  # per problem; a range without reachable targets ends with an error
+# Wrong attempts in a worked solution: chance of one more, at most, drawn among so many.
+GO_ON, MAX_WRONG, NUM_NEAR = 0.7, 7, 10
 
 SHORT_PROMPT = "Numbers: {numbers}\nTarget: {target}\n"
 FULL_PROMPT = (
@@ -233,30 +243,41 @@ def _hash(text: str) -> tuple[int, ...]:
 # ------------------------------------------------------------------------------ worked solutions
 
 
-def worked_solution(problem: Problem, seed: int = 0, *, max_wrong_attempts: int = 0) -> str:
-    """Return a solution text: one operation a line inside <think>, then the equation in <answer>.
+def worked_solution(problem: Problem, seed: int = 0) -> str:
+    """Return a search as text: attempts inside <think>, the equation in <answer>.
 
-    The solution is drawn among all different ones; where some have only non-negative whole
-    intermediate values, among those. With max_wrong_attempts = k, from 0 to k (drawn) attempts
-    that miss the target come first, each ending with " no": search is then part of the text.
+    An attempt is a line: its operations, then its distance from the target, which is 0 for the last
+    one only. With chance GO_ON a wrong one comes before, and then another, up to MAX_WRONG, drawn
+    among the NUM_NEAR nearest; the last is drawn among all solutions. Where a solution has only
+    non-negative whole intermediate values, all attempts do. Raises ValueError where there is none.
     """
     nums, target = problem.payload["nums"], problem.payload["target"]
-    found = solutions(nums, target)
-    if not found:
+    forms = expressions(nums)
+    natural = [form for form in forms if form.is_natural]
+    if any(form.value == target for form in natural):
+        forms = natural
+    rng = random.Random(f"countdown solution {seed} {problem.id} {nums} {target}")
+    rng.shuffle(forms)
+    forms.sort(key=lambda form: abs(form.value - target))  # stable: equally near ones stay shuffled
+    right = [form for form in forms if form.value == target]
+    if not right:
         raise ValueError(f"problem {problem.id}: {target} cannot be reached from {nums}")
-    words = _hash(f"countdown solution {seed} {problem.id} {nums} {target}")
-    natural = [expression for expression in found if expression.is_natural]
-    chosen = (natural or found)[words[0] % len(natural or found)]
-    lines = []
-    num_wrong = words[1] % (max_wrong_attempts + 1)
-    if num_wrong:
-        wrong = [e for e in expressions(nums) if e.is_natural and e.value != target]
-        for attempt in range(min(num_wrong, len(wrong))):
-            word = _hash(f"countdown attempt {seed} {problem.id} {nums} {target} {attempt}")[0]
-            steps = wrong.pop(word % len(wrong)).steps()
-            lines += [*steps[:-1], steps[-1] + " no"]
-    lines += chosen.steps()
-    return "<think>" + "\n".join(lines) + f"</think><answer>{chosen.text}</answer>"
+    near = forms[len(right) :][:NUM_NEAR]
+    num_wrong = 0  # a fixed number would be a sign to stop other than the distance
+    while num_wrong < min(MAX_WRONG, len(near)) and rng.random() < GO_ON:
+        num_wrong += 1
+    wrong = rng.sample(near, num_wrong)
+    # Two forms may have the same steps, 8/2-4 and 4-8/2: those are one attempt.
+    lines = dict.fromkeys(_attempt(form, target) for form in [*wrong, right[0]])
+    return "<think>" + "\n".join(lines) + f"</think><answer>{right[0].text}</answer>"
+
+
+def _attempt(form: Expression, target: int) -> str:
+    """Return the steps of a form and what its value misses the target by, apart by spaces."""
+    low, high = sorted((form.value, Fraction(target)))
+    return " ".join(
+        [*form.steps(), f"{number_text(high)}-{number_text(low)}={number_text(high - low)}"]
+    )
 
 
 def solve(nums: Sequence[int], target: int) -> list[str]:
@@ -327,7 +348,6 @@ class CountdownConfig:
     max_number: int = opt(99, "numbers are from 1 to this", low=1)
     max_target: int = opt(100, "targets are from 1 to this", low=1)
     style: str = opt("short", "prompt: short (from scratch) or full (pretrained)", choices=STYLES)
-    max_wrong_attempts: int = opt(0, "wrong attempts shown before the solution, at most", low=0)
 
 
 PRESETS = {
@@ -337,12 +357,10 @@ PRESETS = {
 }
 
 
-def sft_rows(
-    problems: Iterable[Problem], seed: int = 0, *, max_wrong_attempts: int = 0
-) -> Iterator[dict]:
+def sft_rows(problems: Iterable[Problem], seed: int = 0) -> Iterator[dict]:
     """Yield {"prompt", "solution", "nums", "target"} for each problem."""
     for problem in problems:
-        solution = worked_solution(problem, seed, max_wrong_attempts=max_wrong_attempts)
+        solution = worked_solution(problem, seed)
         yield {"prompt": problem.prompt, "solution": solution, **problem.payload}
 
 
@@ -357,7 +375,7 @@ def main(cfg: CountdownConfig) -> None:
         max_target=cfg.max_target,
         style=cfg.style,
     )
-    rows = sft_rows(problems, cfg.seed, max_wrong_attempts=cfg.max_wrong_attempts)
+    rows = sft_rows(problems, cfg.seed)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, "".join(json.dumps(row) + "\n" for row in rows))
     print(f"{out}: {len(problems)} worked solutions")

@@ -54,11 +54,11 @@ class Expression:
                 total = total + value if sign == "+" else total - value
             else:
                 total = total * value if sign == "*" else total / value
-            lines.append(f"{_number_text(before)}{sign}{_number_text(value)}={_number_text(total)}")
+            lines.append(f"{number_text(before)}{sign}{number_text(value)}={number_text(total)}")
         return total
 
 
-def _number_text(value: Fraction) -> str:
+def number_text(value: Fraction) -> str:
     """Print a value as an operand: what is no natural number stands in parentheses."""
     return str(value) if value.denominator == 1 and value >= 0 else f"({value})"
 

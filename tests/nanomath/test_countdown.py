@@ -11,6 +11,7 @@ from fractions import Fraction
 import pytest
 
 from nanomath.judge.equation import read_equation
+from nanomath.rewards import format_reward
 from nanomath.tasks import countdown
 from nanomath.tasks.countdown import (
     answer_class,
@@ -248,36 +249,57 @@ def test_prompts():
 # ------------------------------------------------------------------------------ worked solutions
 
 
+def attempts(solution: str) -> list[list[str]]:
+    """Return the steps of each attempt of a worked solution."""
+    think = re.fullmatch(r"<think>(.*)</think><answer>.*</answer>", solution, re.DOTALL)[1]
+    return [line.split(" ") for line in think.split("\n")]
+
+
 def test_worked_solution_form():
-    """The worked solution of the page's example, character by character."""
-    solution = worked_solution(make_problem(0, [95, 21, 3], 88))
-    assert solution == "<think>21/3=7\n95-7=88</think><answer>95-21/3</answer>"
-    hard = worked_solution(make_problem(0, [3, 3, 8, 8], 24))
-    lines = "8/3=(8/3)\n3-(8/3)=(1/3)\n8/(1/3)=24"
-    assert hard == f"<think>{lines}</think><answer>8/(3-8/3)</answer>"
+    """Worked solutions without wrong attempts, character by character; as many lines as drawn."""
+    page = make_problem(0, [95, 21, 3], 88)
+    drawn = {len(attempts(text)): text for text in (worked_solution(page, s) for s in range(100))}
+    assert sorted(drawn) == list(range(1, countdown.MAX_WRONG + 2))
+    assert drawn[1] == "<think>21/3=7 95-7=88 88-88=0</think><answer>95-21/3</answer>"
+    assert attempts(drawn[4])[3] == ["21/3=7", "95-7=88", "88-88=0"]
+    hard = {worked_solution(make_problem(0, [3, 3, 8, 8], 24), seed) for seed in range(20)}
+    line = "8/3=(8/3) 3-(8/3)=(1/3) 8/(1/3)=24 24-24=0"
+    assert f"<think>{line}</think><answer>8/(3-8/3)</answer>" in hard
     with pytest.raises(ValueError, match="cannot be reached"):
         worked_solution(make_problem(0, [1, 2], 50))
 
 
 def test_worked_solutions_are_right():
-    """Every solution passes the judge, its steps are true, whole and non-negative."""
-    problems = generate(200, num_numbers=(3, 4), seed=5)
-    for problem in problems:
-        solution = worked_solution(problem, seed=2)
-        assert is_correct(problem, solution), solution
-        steps = extract_think(solution).split("\n")
+    """Every solution earns both rewards; its steps are true, and whole where that is possible; each
+    attempt ends with its distance from the target, 0 for the last one only; none comes twice."""
+    for problem in generate(200, num_numbers=(3, 4), seed=5):
+        solution, target = worked_solution(problem, seed=2), problem.payload["target"]
+        assert is_correct(problem, solution) and format_reward(problem, solution) == 1.0
         naturals = [e for e in expressions(problem.payload["nums"]) if e.is_natural]
-        whole = any(e.value == problem.payload["target"] for e in naturals)
-        for step in steps:
-            left, right = step.split("=")
-            assert read_equation(left).value == read_equation(right).value
-            if whole:
-                assert right.isdigit()
-        assert right == str(problem.payload["target"])
+        whole = any(e.value == target for e in naturals)
+        lines = attempts(solution)
+        assert len({tuple(line) for line in lines}) == len(lines) <= 1 + countdown.MAX_WRONG
+        for line in lines:
+            *steps, check = [step.split("=") for step in line]
+            assert len(steps) == len(problem.payload["nums"]) - 1
+            for left, right in (*steps, check):
+                assert read_equation(left).value == read_equation(right).value
+                assert right.isdigit() or not whole
+            value, distance = (read_equation(text[1]).value for text in (steps[-1], check))
+            assert distance == abs(value - target)
+            assert (distance == 0) == (line is lines[-1])
 
 
-def extract_think(solution: str) -> str:
-    return re.fullmatch(r"<think>(.*)</think><answer>.*</answer>", solution, re.DOTALL)[1]
+def test_wrong_attempts_are_near():
+    """Over seeds the wrong attempts are those forms whose values lie nearest to the target."""
+    problem = make_problem(0, [7, 11, 20], 24)
+    forms = [e for e in expressions([7, 11, 20]) if e.is_natural and e.value != 24]
+    nearest = sorted(abs(e.value - 24) for e in forms)[: countdown.NUM_NEAR]
+    missed = set()
+    for seed in range(100):
+        for line in attempts(worked_solution(problem, seed))[:-1]:
+            missed.add(int(line[-1].split("=")[1]))
+    assert missed == set(nearest)
 
 
 def test_solution_is_drawn_among_all():
@@ -286,24 +308,6 @@ def test_solution_is_drawn_among_all():
     drawn = {worked_solution(problem, seed) for seed in range(200)}
     assert {extract_answer(text) for text in drawn} == set(solve([2, 3, 4], 24))
     assert worked_solution(problem, 7) == worked_solution(problem, 7)
-
-
-def test_wrong_attempts():
-    """Up to k attempts miss the target, are marked, and come before the right one."""
-    problem = make_problem(0, [95, 21, 3], 88)
-    counts = set()
-    for seed in range(40):
-        solution = worked_solution(problem, seed, max_wrong_attempts=2)
-        assert is_correct(problem, solution)
-        lines = extract_think(solution).split("\n")
-        marked = [line for line in lines if line.endswith(" no")]
-        assert lines[-2:] == ["21/3=7", "95-7=88"]
-        assert len(lines) == 2 * (len(marked) + 1)
-        for line in marked:
-            left, right = line.removesuffix(" no").split("=")
-            assert read_equation(left).value == read_equation(right).value != 88
-        counts.add(len(marked))
-    assert counts == {0, 1, 2}
 
 
 # ----------------------------------------------------------------------------------------- judge
