@@ -266,7 +266,8 @@ def worked_solution(problem: Problem, seed: int = 0) -> str:
     num_wrong = 0  # a fixed number would be a sign to stop other than the distance
     while num_wrong < min(MAX_WRONG, len(near)) and rng.random() < GO_ON:
         num_wrong += 1
-    wrong = rng.sample(near, num_wrong)
+    # In one order: else the likeliest next attempt is often one that was made before.
+    wrong = sorted(rng.sample(near, num_wrong), key=Expression.steps)
     # Two forms may have the same steps, 8/2-4 and 4-8/2: those are one attempt.
     lines = dict.fromkeys(_attempt(form, target) for form in [*wrong, right[0]])
     return "<think>" + "\n".join(lines) + f"</think><answer>{right[0].text}</answer>"

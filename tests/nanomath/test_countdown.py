@@ -271,7 +271,8 @@ def test_worked_solution_form():
 
 def test_worked_solutions_are_right():
     """Every solution earns both rewards; its steps are true, and whole where that is possible; each
-    attempt ends with its distance from the target, 0 for the last one only; none comes twice."""
+    attempt ends with its distance from the target, 0 for the last one only; those before it come in
+    order, none twice."""
     for problem in generate(200, num_numbers=(3, 4), seed=5):
         solution, target = worked_solution(problem, seed=2), problem.payload["target"]
         assert is_correct(problem, solution) and format_reward(problem, solution) == 1.0
@@ -279,6 +280,7 @@ def test_worked_solutions_are_right():
         whole = any(e.value == target for e in naturals)
         lines = attempts(solution)
         assert len({tuple(line) for line in lines}) == len(lines) <= 1 + countdown.MAX_WRONG
+        assert lines[:-1] == sorted(lines[:-1])
         for line in lines:
             *steps, check = [step.split("=") for step in line]
             assert len(steps) == len(problem.payload["nums"]) - 1
