@@ -367,6 +367,7 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
     scoring = {
         "temperature": cfg.temperature,
         "micro_batch_size": cfg.micro_batch_size,
+        "num_parts": cfg.num_minibatches,
         "device": dist.device,
     }
     more = {

@@ -18,7 +18,7 @@ def run_rows(
 ) -> None:
     """Fill stats, and grad_NV (which may be logits_NV) with d(sum w loss)/dlogits if given."""
     num_rows, vocab_size = logits_NV.shape
-    dtype = stats.logp_N.dtype
+    dtype = stats.entropy_N.dtype
     # Each operation ends in a wait for all threads: blocks grow with them, the waits do not.
     block = max(1, min(num_rows, BLOCK_ELEMENTS * torch.get_num_threads() // vocab_size))
     centred = torch.empty(block, vocab_size, dtype=dtype, device=logits_NV.device)

@@ -45,8 +45,8 @@ def policy_loss_kernel(
     old_logp_ptr,  # (N,) fp32 or fp64, or None
     ref_logp_ptr,  # (N,) fp32 or fp64, or None
     ids_ptr,  # (N,) int64, row numbers for the status word, or None
-    logp_ptr,  # (N,) fp32, as are the next four
-    entropy_ptr,
+    logp_ptr,  # (N,) fp64
+    entropy_ptr,  # (N,) fp32, as are the next three
     loss_ptr,
     kl_ptr,
     ratio_ptr,
@@ -267,9 +267,8 @@ def launch_rows(
 ) -> None:
     """Launch policy_loss_kernel: fill stats and, if given, grad_NV (may be logits_NV)."""
     num_rows, vocab_size = logits_NV.shape
-    # With one sweep there is nothing to keep in the L2: several rows an SM hide each other's waits.
-    most = 8 if grad_NV is None else 32
-    warps = max(1, min(most, triton.next_power_of_2(vocab_size) // (32 * PER_THREAD.value)))
+    # With and without a gradient alike: other threads would sum up to other log-probabilities.
+    warps = max(1, min(32, triton.next_power_of_2(vocab_size) // (32 * PER_THREAD.value)))
     strides = logits_NV.stride(0), 0 if grad_NV is None else grad_NV.stride(0)
     with torch.cuda.device_of(logits_NV):  # Triton launches on the current one
         policy_loss_kernel[(num_rows,)](

@@ -14,7 +14,9 @@ from torch import Tensor
 class PolicyLossOutput(NamedTuple):
     """The loss and, detached, what each row had: fp32, or fp64 where the logits are fp64.
 
-    Rows of weight 0 hold 0 everywhere: they are never computed, their targets never read.
+    logp_N is fp64 always: against log-probabilities of the same weights, kept so, each ratio is
+    exactly 1 and each KL exactly 0. Rows of weight 0 hold 0 everywhere: they are never computed,
+    their targets never read.
     """
 
     loss: Tensor  # scalar, differentiable: sum_n weights_N * loss_N
@@ -79,7 +81,7 @@ class RowStats(NamedTuple):
     @classmethod
     def new(cls, like: Tensor, num_rows: int, has_loss: bool) -> "RowStats":
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        dtypes = [dtype] * 5 + [torch.int8] if has_loss else [dtype] * 2
+        dtypes = [torch.float64, dtype, *([dtype] * 3 + [torch.int8] if has_loss else [])]
         return cls(*(torch.zeros(num_rows, dtype=d, device=like.device) for d in dtypes))
 
     def take(self, index: slice) -> "RowStats":

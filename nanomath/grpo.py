@@ -11,6 +11,7 @@ Per-token tensors are packed: one axis N runs over the response tokens of all ro
 without padding. Masks come from lengths, never from token ids.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -39,7 +40,8 @@ class RolloutBatch:
     advantages_B, weights_B: float64 [B], the same for all tokens of an output (output_weights).
     num_rows_longest: the largest B of any rank. All ranks run as many passes as that takes, some
         without rows, because sharded ranks must run each pass together.
-    sampler_logp_N, ref_logp_N, old_logp_N: packed over response tokens, fp32 or wider.
+    sampler_logp_N, ref_logp_N, old_logp_N: packed over response tokens, fp32 or wider; the last two
+        as response_logprobs gives them.
     """
 
     sequences: list[list[int]]
@@ -58,11 +60,13 @@ class RolloutBatch:
     def micro_batches(self, size: int, part: int = 0, num_parts: int = 1) -> list[list[int]]:
         """Return the rows of one part of the batch, `size` at a time.
 
-        Rows of similar length share a micro-batch, so that little of it is padding. Scoring and
-        updating split alike, so that the first ratio is 1 to the last bit.
+        Rows of weight 0 are left out. Rows of similar length share a micro-batch, so that little of
+        it is padding. Scoring and updating split alike, so that the first ratio is 1 to the last
+        bit.
         """
         first, end = (len(self) * k // num_parts for k in (part, part + 1))
-        rows = sorted(range(first, end), key=lambda row: len(self.sequences[row]))
+        rows = [row for row in range(first, end) if self.weights_B[row] > 0]
+        rows.sort(key=lambda row: len(self.sequences[row]))
         return split_rows(rows, self.num_rows_longest // num_parts, size)
 
     def token_slices(self, rows: Sequence[int]) -> torch.Tensor:
@@ -141,16 +145,17 @@ def response_logprobs(
     temperature: float,
     micro_batch_size: int,
     device: torch.device,
+    num_parts: int = 1,
 ) -> torch.Tensor:
-    """Score every response token of the batch under `model`: [N], no gradient.
+    """Score the response tokens in the loss under `model`: [N], no gradient; 0 for the others.
 
-    At the sampling temperature, over the full vocabulary. fp32, whatever the compute type; float64
-    for a float64 model.
+    At the sampling temperature, over the full vocabulary. float64, whatever the compute type.
+    num_parts: policy_update's.
     """
-    dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
-    logp_N = torch.zeros(sum(batch.response_lengths), dtype=dtype)
+    logp_N = torch.zeros(sum(batch.response_lengths), dtype=torch.float64)
     status = torch.zeros(1, dtype=torch.int64, device=device)
-    for rows in batch.micro_batches(micro_batch_size):
+    parts = (batch.micro_batches(micro_batch_size, k, num_parts) for k in range(num_parts))
+    for rows in itertools.chain(*parts):
         tokens_BT, predicted_N, targets_N = pad_rows(batch, rows, device)
 
         def head_fn(hidden_BTD, head_VD, predicted_N=predicted_N, targets_N=targets_N):

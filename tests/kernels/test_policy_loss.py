@@ -210,7 +210,7 @@ def test_half_precision_logits_keep_fp32_values(device, make_case, dtype):
     output, grad_NV = run(kernels, case.to(device), **SETTINGS)
     exact, _ = run(reference, case.double(), **SETTINGS)
     torch.testing.assert_close(output.logp_N.cpu().double(), exact.logp_N, rtol=2e-6, atol=2e-6)
-    assert output.logp_N.dtype == torch.float32 and grad_NV.dtype == dtype
+    assert output.loss_N.dtype == torch.float32 and grad_NV.dtype == dtype
 
 
 def test_float64_is_exact(make_case):
@@ -283,6 +283,27 @@ def test_token_logprobs_equal_the_loss(device, make_case):
     assert not logp_N.requires_grad
     for value_N, exact_N in zip((logp_N, entropy_N), exact, strict=True):
         torch.testing.assert_close(value_N.cpu().double(), exact_N, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("vocab_size", [700, 20_000])
+def test_own_log_probabilities_give_ratio_1_and_kl_0(device, make_case, vocab_size, dtype):
+    """Against log-probabilities of the same logits each ratio is exactly 1 and each KL exactly 0,
+    with and without a gradient; where A is 0 so is the gradient."""
+    case = make_case(33, vocab_size, seed=8, temperature=0.8, dtype=dtype).to(device)
+    logits_NV = case.logits_NV.clone().requires_grad_()
+    logp_N, _ = kernels.token_logprobs(logits_NV, case.targets_N.clamp(min=0), temperature=0.8)
+    kept_N = case.weights_N != 0
+    for estimator in ("k1", "k2", "k3"):
+        output = kernels.policy_loss(
+            logits_NV, case.targets_N, weights_N=case.weights_N,
+            advantages_N=torch.zeros_like(case.advantages_N), old_logp_N=logp_N, ref_logp_N=logp_N,
+            **SETTINGS, temperature=0.8, kl_estimator=estimator,
+        )  # fmt: skip
+        assert torch.equal(output.ratio_N, kept_N.to(output.ratio_N.dtype))
+        assert not output.kl_N.any() and output.loss == 0.0
+    output.loss.backward()
+    assert not logits_NV.grad.any()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

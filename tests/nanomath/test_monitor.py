@@ -171,11 +171,14 @@ def test_no_heldout_problem_is_an_error():
 
 def test_costs_are_the_slowest_rank_over_all_tokens(monkeypatch):
     """Seconds are the slowest rank's in each phase, tokens those of all ranks: responses when
-    sampled, whole sequences once per pass when trained; memory is the fullest rank's."""
+    sampled, sequences in the loss, whole, once per pass when trained; memory the fullest rank's."""
     batches = [
-        SimpleNamespace(response_lengths=[2, 3], sequences=[[1] * 5, [1] * 7]),
-        SimpleNamespace(response_lengths=[4], sequences=[[1] * 6]),
-        SimpleNamespace(response_lengths=[], sequences=[]),
+        SimpleNamespace(response_lengths=lengths, sequences=rows, weights_B=torch.tensor(weights))
+        for lengths, rows, weights in (
+            ([2, 3, 1], [[1] * 5, [1] * 7, [1] * 2], [0.25, 0.5, 0.0]),
+            ([4], [[1] * 6], [0.1]),
+            ([], [], []),
+        )
     ]
     seconds = [
         {"sampling": 1.0, "update": 8.0},
@@ -190,7 +193,7 @@ def test_costs_are_the_slowest_rank_over_all_tokens(monkeypatch):
         "seconds_sampling": 3.0,
         "seconds_update": 8.0,
         "memory_gb": 5.0,
-        "sampling_tokens_per_s": 9 / 3.0,
+        "sampling_tokens_per_s": 10 / 3.0,
         "training_tokens_per_s": 2 * 18 / 8.0,
     }
     assert got == [expected] * 3
