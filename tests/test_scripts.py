@@ -276,6 +276,20 @@ def test_train_grpo_is_algorithm_1(tmp_path, tokenizer, monkeypatch, flags):
         assert any(0 < row["truncated"] < 1 for row in rows)
 
 
+def test_a_policy_that_does_not_move_has_ratio_1_and_kl_0(tmp_path, start, monkeypatch):
+    """With a learning rate of 0 every ratio is 1 and each KL 0, to the last bit in fp32, over
+    several steps per pass, several passes and outputs that are not in the loss."""
+    argv = [
+        *SMALL_GRPO, "--num_steps", "2", "--lr", "0", "--num_updates", "2", "--num_minibatches",
+        "2", "--batch_size", "4", "--micro_batch_size", "3", "--kl_coef", "0.3", "--reward",
+        reward_file(tmp_path, digits_reward), "--init", start, "--run_dir", tmp_path / "grpo",
+    ]  # fmt: skip
+    run_script(train_grpo, argv, monkeypatch)
+    for row in read_metrics(tmp_path / "grpo"):
+        assert row["kl"] == row["loss_kl"] == row["kl_old"] == 0.0 and row["ratio_max"] == 1.0
+        assert row["grad_norm"] > 0 and row["sampler_gap"] > 0
+
+
 def test_a_question_drawn_twice_makes_two_groups(tmp_path, start, monkeypatch):
     """The groups of one question that a batch holds twice are sampled apart from one another."""
     drawn, real = [], train_grpo.sample_groups
