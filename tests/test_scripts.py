@@ -281,7 +281,7 @@ def test_a_policy_that_does_not_move_has_ratio_1_and_kl_0(tmp_path, start, monke
     several steps per pass, several passes and outputs that are not in the loss."""
     argv = [
         *SMALL_GRPO, "--num_steps", "2", "--lr", "0", "--num_updates", "2", "--num_minibatches",
-        "2", "--batch_size", "4", "--micro_batch_size", "3", "--kl_coef", "0.3", "--reward",
+        "2", "--batch_size", "4", "--micro_batch_size", "7", "--kl_coef", "0.3", "--reward",
         reward_file(tmp_path, digits_reward), "--init", start, "--run_dir", tmp_path / "grpo",
     ]  # fmt: skip
     run_script(train_grpo, argv, monkeypatch)
