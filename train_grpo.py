@@ -210,11 +210,11 @@ PRESETS = {
         **countdown.RANGES["cpu"],
         "num_problems": 10_000,
         "max_new_tokens": 160,  # about eight attempts
-        "num_steps": 200,
+        "num_steps": 140,
         # With a reward for the format alone, giving up pays more than being cut off: the policy
         # learns to write "17-17=0" at any distance.
         "reward": ("equation",),
-        "lr": 1e-4,
+        "lr": 5e-5,  # at 2e-4 greedy accuracy falls by 15 points in 20 steps
         "schedule": "cosine",
         "warmup_steps": 10,
         "beta2": 0.99,  # the gradient of 256 outputs is noisy
@@ -223,7 +223,7 @@ PRESETS = {
         "group_size": 8,
         "micro_batch_size": 32,  # stays in the cache: 128 takes 1.6 times as long
         "checkpoint_interval": 25,
-        "eval_interval": 20,
+        "eval_interval": 35,
         "num_eval_samples": 4,
     },
     "smoke": {
