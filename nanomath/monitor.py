@@ -164,9 +164,9 @@ def heldout_metrics(
     """
     if not problems:
         raise ValueError("no problems to evaluate")
-    rows = []
-    for chunk in chunks(problems[dist.rank :: dist.world_size], chunk_problems):
-        records = evaluate_chunk(
+    mine, records, rows = problems[dist.rank :: dist.world_size], [], []
+    for chunk in chunks(mine, chunk_problems):
+        records += evaluate_chunk(
             model,
             tokenizer,
             chunk,
@@ -175,16 +175,17 @@ def heldout_metrics(
             max_new_tokens=max_new_tokens,
             **more,
         )
-        totals, _ = rewards.score(chunk, [record["greedy"]["text"] for record in records])
-        for record, total in zip(records, totals, strict=True):
-            row = {"heldout_reward": total, "heldout_pass@1": float(record["greedy"]["correct"])}
-            if num_samples:
-                correct = [sample["correct"] for sample in record["samples"]]
-                classes = [sample["class"] for sample in record["samples"]]
-                k = num_samples
-                row[f"heldout_pass@{k}"] = pass_at_k(k, sum(correct), k)
-                row[f"heldout_maj@{k}"] = maj_at_k(classes, correct, k)
-            rows.append(row)
+    # All at once: one call is bounded by what other ranks wait (reward_workers.py).
+    totals, _ = rewards.score(mine, [record["greedy"]["text"] for record in records])
+    for record, total in zip(records, totals, strict=True):
+        row = {"heldout_reward": total, "heldout_pass@1": float(record["greedy"]["correct"])}
+        if num_samples:
+            correct = [sample["correct"] for sample in record["samples"]]
+            classes = [sample["class"] for sample in record["samples"]]
+            k = num_samples
+            row[f"heldout_pass@{k}"] = pass_at_k(k, sum(correct), k)
+            row[f"heldout_maj@{k}"] = maj_at_k(classes, correct, k)
+        rows.append(row)
     rows = [row for part in gather_json(rows, dist) for row in part]
     columns = {name: [row[name] for row in rows if row[name] is not None] for name in rows[0]}
     # fsum is exact: the order of the ranks' problems does not show.

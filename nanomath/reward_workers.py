@@ -22,7 +22,6 @@ import faulthandler
 import importlib.util
 import inspect
 import json
-import math
 import os
 import resource
 import signal
@@ -44,6 +43,7 @@ GRACE_SECONDS = 1.0  # beyond its limit, for a worker to end itself
 # at --reward_seconds' bound, it is less than run.STEP_TIMEOUT_S.
 BATCH_SECONDS = 450.0
 OUTPUT_BYTES = 20_000
+LARGEST = 1e50  # of rewards and weights: squares of their sums are finite
 
 
 # --------------------------------------------------------------------------------- in the trainer
@@ -298,8 +298,8 @@ def score_one(function: RewardFunction, problem: Problem, completion: str) -> Sc
         value = float(reward)
     except Exception as error:  # whatever a user's function does must not end a run of hours
         return None, _one_line(error)
-    if not math.isfinite(value):
-        return None, f"it returned {value}, not a finite number"
+    if not abs(value) <= LARGEST:
+        return None, f"it returned {value}, not a number within {LARGEST:g}"
     return value, None
 
 

@@ -17,13 +17,13 @@ and named in one warning, and a completion without a reward is left out of its g
 
 import itertools
 import logging
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from nanomath.judge.answers import is_readable
 from nanomath.reward_workers import (
+    LARGEST,
     RewardFunction,
     Scored,
     Workers,
@@ -92,9 +92,13 @@ class Rewards:
     ):
         self._names, self._labels = tuple(names), [reward_label(name) for name in names]
         self._weights = tuple(weights) or (1.0,) * len(self._names)
-        if not names or len(set(self._labels)) != len(names):
-            raise ValueError(f"--reward {' '.join(names)}: give different function names")
-        if len(self._weights) != len(names) or not all(map(math.isfinite, self._weights)):
+        if len({"std", *self._labels}) <= len(names) or not names:  # reward_std is a metric
+            raise ValueError(
+                f"--reward {' '.join(names)}: give different function names, other than std"
+            )
+        if len(self._weights) != len(names) or not all(
+            abs(weight) <= LARGEST for weight in self._weights
+        ):
             raise ValueError(
                 f"--reward_weights {' '.join(map(str, weights))}: give one number for each of "
                 f"--reward {' '.join(names)}"

@@ -125,7 +125,10 @@ def judged_chunk(calls):
 class TenthsOfTheId:
     """Stands for Rewards: a tenth of the number in a greedy answer; 101 cannot be judged."""
 
+    num_calls = 0
+
     def score(self, problems, completions):
+        self.num_calls += 1
         assert completions == [f"greedy {problem.id}" for problem in problems]
         return [None if problem.id == 101 else problem.id / 10 for problem in problems], {}
 
@@ -140,10 +143,13 @@ def test_heldout_metrics_by_hand_on_any_number_of_ranks(monkeypatch, world_size)
     settings = {"temperature": 0.7, "max_new_tokens": 9}
 
     def metrics(dist, num_samples=4):
-        return heldout_metrics(
+        rewards = TenthsOfTheId()
+        figures = heldout_metrics(
             None, None, PROBLEMS, num_samples=num_samples, dist=dist, chunk_problems=2,
-            max_rows=7, rewards=TenthsOfTheId(), **settings,
+            max_rows=7, rewards=rewards, **settings,
         )  # fmt: skip
+        assert rewards.num_calls == 1  # each may take as long as other ranks wait
+        return figures
 
     reward = {"heldout_reward": math.fsum([10.0, 10.2, 10.3, 10.4]) / 4}
     expected = {

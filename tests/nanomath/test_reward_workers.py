@@ -108,7 +108,7 @@ FAILURES = {
     "deep": "RecursionError: maximum recursion depth exceeded",
     "memory": "MemoryError: ",
     "terminal": r"ValueError: \x1b[2J\n数",
-    "nan": "it returned nan, not a finite number",
+    "nan": "it returned nan, not a number within 1e+50",
     "text": "TypeError: a reward must be a number, not str",
     "list": "TypeError: float() argument must be a string or a real number, not 'list'",
     "_exit": "it ended its process (exit status 3)",

@@ -151,12 +151,15 @@ def test_failing_function_gives_none_not_zero(tmp_path, caplog):
         ([1.0], None),
         (1j, None),
         (10**400, None),
+        (-1e50, -1e50),
+        (1.01e50, None),
         (np.bool_(True), 1.0),
     ],
-    ids=range(13),
+    ids=range(15),
 )
 def test_what_counts_as_a_number(value, reward):
-    """Real finite numbers become floats; everything else is no reward."""
+    """Real numbers within 1e50 become floats: sums of their squares stay finite; everything else is
+    no reward."""
     got, failure = score_one(lambda problem, completion: value, PROBLEM, "")
     assert got == reward
     assert type(got) in (float, type(None))
@@ -191,6 +194,8 @@ def test_bad_arguments(tmp_path):
         (((),), ValueError, "different function names"),
         ((("format",), (1.0, 1.0)), ValueError, weights),
         ((("format",), (float("nan"),)), ValueError, weights),
+        ((("format",), (1e51,)), ValueError, weights),
+        (((f"{tmp_path}/mine.py:std",),), ValueError, "other than std"),
     ):
         with pytest.raises(error, match=message):
             Rewards(*arguments)
