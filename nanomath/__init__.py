@@ -14,7 +14,7 @@ Time alignment, everywhere: `logp_BT[:, t]` scores `tokens_BT[:, t + 1]`.
 Read in this order (the order of the paper, then down into each part):
 
     speedrun.sh        the story: every stage is a command
-    train_grpo.py      Algorithm 1
+    train_grpo.py      Algorithm 1; grpo_config.py: its settings and presets
     advantages.py      rewards -> advantage and weight of each output (Sec. 4.1.2, Eq. 3)
     grpo.py            the objective (Eq. 3, 4), the update
     ../kernels/        the loss over the vocabulary: reference.py first, then the fused forms
