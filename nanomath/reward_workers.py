@@ -2,7 +2,7 @@
 
 The trainer holds `Workers`; each worker is this file run as a program, which never imports torch:
 
-    python -m nanomath.reward_workers SECONDS my_file.py:my_function ...
+    python -m nanomath.reward_workers SECONDS PLACE my_file.py:my_function ...
 
 A request (which function, problem, completion) and its reply (reward or null, what failed or null)
 are one line of JSON each: nothing is unpickled. A function that raises or returns no number is
@@ -11,7 +11,8 @@ replaced with whatever it had started itself. What functions print goes to the t
 up to OUTPUT_BYTES a step.
 
 Workers outlive neither the trainer's end nor its death: an idle one sees its input end, and a busy
-one has a timer in C, which needs no lock of Python's, that prints where it hangs and ends it.
+one has a timer in C, which needs no lock of Python's, that writes where it hangs to the file
+descriptor PLACE and ends it.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import resource
 import signal
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -59,7 +63,8 @@ class Workers:
         self._specs, self._seconds = specs, seconds
         # -u: prints show at once; -P: no file of the current folder hides a module.
         program = [sys.executable, "-u", "-P", "-m", "nanomath.reward_workers"]
-        self._command = [*program, str(seconds), *specs]
+        self._command = [*program, str(seconds)]
+        self._places = [tempfile.TemporaryFile() for _ in range(num_workers)]
         self._processes: list[asyncio.subprocess.Process | None] = [None] * num_workers
         self._forwards: list[asyncio.Task | None] = [None] * num_workers
         self._output_left = 0
@@ -80,6 +85,8 @@ class Workers:
         if runner is not None:  # else Ctrl-C has closed them
             with runner:
                 runner.run(self._end_all())
+            for place in self._places:
+                place.close()
 
     def _run(self, work) -> Any:
         try:
@@ -133,8 +140,13 @@ class Workers:
             "PYTHONHASHSEED": "0",  # a set is in the same order in each of them
         }
         try:
+            self._places[slot].seek(0)
+            self._places[slot].truncate()
             process = await asyncio.create_subprocess_exec(
                 *self._command,
+                str(self._places[slot].fileno()),
+                *self._specs,
+                pass_fds=(self._places[slot].fileno(),),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
@@ -165,10 +177,17 @@ class Workers:
         late = time.monotonic() - start >= seconds
         status = await self._end(slot, wait=0.0 if late else GRACE_SECONDS)
         if late:
-            return None, f"it took more than {seconds:g} s"
+            return None, f"it took more than {seconds:g} s{self._where(slot)}"
         is_signal = status is not None and status < 0
         ended = signal.strsignal(-status) if is_signal else f"exit status {status}"
         return None, f"it ended its process ({ended})"
+
+    def _where(self, slot: int) -> str:
+        """Return which line of a user's file a worker hung in, as far as it could say."""
+        files = {spec.rpartition(":")[0] for spec in self._specs}
+        text = os.pread(self._places[slot].fileno(), 65536, 0).decode(errors="replace")
+        places = re.findall(r'File "(.*)", line (\d+)', text)  # the innermost call first
+        return next((_place(file, line) for file, line in places if file in files), "")
 
     async def _end(self, slot: int, wait: float = 0.0) -> int | None:
         """Kill a worker that has not ended by itself after `wait` seconds; return its status."""
@@ -213,11 +232,11 @@ def default_num_workers() -> int:
 
 def main() -> None:
     """Answer requests until the input ends."""
-    seconds, specs = float(sys.argv[1]), sys.argv[2:]
+    seconds, place, specs = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     requests, replies = _take_pipes()
     pid = os.getpid()
     _prepare_process()
-    faulthandler.dump_traceback_later(START_SECONDS, exit=True, file=2)
+    faulthandler.dump_traceback_later(START_SECONDS, exit=True, file=place)
     functions, error = [], None
     try:
         functions = [load_function(spec) for spec in specs]
@@ -227,7 +246,7 @@ def main() -> None:
     replies.write(json.dumps([None, error]) + "\n")
     replies.flush()
     for line in requests:
-        faulthandler.dump_traceback_later(seconds, exit=True, file=2)
+        faulthandler.dump_traceback_later(seconds, exit=True, file=place)
         request = json.loads(line)
         function, problem = functions[request["function"]], Problem(**request["problem"])
         try:
@@ -304,13 +323,20 @@ def score_one(function: RewardFunction, problem: Problem, completion: str) -> Sc
 
 
 def _one_line(error: BaseException) -> str:
-    """Describe an error; it may quote the model's text, which must not drive a terminal."""
+    """Describe an error and the last line of a user's file that it came through; it may quote the
+    model's text, which must not drive a terminal."""
     try:
         text = str(error)
     except BaseException:
         text = "(an error without a text)"
-    text = f"{type(error).__name__}: {text}"[:300]
+    tb = traceback.walk_tb(error.__traceback__)
+    lines = [(f.f_code.co_filename, n) for f, n in tb if f.f_code.co_filename in sys.modules]
+    text = f"{type(error).__name__}: {text}"[:300] + (_place(*lines[-1]) if lines else "")
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def _place(file: str, line: int | str) -> str:
+    return f" ({Path(file).name}, line {line})"
 
 
 if __name__ == "__main__":

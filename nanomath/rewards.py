@@ -11,8 +11,8 @@ Your own: `--reward my_file.py:my_function`. It runs in worker processes (reward
 time limit per completion. One that raises, takes too long, ends its process or returns no finite
 number has no reward for that completion: None, which is not 0. The failures of a call are counted
 and named in one warning, and a completion without a reward is left out of its group's mean and std
-(grpo.py). The built-in functions run in the trainer's process: they are bounded whatever the text
-(tests hold them to it), and quicker than a message to a worker.
+(advantages.py). The built-in functions run in the trainer's process: they are bounded whatever the
+text (tests hold them to it), and quicker than a message to a worker.
 """
 
 import itertools
@@ -32,7 +32,7 @@ from nanomath.reward_workers import (
 )
 from nanomath.tasks import Problem, benchmarks, countdown
 
-SHOWN_FAILURES = 3  # of one function in one call: the rest are counted
+SHOWN_FAILURES = 3  # different ones, of one function in one call: all are counted
 
 _logger = logging.getLogger(__name__)
 
@@ -154,14 +154,15 @@ def _warn(name: str, problems: Sequence[Problem], results: Sequence[Scored]) -> 
         for problem, (_, failure) in zip(problems, results, strict=True)
         if failure
     ]
+    shown = [*dict.fromkeys(failures)]  # a broken function fails alike for a whole group
     if failures:
         _logger.warning(
             "reward %s gave no reward for %d of %d completions: %s%s",
             name,
             len(failures),
             len(results),
-            "; ".join(failures[:SHOWN_FAILURES]),
-            "; ..." if len(failures) > SHOWN_FAILURES else "",
+            "; ".join(shown[:SHOWN_FAILURES]),
+            "; ..." if len(shown) > SHOWN_FAILURES else "",
         )
 
 

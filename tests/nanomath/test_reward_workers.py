@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -123,6 +124,8 @@ FAILURES = {
         "it took more than 1 s",
     ),
 }
+IN_FILE = r" \(hostile\.py, line \d+\)$"
+IN_LINE = {"raise": "1 / 0", "terminal": "raise ValueError", "sleep": '"sleep":', "lock": '"lock":'}
 REWARDS = {"none": None, "forked": 0.5, "left_thread": 0.5, "say": 0.5, "read_input": 0.0,
            "modules": 0.0, "zero": 0.0, "core": 0.0, "x" * 9: 9.0}  # fmt: skip
 
@@ -171,11 +174,18 @@ def wait_until_gone(pids, seconds: float) -> list[int]:
 
 
 def test_hostile_functions_cost_their_own_reward_alone(workers, spec, capfd):
-    """Of one batch every failure is None and named, every other completion has its number."""
+    """Of one batch every failure is None and named, with the line of the user's file where there is
+    one; every other completion has its number."""
     kinds = [*FAILURES, *REWARDS]
     start = time.monotonic()
     scored = workers.score(tasks(*(text for kind in kinds for text in (kind, "abc"))))
     assert scored[1::2] == [(3.0, None)] * len(kinds)
+    places = {kind: failure for kind, (_, failure) in zip(kinds, scored[::2]) if failure}
+    lines = HOSTILE.splitlines()
+    for kind, text in IN_LINE.items():
+        (number,) = (n for n, line in enumerate(lines, 1) if text in line)
+        assert places[kind].endswith(f" (hostile.py, line {number})")
+    scored = [(reward, failure and re.sub(IN_FILE, "", failure)) for reward, failure in scored]
     assert dict(zip(kinds, scored[::2], strict=True)) == {
         **{kind: (None, failure) for kind, failure in FAILURES.items()},
         **{kind: (reward, None) for kind, reward in REWARDS.items()},
@@ -198,14 +208,16 @@ def test_a_forked_child_that_comes_back_ends(spec):
 
 
 def test_what_functions_print_is_shown(workers, capfd):
-    """All that they print, and where one hangs or crashes, on stderr, up to a bound per call."""
+    """All that they print, and where one crashes, on stderr, up to a bound per call; one that hangs
+    is named with its line and prints nothing more."""
     workers.score(tasks("say"))
-    workers.score(tasks("sleep"))
+    for _ in range(2):  # the second time in a worker that was started anew
+        ((_, hung),) = workers.score(tasks("sleep"))
+        assert re.fullmatch(r"it took more than 1 s \(hostile\.py, line \d+\)", hung)
     workers.score(tasks("segfault"))
     error = capfd.readouterr().err
-    assert "hi\necho from a shell\n[9.0, null]\n" in error
-    hung, crashed = error[error.index("Timeout") :].split("Segmentation fault")
-    assert "in <lambda>" in hung and 'hostile.py", line' in crashed
+    shown, crashed = error.split("Fatal Python error: Segmentation fault")
+    assert shown == "hi\necho from a shell\n[9.0, null]\n" and 'hostile.py", line' in crashed
 
 
 def test_workers_are_kept_and_only_the_lost_one_replaced(spec):
