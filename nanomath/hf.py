@@ -223,6 +223,8 @@ def save_hf(
                 index = {"metadata": {"total_size": total}, "weight_map": weight_map}
                 write_json(temporary / INDEX, index)
             for path in (*temporary.iterdir(), temporary):
+                if path.suffix == ".safetensors":  # save_file lets nobody else read
+                    shutil.copymode(temporary / "config.json", path)
                 fsync(path)
             os.rename(temporary, folder)
             fsync(folder.parent)
@@ -281,7 +283,7 @@ def main(cfg: Config) -> None:
     """Export a checkpoint."""
     for flag in ("checkpoint", "out"):
         if not getattr(cfg, flag):
-            raise ValueError(f"--{flag} FOLDER is missing")
+            raise ValueError(f"--{flag} is needed: give a folder (see --help)")
     if Path(cfg.out).exists():  # before the weights are read
         raise FileExistsError(f"--out {cfg.out} exists; give a new folder, or remove that one")
     model, tokenizer, state = load_model(cfg.checkpoint, dtype=DTYPES[cfg.dtype])

@@ -282,6 +282,8 @@ def test_export_from_the_command_line_is_complete(tmp_path, tokenizer, monkeypat
         "config.json", "generation_config.json", "model.safetensors", "README.md",
         "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
+    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1  # whoever may read the settings may read the weights
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert theirs.dtype == torch.bfloat16
     assert theirs.generation_config.eos_token_id == list(tokenizer.stop_ids)
