@@ -11,6 +11,10 @@
 # Five minutes before the time limit every process gets SIGUSR1, saves after its step and exits 0;
 # the job then queues again, and the same command continues the run.
 set -euo pipefail
+if [[ $# == 0 || "$1" == -h || "$1" == --help || -z "${SLURM_JOB_ID:-}" ]]; then
+    sed -n '/^#!/d; /^#SBATCH/d; /^#/!q; s/^# //p' "$0"
+    exit 2
+fi
 cd "${SLURM_SUBMIT_DIR:-.}"
 export MASTER_PORT=29500
 MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
