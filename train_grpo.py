@@ -51,7 +51,7 @@ from nanomath.monitor import (
 from nanomath.optim import SCHEDULES, make_adamw
 from nanomath.rewards import Rewards
 from nanomath.run import Run, open_run
-from nanomath.sampler import Rollouts, sample_groups
+from nanomath.sampler import Rollouts, sample_groups, sample_stream
 from nanomath.tasks import Problem, benchmarks, countdown, encode_prompt
 from nanomath.tokenizer import Tokenizer
 
@@ -95,6 +95,13 @@ def drop_long_prompts(
             f"warning: {len(dropped)} of {len(problems)} problems are left out, prompts of "
             f"{max_context} tokens or more fill the context of {cfg.init}: "
             f"{cfg.problems or 'Countdown'} {ids}{', ...' if len(dropped) > 8 else ''}",
+            flush=True,
+        )
+    tight = sum(max_context - cfg.max_new_tokens < length < max_context for length in lengths)
+    if tight and dist.is_main:
+        print(
+            f"note: after {tight} of {len(problems)} prompts the context of {cfg.init} "
+            f"({max_context} tokens) ends an output before --max_new_tokens {cfg.max_new_tokens}",
             flush=True,
         )
     return kept
@@ -175,8 +182,19 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
             )
             for split, num in (("train", cfg.num_problems), ("heldout", cfg.num_eval_problems))
         )
+        if cfg.cache_gb:  # it refuses here what it would refuse within a step
+            prompts = [encode_prompt(tokenizer, problem) for problem in (*problems, *heldout)]
+            extremes = [min(prompts, key=len), max(prompts, key=len)]
+            sizes = {"max_new_tokens": cfg.max_new_tokens, "cache_gb": cfg.cache_gb}
+            sample_stream(sampling_model, extremes, 1, eos_ids=(), **sizes)
         run = Run(cfg, dist, lock, modules, optimizer, tokenizer)
     total_steps = cfg.num_iterations * cfg.num_steps
+    run.say(
+        f"{cfg.init}: {policy.cfg.num_parameters:,} parameters, {dist.world_size} x "
+        f"{dist.device.type}; {cfg.problems or 'Countdown'}: {len(problems)} problems, "
+        f"{len(heldout)} held out; {total_steps} steps of {cfg.batch_size} questions x "
+        f"{cfg.group_size} outputs; reward {' + '.join(cfg.reward)}"
+    )
     scoring = {
         "temperature": cfg.temperature,
         "micro_batch_size": cfg.micro_batch_size,

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from nanomath import checkpoint
 from nanomath.config import RunConfig, lock_config, one_line_errors, to_json
@@ -94,7 +95,8 @@ class Run:
         self.bar = progress(
             total=num_steps, initial=first, desc=desc, unit="step", disable=not self.dist.is_main
         )
-        with StopSignal() as signal, self.bar:
+        # Warnings, such as those of rewards, go above the bar and not behind it.
+        with StopSignal() as signal, self.bar, logging_redirect_tqdm():
             started = time.monotonic() - self.state["seconds"]
             for step in range(first, num_steps):
                 yield step
@@ -108,6 +110,7 @@ class Run:
                 if stop and step + 1 < num_steps:
                     self.say(f"{desc}: stopped after step {step}; the same command continues")
                     raise SystemExit(0)
+        self.say(f"{desc}: all {num_steps} steps are done ({self.cfg.run_dir})")
 
     def log(
         self,

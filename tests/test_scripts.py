@@ -11,6 +11,7 @@ import subprocess
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -404,7 +405,8 @@ def load_weights(run_dir):
 def test_what_would_fail_in_the_first_step_is_refused_before_it(
     tmp_path, start, monkeypatch, capsys
 ):
-    """Prompts over the model's context, two rewards of one name, uneven minibatches: one line."""
+    """Prompts over the model's context, two rewards of one name, uneven minibatches, a cache too
+    small for one output: one line."""
     argv = [*SMALL_GRPO, "--init", start, "--run_dir", tmp_path / "grpo"]
     text = message(train_grpo, [*argv, "--prompt_style", "full"], monkeypatch, capsys)
     assert "a context of 64" in text and "--prompt_style" in text
@@ -412,6 +414,8 @@ def test_what_would_fail_in_the_first_step_is_refused_before_it(
     assert "different function names" in message(train_grpo, [*argv, *twice], monkeypatch, capsys)
     text = message(train_grpo, [*argv, "--num_minibatches", "3"], monkeypatch, capsys)
     assert "--batch_size 2 must divide" in text
+    text = message(train_grpo, [*argv, "--cache_gb", "1e-9"], monkeypatch, capsys)
+    assert "cache_gb 1e-09 holds no single sample" in text
     assert not (tmp_path / "grpo" / "config.json").exists()
 
 
@@ -440,11 +444,20 @@ def test_prompts_that_fill_the_context_are_dropped_and_named(
         ),
     )  # fmt: skip
     run_script(train_grpo, [*argv, "--run_dir", tmp_path / "grpo"], monkeypatch)
-    named = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    shown = capsys.readouterr().out
+    assert "problems, " in shown and "3 steps of 8 questions x 2 outputs; reward answer" in shown
+    assert "grpo: all 3 steps are done" in shown and "before --max_new_tokens" not in shown
+    named = [line for line in shown.splitlines() if "left out" in line]
     ids = sorted(int(i) for line in named for i in line.split("own.jsonl ")[1].split(", "))
     problems = [q for s in ("train", "heldout") for q in benchmarks.read_split(path, s)]
     assert ids == sorted(q.id for q in problems if long in q.prompt) and len(ids) == 5
     assert len(seen) == 24 and max(seen) < limit
+    one_rank = SimpleNamespace(is_main=True)
+    cfg = train_grpo.GRPOConfig(problems=str(path), init="wide", max_new_tokens=limit)
+    train_grpo.drop_long_prompts(cfg, problems, tokenizer, limit, one_rank)
+    assert f"after 35 of 40 prompts the context of wide ({limit} tokens) ends an output" in (
+        capsys.readouterr().out
+    )
     write([f"What is {i} + 1?{long}" for i in range(40)])
     argv += ["--run_dir", tmp_path / "none"]
     text = message(train_grpo, argv, monkeypatch, capsys)
