@@ -21,7 +21,8 @@ Read in this order (the order of the paper, then down into each part):
     sampler.py         groups of outputs; draw.py chooses a token, cache.py keeps keys and values
     model.py           the Transformer
     rewards.py         what an output is worth; reward_workers.py: functions of your own
-    tasks/countdown.py    Countdown's problems and judge; judge/equation.py: its equations
+    tasks/countdown.py    Countdown's problems and judge; judge/equation.py: its equations;
+                          tasks/expressions.py: all its solutions
     tasks/benchmarks.py   GSM8K, MATH, CMATH, ... and your own questions and answers
     judge/answers.py   is this answer right? exact.py: exact numbers; tokens.py, reader.py: LaTeX
     optim.py, data.py  one weighted step; packed examples and token shards (jsonl.py reads lines)

@@ -441,7 +441,11 @@ def _find(path: Path, dist: Dist) -> Path:
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     folder = _newest_sound(root, dist)
     if folder is None:
-        raise FileNotFoundError(f"no checkpoint under {path}; make one with: bash speedrun.sh")
+        found = "and no Hugging Face model" if path.is_dir() else "for that is no folder"
+        raise FileNotFoundError(
+            f"no checkpoint under {path}, {found}; name the folder of a run or of a model, or make "
+            "a run with: bash speedrun.sh"
+        )
     return folder
 
 

@@ -371,7 +371,7 @@ def test_data_without_heldout_rows_is_refused(run_folder, dist):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"checkpoint": "none"}, "no checkpoint under .*none; make one with"),
+        ({"checkpoint": "none"}, "no checkpoint under .*none, .*: bash speedrun.sh"),
         ({"compare": "none.json"}, "--compare none.json: no such file"),
         ({"problems": "none.jsonl"}, "none.jsonl: no such file"),
         ({"max_number": 1, "max_target": 2}, "widen the ranges"),

@@ -196,7 +196,10 @@ def read_split(path: str | os.PathLike, split: str) -> list[Problem]:
     ValueError for none."""
     problems = [p for p in read_own(path, with_row=True) if p.payload["split"] == split]
     if not problems:
-        raise ValueError(f"{path}: none of its problems falls into the {split} split; give more")
+        raise ValueError(
+            f"{path}: by their hash one problem in ten is held out, the others are trained on, and "
+            f"none falls into the {split} split; give more problems"
+        )
     return problems
 
 

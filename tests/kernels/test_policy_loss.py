@@ -53,7 +53,7 @@ def assert_equal_to_reference(case, device, **kwargs):
     scale_N = case.weights_N.double() * coefficient_N[case.weights_N != 0].abs().max()
     scale_N = scale_N / kwargs.get("temperature", 1.0)
     error_N = (grad_NV.cpu().double() - exact_grad_NV).abs().amax(1)
-    assert bool((error_N <= grad_tolerance * scale_N).all()), (error_N / scale_N).max()
+    assert bool((error_N <= grad_tolerance * scale_N).all()), ("grad", (error_N / scale_N).max())
     return exact
 
 

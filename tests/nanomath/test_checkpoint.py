@@ -432,8 +432,10 @@ def test_load_model_from_every_kind_of_path(run, capsys):
 
 def test_load_model_says_what_is_wrong(run, tmp_path):
     """No checkpoint names the command that makes one; damage and unknown modules are named."""
-    with pytest.raises(FileNotFoundError, match="no checkpoint under .*; make one with: bash"):
-        ck.load_model(tmp_path / "nowhere", device="cpu")
+    (tmp_path / "empty").mkdir()
+    for name, found in (("nowhere", "that is no folder"), ("empty", "and no Hugging Face model")):
+        with pytest.raises(FileNotFoundError, match=f"no checkpoint under .*{found}; .*: bash"):
+            ck.load_model(tmp_path / name, device="cpu")
     with pytest.raises(ValueError, match="holds no module critic: .*'policy', 'reference'"):
         ck.load_model(run.run_dir, device="cpu", module="critic")
     flip(folder_of(run, 4) / "COMMIT", 9)
