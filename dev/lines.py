@@ -10,13 +10,14 @@ ROOT = Path(__file__).resolve().parent.parent
 CORE_MODULES = (
     "__init__", "activations", "config", "dist", "failures", "lock", "log", "run",
     "tokenizer", "tokenizer_json", "model", "optim", "checkpoint", "data", "cache", "draw",
-    "sampler", "rewards", "reward_workers", "advantages", "grpo", "grpo_config", "monitor",
+    "batch", "sampler", "rewards", "reward_workers", "advantages", "grpo", "grpo_config", "monitor",
 )  # fmt: skip
 CORE = ["kernels/*.py", *(f"nanomath/{name}.py" for name in CORE_MODULES), "train_*.py"]
 RL_PATH = [
     "kernels/*.py",
-    *(f"nanomath/{name}.py" for name in ["model", "cache", "draw", "sampler", "rewards"]),
-    *(f"nanomath/{name}.py" for name in ["reward_workers", "advantages", "grpo", "grpo_config"]),
+    *(f"nanomath/{name}.py" for name in ["model", "cache", "draw", "batch", "sampler"]),
+    *(f"nanomath/{name}.py" for name in ["rewards", "reward_workers", "advantages"]),
+    *(f"nanomath/{name}.py" for name in ["grpo", "grpo_config"]),
     "train_grpo.py",
 ]
 PLAN = {"core": 3500, "RL path (in core)": 2000, "rest": 2500}

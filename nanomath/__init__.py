@@ -18,7 +18,9 @@ Read in this order (the order of the paper, then down into each part):
     advantages.py      rewards -> advantage and weight of each output (Sec. 4.1.2, Eq. 3)
     grpo.py            the objective (Eq. 3, 4), the update
     ../kernels/        the loss over the vocabulary: reference.py first, then the fused forms
-    sampler.py         groups of outputs; draw.py chooses a token, cache.py keeps keys and values
+    sampler.py         groups of outputs, as a stream
+    batch.py           what is being sampled: admit, step, collect; draw.py chooses a token
+    cache.py           keys and values: a prompt's once for its group
     model.py           the Transformer
     rewards.py         what an output is worth; reward_workers.py: functions of your own
     tasks/countdown.py    Countdown's problems and judge; judge/equation.py: its equations;
@@ -40,6 +42,6 @@ Read in this order (the order of the paper, then down into each part):
     plan.py            memory, FLOPs, time, traffic: does it fit, what will it cost
 
 Imports run one way: kernels -> config, dist, failures, lock, log, tokenizer, chat, judge, corpus
--> model, data, optim -> cache, draw, sampler, checkpoint, rewards, tasks -> grpo, evaluation, run
--> monitor -> the scripts. This file imports nothing.
+-> model, data, optim -> cache, draw, batch, sampler, checkpoint, rewards, tasks -> grpo, evaluation,
+run -> monitor -> the scripts. This file imports nothing.
 """

@@ -10,6 +10,7 @@ is passed in), choosing tokens (sampler.py), reading weights (checkpoint.py, hf.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from nanomath.cache import GroupCache
+
+SMALL_WEIGHT = 2**17  # numbers; on a CPU a product with a smaller one gains nothing from packing
 
 
 @dataclass(frozen=True)
@@ -288,3 +291,30 @@ class Transformer(nn.Module):
         if head_fn is None:
             return self.head(hidden_BTD)
         return head_fn(hidden_BTD, self.head.weight)
+
+
+class PackedLinear(nn.Module):
+    """A Linear whose weight oneDNN has laid out for its own products; without gradients."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        weight = linear.weight.detach()
+        self.bias, self.weight = linear.bias, torch.ops.mkldnn._reorder_linear_weight(weight, 128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def packed(model: Transformer) -> Transformer:
+    """Return the model; in fp32 on a CPU a twin that holds the large weights again, repacked."""
+    weight = model.embedding.weight
+    if weight.is_cuda or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return model
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    large = {name: m for name, m in linears.items() if m.weight.numel() > SMALL_WEIGHT}
+    if not large:
+        return model
+    twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    for name, linear in large.items():
+        twin.set_submodule(name, PackedLinear(linear))
+    return twin

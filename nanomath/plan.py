@@ -23,11 +23,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nanomath.cache import cache_bytes_per_token
+from nanomath.cache import cache_bytes_per_token, fit_rows
 from nanomath.config import one_line_errors, opt, parse
 from nanomath.hf_config import read_config
 from nanomath.model import MODEL_PRESETS, ModelConfig
-from nanomath.sampler import fit_rows
 
 PEAK_FLOPS = 989e12  # H100 SXM, dense bf16 (NVIDIA's data sheet)
 STAGES = ("pretrain", "sft", "grpo")

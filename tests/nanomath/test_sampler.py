@@ -10,7 +10,8 @@ import weakref
 import pytest
 import torch
 
-from nanomath import sampler
+from nanomath import batch, sampler
+from nanomath import model as models
 from nanomath.checkpoint import save
 from nanomath.config import parse
 from nanomath.dist import setup
@@ -86,14 +87,14 @@ def test_logp_equals_full_forward(dtype, tolerance, kv_heads, temperature):
 @pytest.mark.parametrize("change", [{}, {"qkv_bias": True}, {"tied_head": True}])
 def test_packed_weights_are_the_models(monkeypatch, change):
     """With every product repacked, logp stays the full pass's (1e-5); the model is untouched."""
-    monkeypatch.setattr(sampler, "SMALL_WEIGHT", 0)
+    monkeypatch.setattr(models, "SMALL_WEIGHT", 0)
     model = make_model(dataclasses.replace(CFG, **change), dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.data.normal_(generator=torch.Generator().manual_seed(0))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert {type(m) for m in sampler.packed(model).modules()} >= {sampler.PackedLinear}
-    assert not any(type(m) is torch.nn.Linear for m in sampler.packed(model).modules())
+    assert {type(m) for m in models.packed(model).modules()} >= {models.PackedLinear}
+    assert not any(type(m) is torch.nn.Linear for m in models.packed(model).modules())
     prompts = make_prompts([3, 17, 1])
     for turn in range(2):
         rollouts = sample(model, prompts, seed=turn)
@@ -104,9 +105,9 @@ def test_packed_weights_are_the_models(monkeypatch, change):
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
         assert all(torch.equal(before[name], t) for name, t in model.state_dict().items()) or turn
         model.blocks[1].ffn.up_proj.weight.data.mul_(1.5)  # an update: the next call sees it
-    assert sampler.packed(model.double()) is model
+    assert models.packed(model.double()) is model
     monkeypatch.undo()
-    assert sampler.packed(model.float()) is model  # nothing in it is large
+    assert models.packed(model.float()) is model  # nothing in it is large
 
 
 def test_a_prompt_without_room_is_not_run(monkeypatch):
@@ -208,7 +209,7 @@ def test_rows_are_refilled_and_memory_is_bounded(monkeypatch, group_size, max_ro
     """Waiting samples take the rows of ended ones; nothing moves in memory; no result changes."""
     model, decoders, busy, shapes = make_model(), [], [], set()
 
-    class Watched(sampler._Batch):
+    class Watched(batch.Batch):
         def __init__(self, *args):
             super().__init__(*args)
             decoders.append(self)
@@ -225,12 +226,12 @@ def test_rows_are_refilled_and_memory_is_bounded(monkeypatch, group_size, max_ro
         def decode(self):
             super().decode()
             assert set(self.addresses) <= set(self.where())
-            busy.append(int((~self.done_R).sum()))
+            busy.append(int((self.cache.place_R >= 0).sum()))
             shapes.add(self.cache.shape[0])
 
     prompts = make_prompts([3, 17, 1, 9, 40, 2, 8, 5], seed=2)
     whole = sample(model, prompts, group_size)
-    monkeypatch.setattr(sampler, "_Batch", Watched)
+    monkeypatch.setattr(sampler, "Batch", Watched)
     parts = sample(model, prompts, group_size, max_rows=max_rows, static=static)
     assert_same(parts, whole)
     total = int(whole.lengths_PG.sum())
@@ -275,17 +276,17 @@ def test_step_reads_nothing_from_the_device(monkeypatch):
             return func(*args, **kwargs or {})
 
     model, prompts = make_model(), make_prompts([3, 17, 1])
-    whole, plain = sample(model, prompts, top_k=30), sampler._Batch.decode
+    whole, plain = sample(model, prompts, top_k=30), batch.Batch.decode
 
     def guarded(self):
         with NoRead():
             plain(self)
 
-    monkeypatch.setattr(sampler._Batch, "decode", guarded)
+    monkeypatch.setattr(batch.Batch, "decode", guarded)
     assert_same(sample(model, prompts, top_k=30, max_rows=5, static=True), whole)
     torch._dynamo.reset()
     compiled = torch.compile(plain, backend="eager", fullgraph=True)
-    monkeypatch.setattr(sampler._Batch, "decode", compiled)
+    monkeypatch.setattr(batch.Batch, "decode", compiled)
     assert_same(sample(model, prompts, top_k=30, static=True), whole)
 
 
@@ -307,7 +308,7 @@ def test_a_recorded_step_can_be_replayed(monkeypatch):
         else:
             self.graphs[shape] = make_fx(lambda _: self.decode())(torch.zeros(1))  # runs it
 
-    monkeypatch.setattr(sampler._Batch, "_replay", replay)
+    monkeypatch.setattr(batch.Batch, "_replay", replay)
     assert_same(sample(model, prompts, max_new_tokens=40, max_rows=8, static=True), whole)
     assert len(set(recorded)) >= 3 and len(recorded) > 40
 
@@ -325,7 +326,7 @@ def test_graphs_equal_eager_steps(monkeypatch, dtype):
     turns = [sample(model, prompts, **settings) for _ in range(2)]
     assert len(set(replays)) >= 3 and len(replays) > 40
     count = len(replays)
-    monkeypatch.setattr(sampler._Batch, "_replay", lambda self: self.decode())
+    monkeypatch.setattr(batch.Batch, "_replay", lambda self: self.decode())
     eager = sample(model, prompts, **settings)
     assert len(replays) == count
     for graphs in turns:
@@ -615,9 +616,9 @@ def test_all_end_at_once_or_none_does(monkeypatch):
     Where all rows end at once, a prompt whose samples still wait stays in the cache.
     """
     model, prompts, runs = make_model(), make_prompts([1, 6, 3]), []
-    prefill = sampler._Batch._prefill
+    prefill = batch.Batch._prefill
     monkeypatch.setattr(
-        sampler._Batch, "_prefill", lambda self, new: (runs.extend(new), prefill(self, new))
+        batch.Batch, "_prefill", lambda self, new: (runs.extend(new), prefill(self, new))
     )
     for static in (False, True):
         runs.clear()
@@ -682,13 +683,13 @@ def test_stream_yields_samples_as_they_end(capsys):
 def test_leaving_the_stream_frees_the_cache(monkeypatch, how):
     """However a stream is left, its tensors are gone, also while a traceback holds its frames."""
     kept = []
-    original = sampler._Batch._prefill
+    original = batch.Batch._prefill
 
     def prefill(self, *args):
         kept.extend(weakref.ref(t) for t in (self.tokens_RT, *self.cache.own_keys))
         original(self, *args)
 
-    monkeypatch.setattr(sampler._Batch, "_prefill", prefill)
+    monkeypatch.setattr(batch.Batch, "_prefill", prefill)
     model = make_model()
     stream = sample_stream(model, make_prompts([3, 9]), 4, max_new_tokens=24, eos_ids=EOS)
     next(stream)
@@ -698,7 +699,7 @@ def test_leaving_the_stream_frees_the_cache(monkeypatch, how):
     elif how == "end":
         assert len(list(stream)) == 7
     else:
-        monkeypatch.setattr(sampler._Batch, "decode", lambda self: os.kill(os.getpid(), 2))
+        monkeypatch.setattr(batch.Batch, "decode", lambda self: os.kill(os.getpid(), 2))
         with pytest.raises(KeyboardInterrupt) as caught:
             list(stream)
         assert caught.tb is not None
