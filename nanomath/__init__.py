@@ -42,6 +42,6 @@ Read in this order (the order of the paper, then down into each part):
     plan.py            memory, FLOPs, time, traffic: does it fit, what will it cost
 
 Imports run one way: kernels -> config, dist, failures, lock, log, tokenizer, chat, judge, corpus
--> model, data, optim -> cache, draw, batch, sampler, checkpoint, rewards, tasks -> grpo, evaluation,
-run -> monitor -> the scripts. This file imports nothing.
+-> model, data, optim -> cache, draw, batch, sampler, checkpoint, rewards, tasks
+-> grpo, evaluation, run -> monitor -> the scripts. This file imports nothing.
 """

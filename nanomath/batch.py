@@ -248,7 +248,7 @@ class Batch:
             seen, row.length = row.length, min(lengths[r], row.limit)
             if self.stops:
                 self._read_on(row, tokens[r][seen : row.length])
-            if row.stopped or places[r] < 0 or row.length == row.limit:
+            if row.stopped or places[r] < 0 or row.length >= row.limit:
                 ended.append(r)
         if not ended:
             return []

@@ -639,9 +639,11 @@ def test_stop_strings_cut_tokens_and_logp_alike():
     settings = {"max_new_tokens": 60, "eos_ids": (), "vocab_limit": tokenizer.sample_limit}
     free = sample(model, prompts, group_size=40, **settings)
     pieces = [tokenizer.decode_bytes([i]) for i in range(tokenizer.sample_limit)]
-    pair = pieces[free.tokens_PGT[0, 0, 20]] + pieces[free.tokens_PGT[0, 0, 21]]  # across tokens
-    stops = [text for text in ("a", "z", pair.decode("latin-1")) if text.isascii()]
-    assert len(stops) >= 2
+    row = [pieces[token] for token in free.tokens_PGT[0, 0].tolist()]
+    both = [t for t in range(59) if row[t].isascii() and row[t + 1].isascii()]
+    across = both[0]  # two tokens, of which each alone is no stop string
+    stops = ["a", "z", (row[across] + row[across + 1]).decode()]
+    assert not any(stop.encode() in b"".join(row[: across + 1]) for stop in stops)
     settings |= {"stop": stops, "tokenizer": tokenizer}
     for static, max_rows in ((False, 512), (True, 11)):
         cut = sample(model, prompts, group_size=40, static=static, max_rows=max_rows, **settings)
@@ -655,6 +657,7 @@ def test_stop_strings_cut_tokens_and_logp_alike():
             assert bool(cut.finished_PG[p, g]) == ended
             expected = free.logp_PGT[p, g, :length]
             torch.testing.assert_close(cut.logp_PGT[p, g, :length], expected)
+        assert cut.lengths_PG[0, 0] == across + 2
         assert 10 < cut.finished_PG.sum() < 80 and len(cut.lengths_PG.unique()) > 10
 
 
