@@ -148,11 +148,11 @@ def test_each_sweep_reads_once_16_bytes_at_a_time(reports):
 
 def test_one_row_of_a_large_vocabulary_fills_an_sm(reports):
     """At V = 102,400 one program takes more than half of an SM's registers and threads: with a
-    second one there the rows in flight would not stay in the L2 cache between the sweeps. Scoring
-    runs as many threads, which sum in the same order."""
+    second one there the rows in flight would not stay in the L2 cache between the sweeps. Scoring,
+    of one sweep, runs as many threads, which sum in the same order."""
     for row in reports[0]:
         assert row["warps"] == (32 if row["vocab_size"] > 100_000 else 4), row
-        if row["vocab_size"] > 100_000:
+        if row["vocab_size"] > 100_000 and row["kind"] != "token_logprobs":
             assert row["registers"] > 32, row
 
 

@@ -1,5 +1,6 @@
 """Rewards: the format's exact form, sums with and without a reward, user functions that fail."""
 
+import gc
 import logging
 import os
 import time
@@ -205,9 +206,11 @@ def test_bad_arguments(tmp_path):
 def test_built_in_functions_are_bounded(name):
     """They run in the trainer's process: no text of 50,000 characters takes 0.2 s of CPU time."""
     problem = Problem(0, "countdown", "", {"nums": [1, 2, 3], "target": 6, "answer": "6"})
+    gc.freeze()  # what the tests before have left in memory is not theirs to look through
     for unit in HOSTILE_UNITS:
         for opening in ("", "<think></think><answer>", "\\boxed{", "The answer is "):
             text = opening + unit * (50_000 // len(unit))
             start = time.thread_time()
             assert BUILT_IN[name](problem, text + "</answer>") in (0.0, 1.0)
             assert time.thread_time() - start < 0.2, (opening, unit)
+    gc.unfreeze()
