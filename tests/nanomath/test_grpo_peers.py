@@ -91,7 +91,7 @@ def trl_inputs(prompts, batch, rollouts, mask_truncated):
     def spread(values_N):
         if values_N is None:
             return None
-        return torch.zeros(6, MAX_NEW).masked_scatter(mask_BT, values_N)
+        return torch.zeros(6, MAX_NEW).masked_scatter(mask_BT, values_N.float())
 
     kept_BT = mask_BT & (rollouts.finished_PG.flatten()[:, None] | (not mask_truncated))
     return {
