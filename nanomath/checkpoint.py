@@ -218,7 +218,15 @@ def _write_rows(folder: Path, modules: dict[str, nn.Module], optimizer, dist: Di
             for name, tensor in tensors.items()
             if dist.is_main or isinstance(tensor, DTensor)
         }
-        save_file(mine, folder / f"{stem}-{dist.rank:05d}.safetensors")
+        write_tensors(mine, folder / f"{stem}-{dist.rank:05d}.safetensors")
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, **options) -> None:
+    """Write a safetensors file that whoever may read the files beside it may read, too."""
+    path.touch()
+    mode = path.stat().st_mode  # what the umask leaves; save_file makes a file of its owner's alone
+    save_file(tensors, path, **options)
+    path.chmod(mode)
 
 
 def _write_json(path: Path, obj: object) -> None:

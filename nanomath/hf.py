@@ -24,11 +24,17 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from nanomath.checkpoint import empty_model, fsync, load_model, module_tensors, read_rows
+from nanomath.checkpoint import (
+    empty_model,
+    fsync,
+    load_model,
+    module_tensors,
+    read_rows,
+    write_tensors,
+)
 from nanomath.config import one_line_errors, opt, parse, write_json
 from nanomath.dist import Dist, barrier, local
 from nanomath.hf_config import make_config, read_config
@@ -210,7 +216,7 @@ def save_hf(
                 if dist.is_main:
                     part[name] = whole.detach().to("cpu", dtype).contiguous()
             if dist.is_main:
-                save_file(part, temporary / file, metadata={"format": "pt"})
+                write_tensors(part, temporary / file, metadata={"format": "pt"})
         if dist.is_main:
             write_json(temporary / "config.json", config)
             if tokenizer is not None:
@@ -223,8 +229,6 @@ def save_hf(
                 index = {"metadata": {"total_size": total}, "weight_map": weight_map}
                 write_json(temporary / INDEX, index)
             for path in (*temporary.iterdir(), temporary):
-                if path.suffix == ".safetensors":  # save_file lets nobody else read
-                    shutil.copymode(temporary / "config.json", path)
                 fsync(path)
             os.rename(temporary, folder)
             fsync(folder.parent)

@@ -194,6 +194,18 @@ def test_layout(run):
             list(pickletools.genops(raw))
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_follow_the_umask(run, umask):
+    """Whoever may read other new files may read all of a checkpoint, and nobody else may."""
+    before = os.umask(umask)
+    try:
+        run.save()
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in folder_of(run, run.step).iterdir()}
+    assert len(modes) == 6 and {*modes.values()} == {0o666 & ~umask}, modes
+
+
 def test_newest_are_kept(run):
     """Only the newest `keep` stay; temporary folders of dead runs go."""
     (run.run_dir / "checkpoints" / ".tmp-step-000009-1").mkdir()
