@@ -298,16 +298,17 @@ def table(result: dict[str, Any]) -> str:
     for name, metric in result["metrics"].items():
         low, high = 100 * metric["low"], 100 * metric["high"]
         lines.append(f"{name:12}{100 * metric['value']:7.1f}%   {low:.1f} to {high:.1f}")
+    shares = {"truncated": "truncated", "unreadable": "without a readable answer"}
+    if result["task"] == "countdown":  # the one task that asks for a format
+        shares["format_failures"] = "without the format"
+    else:
+        shares["strict"] = "right as a string"
     for kind in ("greedy_outputs", "sampled_outputs"):
         about = result[kind]
         if about["outputs"]:
-            lines.append(
-                f"{kind.split('_')[0]} outputs: {about['mean_tokens']:.1f} tokens, "
-                f"{100 * about['truncated']:.1f}% truncated, "
-                f"{100 * about['format_failures']:.1f}% without the format, "
-                f"{100 * about['unreadable']:.1f}% without a readable answer, "
-                f"{100 * about['strict']:.1f}% right as a string"
-            )
+            shown = [f"{100 * about[name]:.1f}% {words}" for name, words in shares.items()]
+            tokens = f"{about['mean_tokens']:.1f} tokens"
+            lines.append(f"{kind.split('_')[0]} outputs: {', '.join([tokens, *shown])}")
     for key, groups in result["groups"].items():
         lines += [f"by {key}:"]
         for label, means in groups.items():

@@ -104,7 +104,8 @@ def test_interrupted_evaluation_continues_to_the_same_file(run_folder, dist, mon
     shown = [Path(c.out).with_suffix(".samples.txt").read_text() for c in (whole, cfg)]
     assert shown[0] == shown[1]
     assert not Path(cfg.out + ".parts").exists()
-    assert "pass@2" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "pass@2" in printed and "% without the format" in printed  # Countdown asks for one
 
 
 def test_one_stream_runs_through_all_chunks(run_folder, dist, monkeypatch):
@@ -265,7 +266,9 @@ def test_several_tasks(run_folder, benchmark_files, dist, monkeypatch, capsys):
     cfg = dataclasses.replace(cfg, tasks=tasks)
     evaluate.run(cfg, dist)
     assert counts == [3]  # the new task alone
-    last = capsys.readouterr().out.splitlines()[-4:]
+    printed = capsys.readouterr().out
+    assert printed.count("% right as a string") == 10 and "format" not in printed
+    last = printed.splitlines()[-4:]
     assert [line.split()[:2] for line in last[1:]] == [
         ["gsm8k", "2"],
         ["math", "2"],
