@@ -274,12 +274,13 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
         )
         metrics |= update(cfg, policy, optimizer, batch, lr, dist)  # Alg. 1 l.10-11
         clock.lap("update")
-        metrics |= rollout_metrics(rewards_PG, parts, rollouts, dist) | {"lr": lr}
-        metrics |= cost_metrics(clock.seconds, batch, cfg.num_updates, dist)
         is_last = step + 1 == total_steps
         if is_last:
             refresh_replica(sampling_model, policy, dist)
             metrics |= evaluate(sampling_model)
+            clock.lap("evaluation")
+        metrics |= rollout_metrics(rewards_PG, parts, rollouts, dist) | {"lr": lr}
+        metrics |= cost_metrics(clock.seconds, batch, cfg.num_updates, dist)
         ids = [problems[place].id for place in chosen]
         run.log(step, metrics, shown=SHOWN, batch=("problems", ids))
         if step == 0 and loss_starts_at_0(cfg):

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
@@ -609,13 +610,15 @@ def test_killed_and_resumed_grpo_equals_the_uninterrupted_run(
 
 def test_evaluations_leave_training_as_it_is(tmp_path, start, monkeypatch, capsys):
     """However often held-out problems are asked, with samples or without, the weights end at the
-    same bits; the row of step 0 is of the policy before any update, the last of the final one."""
+    same bits; the row of step 0 is of the policy before any update, the last of the final one, and
+    each row counts the seconds of its evaluations."""
     argv = [*SMALL_GRPO, "--init", start, "--num_steps", "3", "--lr", "0.01", "--reward",
             reward_file(tmp_path), "--reward_weights", "1.0"]  # fmt: skip
     asked = []
 
     def heldout_metrics(model, *, problems, num_samples, **settings):
         asked.append((torch.cat([p.detach().flatten() for p in model.parameters()]), num_samples))
+        time.sleep(0.1)
         return real(model, problems=problems, num_samples=num_samples, **settings)
 
     real = train_grpo.heldout_metrics
@@ -632,6 +635,9 @@ def test_evaluations_leave_training_as_it_is(tmp_path, start, monkeypatch, capsy
     assert [num_samples for _, num_samples in asked] == [3, 3, 3, 3, 0, 0]
     for first, last in (asked[0::3], asked[4:]):
         assert torch.equal(first[0], started) and torch.equal(last[0], weights[1])
+    for interval, counts in ((1, (1, 1, 2)), (9, (1, 0, 1))):
+        for row, count in zip(read_metrics(tmp_path / f"every-{interval}"), counts, strict=True):
+            assert row["seconds_evaluation"] >= 0.1 * count
     names = [{k for k in row if k.startswith("heldout")} for row in read_metrics(run_dir)]
     shown = {"heldout_pass@1", "heldout_reward"}
     assert names == [shown, set(), shown]
