@@ -56,51 +56,58 @@ from nanomath.tasks import Problem, benchmarks, countdown, encode_prompt
 from nanomath.tokenizer import Tokenizer
 
 
-def problem_set(cfg: GRPOConfig, split: str, num: int) -> list[Problem]:
-    """Return `num` problems of a split, of --problems at most; held-out ones are the same for every
-    seed."""
+def problem_sets(cfg: GRPOConfig) -> tuple[list[Problem], list[Problem]]:
+    """Return the problems to train on and, the same for every seed, those held out."""
     if cfg.problems:
-        return benchmarks.read_split(cfg.problems, split)[:num]
-    return countdown.generate(
-        num,
-        split=split,
-        seed=cfg.seed if split == "train" else 0,
+        train, heldout = benchmarks.read_splits(cfg.problems)
+        return train[: cfg.num_problems], heldout[: cfg.num_eval_problems]
+    generate = partial(
+        countdown.generate,
         num_numbers=cfg.num_numbers,
         max_number=cfg.max_number,
         max_target=cfg.max_target,
         style=cfg.prompt_style,
     )
+    train = generate(cfg.num_problems, split="train", seed=cfg.seed)
+    return train, generate(cfg.num_eval_problems, split="heldout", seed=0)
 
 
 def drop_long_prompts(
-    cfg: GRPOConfig, problems: list[Problem], tokenizer: Tokenizer, max_context: int, dist: Dist
-) -> list[Problem]:
-    """Return the problems whose prompt leaves room for an output; name the others.
+    cfg: GRPOConfig,
+    sets: tuple[list[Problem], ...],
+    tokenizer: Tokenizer,
+    max_context: int,
+    dist: Dist,
+) -> list[list[Problem]]:
+    """Return of each set the problems whose prompt leaves room for an output; name the others.
 
     Raises ValueError where none does.
     """
-    lengths = [len(encode_prompt(tokenizer, problem)) for problem in problems]
-    kept, dropped = [], []
-    for problem, length in zip(problems, lengths, strict=True):
-        (kept if length < max_context else dropped).append(problem)
-    if not kept:
-        shorter = "shorten the questions" if cfg.problems else "give --prompt_style short"
-        raise ValueError(
-            f"no prompt leaves room for an output: the shortest has {min(lengths)} tokens and "
-            f"{cfg.init} a context of {max_context}; {shorter}, or take another model"
-        )
+    kept, dropped, tight = [], [], 0
+    for problems in sets:
+        lengths = [len(encode_prompt(tokenizer, problem)) for problem in problems]
+        if min(lengths) >= max_context:
+            shorter = "shorten the questions" if cfg.problems else "give --prompt_style short"
+            raise ValueError(
+                f"no prompt leaves room for an output: the shortest has {min(lengths)} tokens and "
+                f"{cfg.init} a context of {max_context}; {shorter}, or take another model"
+            )
+        pairs = [*zip(problems, lengths, strict=True)]
+        kept.append([problem for problem, length in pairs if length < max_context])
+        dropped += [problem for problem, length in pairs if length >= max_context]
+        tight += sum(max_context - cfg.max_new_tokens < length < max_context for length in lengths)
+    count = sum(map(len, sets))
     if dropped and dist.is_main:
         ids = ", ".join(str(problem.id) for problem in dropped[:8])
         print(
-            f"warning: {len(dropped)} of {len(problems)} problems are left out, prompts of "
+            f"warning: {len(dropped)} of {count} problems are left out, prompts of "
             f"{max_context} tokens or more fill the context of {cfg.init}: "
             f"{cfg.problems or 'Countdown'} {ids}{', ...' if len(dropped) > 8 else ''}",
             flush=True,
         )
-    tight = sum(max_context - cfg.max_new_tokens < length < max_context for length in lengths)
     if tight and dist.is_main:
         print(
-            f"note: after {tight} of {len(problems)} prompts the context of {cfg.init} "
+            f"note: after {tight} of {count} prompts the context of {cfg.init} "
             f"({max_context} tokens) ends an output before --max_new_tokens {cfg.max_new_tokens}",
             flush=True,
         )
@@ -176,11 +183,8 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
         # On one CPU the policy samples for itself; else a whole copy does, refreshed before use.
         sampling_model = make_replica(policy, dist)
         optimizer = make_adamw(policy, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0)
-        problems, heldout = (
-            drop_long_prompts(
-                cfg, problem_set(cfg, split, num), tokenizer, policy.cfg.max_context, dist
-            )
-            for split, num in (("train", cfg.num_problems), ("heldout", cfg.num_eval_problems))
+        problems, heldout = drop_long_prompts(
+            cfg, problem_sets(cfg), tokenizer, policy.cfg.max_context, dist
         )
         if cfg.cache_gb:  # it refuses here what it would refuse within a step
             prompts = [encode_prompt(tokenizer, problem) for problem in (*problems, *heldout)]

@@ -301,7 +301,7 @@ def test_rows_that_grpo_trained_on_are_left_out(run_folder, benchmark_files):
     file = benchmark_files / "own.jsonl"
     rows = [{"question": f"q{i}", "answer": str(i)} for i in range(100)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    held_out = [problem.id for problem in benchmarks.read_split(file, "heldout")]
+    held_out = [problem.id for problem in benchmarks.read_splits(file)[1]]
     assert 4 <= len(held_out) <= 20
     for few_shot in (False, True):
         cfg = config(run_folder, problems=str(file), few_shot=few_shot, num_problems=None)

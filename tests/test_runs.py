@@ -136,7 +136,7 @@ def test_steps_go_once_through_gsm8k():
     """Nine tenths of GSM8K's 7,473 training questions are trained on, each once, and no test
     question is among them."""
     path = f"{DATA}/gsm8k_train.jsonl"
-    train, heldout = (benchmarks.read_split(path, split) for split in ("train", "heldout"))
+    train, heldout = benchmarks.read_splits(path)
     assert (len(train), len(heldout)) == (6676, 797)
     grpo = grpo_preset("gsm8k_qwen_0b5")
     assert grpo.num_steps == len(train) // grpo.batch_size

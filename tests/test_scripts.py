@@ -152,7 +152,7 @@ def plain_algorithm_1(cfg, start_dir, reward) -> torch.Tensor:
     """
     is_paper = cfg.loss_norm == "response"
     policy, tokenizer, _ = checkpoint.load_model(start_dir, device="cpu")
-    problems = train_grpo.problem_set(cfg, "train", cfg.num_problems)
+    problems, _ = train_grpo.problem_sets(cfg)
     optimizer = torch.optim.AdamW(
         policy.parameters(), betas=(cfg.beta1, cfg.beta2), weight_decay=0.0
     )
@@ -450,12 +450,13 @@ def test_prompts_that_fill_the_context_are_dropped_and_named(
     assert "grpo: all 3 steps are done" in shown and "before --max_new_tokens" not in shown
     named = [line for line in shown.splitlines() if "left out" in line]
     ids = sorted(int(i) for line in named for i in line.split("own.jsonl ")[1].split(", "))
-    problems = [q for s in ("train", "heldout") for q in benchmarks.read_split(path, s)]
-    assert ids == sorted(q.id for q in problems if long in q.prompt) and len(ids) == 5
+    splits = benchmarks.read_splits(path)
+    assert ids == sorted(q.id for q in [*splits[0], *splits[1]] if long in q.prompt)
+    assert len(named) == 1 and len(ids) == 5  # once for both splits
     assert len(seen) == 24 and max(seen) < limit
     one_rank = SimpleNamespace(is_main=True)
     cfg = train_grpo.GRPOConfig(problems=str(path), init="wide", max_new_tokens=limit)
-    train_grpo.drop_long_prompts(cfg, problems, tokenizer, limit, one_rank)
+    train_grpo.drop_long_prompts(cfg, splits, tokenizer, limit, one_rank)
     assert f"after 35 of 40 prompts the context of wide ({limit} tokens) ends an output" in (
         capsys.readouterr().out
     )
@@ -494,10 +495,10 @@ def test_unknown_reward_is_refused_before_anything_is_bound(tmp_path, start, mon
 
 def test_grpo_on_own_problems(tmp_path, tokenizer, monkeypatch, capsys):
     """--problems trains on a file of questions and answers, one in ten held out, by --reward
-    answer; Countdown's reward is refused with the fix."""
+    answer; a line that is skipped is named once; Countdown's reward is refused with the fix."""
     start = save_start(tmp_path / "start", tokenizer, torch.float32, max_context=128)
-    rows = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(60)]
-    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(120)]
+    (tmp_path / "own.jsonl").write_text("{\n" + "".join(json.dumps(row) + "\n" for row in rows))
     argv = [*SMALL_GRPO, "--init", start, "--run_dir", tmp_path / "grpo"]
     argv += ["--num_steps", "2", "--problems", tmp_path / "own.jsonl"]
     assert "needs --reward answer" in message(train_grpo, argv, monkeypatch, capsys)
@@ -505,9 +506,10 @@ def test_grpo_on_own_problems(tmp_path, tokenizer, monkeypatch, capsys):
     run_script(train_grpo, argv, monkeypatch)
     last = read_metrics(tmp_path / "grpo")[-1]
     assert (last["reward_answer"], last["no_reward"], last["heldout_pass@1"]) == (0.0, 0.0, 0.0)
-    parts = [benchmarks.read_split(tmp_path / "own.jsonl", split) for split in ("train", "heldout")]
-    assert len(parts[0]) + len(parts[1]) == 60
-    assert 1 <= len(parts[1]) < 15
+    assert capsys.readouterr().err.count("skipped 1 of 121 lines") == 1
+    parts = benchmarks.read_splits(tmp_path / "own.jsonl")
+    assert len(parts[0]) + len(parts[1]) == 120
+    assert 1 <= len(parts[1]) < 30
     assert not {p.id for p in parts[0]} & {p.id for p in parts[1]}
     (tmp_path / "own.jsonl").write_text(json.dumps(rows[0]) + "\n")
     argv[argv.index(tmp_path / "grpo")] = tmp_path / "other"
@@ -823,7 +825,7 @@ def test_readme_from_own_problems_and_reward_to_a_run(tmp_path, tokenizer):
         )  # fmt: skip
         assert done.returncode == 0, (command, done.stderr[-3000:])
     (metrics,) = read_metrics(tmp_path / "runs/mine")
-    train = benchmarks.read_split(tmp_path / "train.jsonl", "train")
+    train, _ = benchmarks.read_splits(tmp_path / "train.jsonl")
     drawn = [train[i] for i in epoch_order(len(train), 0, 40, 0)]
     unjudged = 4 * sum("steps" not in problem.payload["row"] for problem in drawn)
     assert metrics["no_reward"] == unjudged > 0 and metrics["reward"] == metrics["reward_score"]

@@ -191,16 +191,19 @@ def read_own(
     return problems
 
 
-def read_split(path: str | os.PathLike, split: str) -> list[Problem]:
-    """Return the problems of a user's JSONL that are of the split, with their rows. Raises
-    ValueError for none."""
-    problems = [p for p in read_own(path, with_row=True) if p.payload["split"] == split]
-    if not problems:
-        raise ValueError(
-            f"{path}: by their hash one problem in ten is held out, the others are trained on, and "
-            f"none falls into the {split} split; give more problems"
-        )
-    return problems
+def read_splits(path: str | os.PathLike) -> tuple[list[Problem], list[Problem]]:
+    """Return the problems of a user's JSONL to train on and those held out, with their rows. Raises
+    ValueError where there is none of either."""
+    splits: dict[str, list[Problem]] = {"train": [], "heldout": []}
+    for problem in read_own(path, with_row=True):
+        splits[problem.payload["split"]].append(problem)
+    for split, problems in splits.items():
+        if not problems:
+            raise ValueError(
+                f"{path}: by their hash one problem in ten is held out, the others are trained on, "
+                f"and none falls into the {split} split; give more problems"
+            )
+    return splits["train"], splits["heldout"]
 
 
 def gold_answer(field: object) -> str | None:
