@@ -23,6 +23,7 @@ from nanomath.config import one_line_errors, parse
 from nanomath.data import epoch_order
 from nanomath.dist import (
     Dist,
+    broadcast_json,
     copy_weights,
     make_replica,
     refresh_replica,
@@ -54,6 +55,8 @@ from nanomath.run import Run, open_run
 from nanomath.sampler import Rollouts, sample_groups, sample_stream
 from nanomath.tasks import Problem, benchmarks, countdown, encode_prompt
 from nanomath.tokenizer import Tokenizer
+
+MAX_STEPS_WITHOUT_REWARD = 16  # in a row: warnings alone would let a broken function run for days
 
 
 def problem_sets(cfg: GRPOConfig) -> tuple[list[Problem], list[Problem]]:
@@ -128,6 +131,20 @@ def judge(
     values = [float("nan") if total is None else total for total in totals]
     rewards_PG = torch.tensor(values, dtype=torch.float64).view(len(problems), group_size)
     return rewards_PG, texts, parts
+
+
+def end_without_rewards(run: Run, rewards: Rewards, metrics: dict[str, float]) -> None:
+    """Let the run end where no output of MAX_STEPS_WITHOUT_REWARD steps in a row had a reward."""
+    num_outputs = run.cfg.batch_size * run.cfg.group_size
+    count = run.state.get("without_reward", 0) + 1 if metrics["no_reward"] == num_outputs else 0
+    run.state["without_reward"] = count
+    if count >= MAX_STEPS_WITHOUT_REWARD:
+        reasons = broadcast_json(rewards.missing, run.dist)  # a rank without questions has none
+        run.ends_with = (
+            f"no output has had a reward for {count} steps: "
+            + "; ".join(f"reward {name}, {reason}" for name, reason in reasons.items())
+            + ". Mend that and give the same command: it continues from the checkpoint of this step"
+        )
 
 
 def update(
@@ -287,6 +304,7 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
         metrics |= cost_metrics(clock.seconds, batch, cfg.num_updates, dist)
         ids = [problems[place].id for place in chosen]
         run.log(step, metrics, shown=SHOWN, batch=("problems", ids))
+        end_without_rewards(run, rewards, metrics)
         if step == 0 and loss_starts_at_0(cfg):
             run.say(WHY_LOSS_IS_0)
         if dist.is_main and (is_shown or is_last):

@@ -92,6 +92,7 @@ class Rewards:
     ):
         self._names, self._labels = tuple(names), [reward_label(name) for name in names]
         self._weights = tuple(weights) or (1.0,) * len(self._names)
+        self.missing: dict[str, str] = {}  # of the last call: who gave None, and why the last time
         if len({"std", *self._labels}) <= len(names) or not names:  # reward_std is a metric
             raise ValueError(
                 f"--reward {' '.join(names)}: give different function names, other than std"
@@ -121,13 +122,16 @@ class Rewards:
         own = [name for name in self._names if name not in BUILT_IN]
         tasks = [(number, *pair) for number in range(len(own)) for pair in pairs]
         scored = iter(self._workers.score(tasks) if own else ())
-        parts = {}
-        for name, label in zip(self._names, self._labels, strict=True):
+        parts, self.missing = {}, {}
+        for name, label, weight in zip(self._names, self._labels, self._weights, strict=True):
             if name in BUILT_IN:
                 results = [score_one(BUILT_IN[name], *pair) for pair in pairs]
             else:
                 results = list(itertools.islice(scored, len(pairs)))
             _warn(name, problems, results)
+            for problem, (reward, failure) in zip(problems, results, strict=True):
+                if reward is None and weight:
+                    self.missing[name] = f"problem {problem.id}: {failure or 'it returned None'}"
             parts[label] = [reward for reward, _ in results]
         totals: list[float | None] = []
         for rewards in zip(*parts.values(), strict=True):

@@ -70,6 +70,7 @@ class Run:
         state = checkpoint.load_latest(cfg.run_dir, modules=modules, optimizer=optimizer, dist=dist)
         self.state: dict[str, Any] = state or {"step": 0, "seconds": 0.0, "skipped_in_a_row": 0}
         self.failed_saves = 0
+        self.ends_with: str | None = None  # once set, the run ends with this line after its step
         self._log = RunLog(
             cfg.run_dir,
             start_step=self.state["step"],
@@ -84,7 +85,7 @@ class Run:
         """Yield the steps still to do.
 
         When the loop asks for the next step, this one is done: it is then saved, after each
-        interval, at the end, and when a signal asks to stop.
+        interval, at the end, and when a signal or `ends_with` asks to stop, on all ranks alike.
         """
         first = self.state["step"]
         if first >= num_steps:
@@ -104,10 +105,12 @@ class Run:
                 if step == first:
                     set_timeout(self.dist, STEP_TIMEOUT_S)
                 self.state.update(step=step + 1, seconds=time.monotonic() - started)
-                stop = signal.requested(self.dist)
+                stop = signal.requested(self.dist) or self.ends_with is not None
                 if stop or step + 1 == num_steps or (step + 1) % self.cfg.checkpoint_interval == 0:
                     self._save(must_succeed=stop or step + 1 == num_steps)
                 if stop and step + 1 < num_steps:
+                    if self.ends_with is not None:
+                        raise SystemExit(f"step {step}: {self.ends_with}")
                     self.say(f"{desc}: stopped after step {step}; the same command continues")
                     raise SystemExit(0)
         self.say(f"{desc}: all {num_steps} steps are done ({self.cfg.run_dir})")

@@ -853,3 +853,43 @@ def test_a_run_goes_on_when_its_reward_fails(tmp_path, start, monkeypatch, caplo
     for failure in ("exit status 1", "more than 0.7 s", "ZeroDivisionError"):
         assert failure in text
     assert all("reward_format" in row for row in rows)
+
+
+def test_a_run_in_which_nothing_is_rewarded_ends(tmp_path, start, monkeypatch):
+    """So many steps in a row without any reward, counted over a restart, end the run with the
+    functions, what failed last and a checkpoint; one fewer does not; mended, the same command goes
+    on and does not count the old ones."""
+    monkeypatch.setattr(train_grpo, "MAX_STEPS_WITHOUT_REWARD", 4)
+    broken, file = tmp_path / "broken", tmp_path / "mine.py"
+    file.write_text(
+        "from pathlib import Path\n"
+        "def mine(problem, text):\n"
+        f"    if Path({str(broken)!r}).exists():\n"
+        "        raise OSError('no such service')\n"
+        "    return len(text)\n"
+    )
+    argv = [*SMALL_GRPO, "--init", start, "--run_dir", tmp_path / "grpo", "--num_steps", "12"]
+    argv += ["--reward", f"{file}:mine", "format", "--checkpoint_interval", "100"]
+    broken_steps, stopped_after = {0, 1, 2, 4, 5, 6, 7}, 5
+    real = train_grpo.judge
+
+    def judge(rewards, *args):
+        step = len(read_metrics(tmp_path / "grpo"))
+        broken.touch() if step in broken_steps else broken.unlink(missing_ok=True)
+        if step == stopped_after:
+            signal.raise_signal(signal.SIGTERM)
+        return real(rewards, *args)
+
+    monkeypatch.setattr(train_grpo, "judge", judge)
+    for words in ("0", f"step 7: no output has had a reward for 4 steps: reward {file}:mine, "):
+        with pytest.raises(SystemExit) as end:
+            run_script(train_grpo, argv, monkeypatch)
+        assert str(end.value).startswith(words)
+    assert "OSError: no such service (mine.py, line 4). Mend that" in str(end.value)
+    assert "format" not in str(end.value)
+    assert (tmp_path / "grpo/checkpoints/step-000008/COMMIT").exists()
+    broken_steps |= {9, 10, 11}
+    run_script(train_grpo, argv, monkeypatch)
+    rows = read_metrics(tmp_path / "grpo")
+    assert [row["step"] for row in rows if row["no_reward"] == 8] == sorted(broken_steps)
+    assert len(rows) == 12
