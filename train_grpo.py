@@ -12,7 +12,9 @@ command continues a run.
 
 import math
 import sys
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -57,6 +59,25 @@ from nanomath.tasks import Problem, benchmarks, countdown, encode_prompt
 from nanomath.tokenizer import Tokenizer
 
 MAX_STEPS_WITHOUT_REWARD = 16  # in a row: warnings alone would let a broken function run for days
+
+
+def load_modules(cfg: GRPOConfig, dist: Dist) -> tuple[dict[str, Transformer], Tokenizer]:
+    """Return "model", the policy, and with a KL its "reference", and the tokenizer of --init."""
+    policy, tokenizer, _ = load_model(
+        cfg.init,
+        dist,
+        activation_checkpointing=cfg.activation_checkpointing,
+        compile=cfg.compile,
+    )
+    if tokenizer is None:
+        raise ValueError(f"--init {cfg.init} holds no tokenizer.json: texts cannot be encoded")
+    use_template(tokenizer, cfg.chat_template)
+    modules = {"model": policy}
+    if cfg.kl_coef > 0:
+        # Its weights are set at the start of each iteration (l.3), or come from a checkpoint.
+        reference, _, _ = load_model(cfg.init, dist, compile=cfg.compile)
+        modules["reference"] = reference.requires_grad_(False)
+    return modules, tokenizer
 
 
 def problem_sets(cfg: GRPOConfig) -> tuple[list[Problem], list[Problem]]:
@@ -117,6 +138,76 @@ def drop_long_prompts(
     return kept
 
 
+def check_cache(
+    cfg: GRPOConfig, model: Transformer, tokenizer: Tokenizer, problems: list[Problem]
+) -> None:
+    """Refuse now, with the sampler's error, a --cache_gb that it would refuse within a step."""
+    if cfg.cache_gb:
+        prompts = [encode_prompt(tokenizer, problem) for problem in problems]
+        extremes = [min(prompts, key=len), max(prompts, key=len)]
+        sizes = {"max_new_tokens": cfg.max_new_tokens, "cache_gb": cfg.cache_gb}
+        sample_stream(model, extremes, 1, eos_ids=(), **sizes)
+
+
+# ----------------------------------------------------------------------------- phases of a step
+
+
+def sampler_settings(cfg: GRPOConfig, dist: Dist) -> dict[str, Any]:
+    """Return the settings that training and held-out evaluation share."""
+    return {
+        "max_new_tokens": cfg.max_new_tokens,
+        "max_rows": cfg.max_rows,
+        "cache_gb": cfg.cache_gb or math.inf,
+        # A second bar, at a terminal, when sampling takes longer than this.
+        "progress": 5.0 if dist.is_main and sys.stderr.isatty() else None,
+    }
+
+
+def evaluate(
+    cfg: GRPOConfig,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    problems: list[Problem],
+    rewards: Rewards,
+    dist: Dist,
+) -> dict[str, float]:
+    """Return Pass@1, and with --num_eval_samples Pass@K and Maj@K, of held-out problems."""
+    return heldout_metrics(
+        model,
+        tokenizer=tokenizer,
+        problems=problems,
+        rewards=rewards,
+        num_samples=cfg.num_eval_samples,
+        temperature=cfg.eval_temperature,
+        dist=dist,
+        **sampler_settings(cfg, dist),
+    )
+
+
+def sample(
+    cfg: GRPOConfig,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    places: Sequence[int],
+    step: int,
+    dist: Dist,
+) -> Rollouts:
+    """Sample G outputs of each prompt (Alg. 1 l.7); places: where in the batch the prompts are."""
+    return sample_groups(
+        model,
+        prompts,
+        cfg.group_size,
+        eos_ids=tokenizer.stop_ids,
+        temperature=cfg.temperature,
+        seed=cfg.seed,
+        step=step,
+        prompt_ids=places,  # a question drawn twice makes two groups, not one group twice
+        vocab_limit=tokenizer.sample_limit,
+        **sampler_settings(cfg, dist),
+    )
+
+
 def judge(
     rewards: Rewards, problems: list[Problem], rollouts: Rollouts, tokenizer: Tokenizer
 ) -> tuple[torch.Tensor, list[str], dict[str, list]]:
@@ -133,18 +224,25 @@ def judge(
     return rewards_PG, texts, parts
 
 
-def end_without_rewards(run: Run, rewards: Rewards, metrics: dict[str, float]) -> None:
-    """Let the run end where no output of MAX_STEPS_WITHOUT_REWARD steps in a row had a reward."""
-    num_outputs = run.cfg.batch_size * run.cfg.group_size
-    count = run.state.get("without_reward", 0) + 1 if metrics["no_reward"] == num_outputs else 0
-    run.state["without_reward"] = count
-    if count >= MAX_STEPS_WITHOUT_REWARD:
-        reasons = broadcast_json(rewards.missing, run.dist)  # a rank without questions has none
-        run.ends_with = (
-            f"no output has had a reward for {count} steps: "
-            + "; ".join(f"reward {name}, {reason}" for name, reason in reasons.items())
-            + ". Mend that and give the same command: it continues from the checkpoint of this step"
-        )
+def add_logprobs(
+    cfg: GRPOConfig,
+    batch: RolloutBatch,
+    policy: Transformer,
+    reference: Transformer | None,
+    dist: Dist,
+) -> None:
+    """Give the batch the reference's log-probabilities, if there is one, and the old policy's, if
+    several updates are made on it."""
+    scoring = {
+        "temperature": cfg.temperature,
+        "micro_batch_size": cfg.micro_batch_size,
+        "num_parts": cfg.num_minibatches,
+        "device": dist.device,
+    }
+    if reference is not None:
+        batch.ref_logp_N = response_logprobs(reference, batch, **scoring)
+    if cfg.num_updates * cfg.num_minibatches > 1:  # else the old policy is the policy itself
+        batch.old_logp_N = response_logprobs(policy, batch, **scoring)
 
 
 def update(
@@ -179,35 +277,33 @@ def update(
     return update_metrics(steps, cfg.kl_coef)
 
 
+def end_without_rewards(run: Run, rewards: Rewards, metrics: dict[str, float]) -> None:
+    """Let the run end where no output of MAX_STEPS_WITHOUT_REWARD steps in a row had a reward."""
+    num_outputs = run.cfg.batch_size * run.cfg.group_size
+    count = run.state.get("without_reward", 0) + 1 if metrics["no_reward"] == num_outputs else 0
+    run.state["without_reward"] = count
+    if count >= MAX_STEPS_WITHOUT_REWARD:
+        reasons = broadcast_json(rewards.missing, run.dist)  # a rank without questions has none
+        run.ends_with = (
+            f"no output has had a reward for {count} steps: "
+            + "; ".join(f"reward {name}, {reason}" for name, reason in reasons.items())
+            + ". Mend that and give the same command: it continues from the checkpoint of this step"
+        )
+
+
 def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
     """Run Algorithm 1 with outcome rewards (Sec. 4.1.2, 4.1.4)."""
     with one_line_errors():
         check(cfg, dist)
-        policy, tokenizer, _ = load_model(  # Alg. 1 l.1
-            cfg.init,
-            dist,
-            activation_checkpointing=cfg.activation_checkpointing,
-            compile=cfg.compile,
-        )
-        if tokenizer is None:
-            raise ValueError(f"--init {cfg.init} holds no tokenizer.json: texts cannot be encoded")
-        use_template(tokenizer, cfg.chat_template)
-        modules = {"model": policy}
-        if cfg.kl_coef > 0:
-            # Its weights are set at the start of each iteration (l.3), or come from a checkpoint.
-            reference, _, _ = load_model(cfg.init, dist, compile=cfg.compile)
-            modules["reference"] = reference.requires_grad_(False)
+        modules, tokenizer = load_modules(cfg, dist)  # Alg. 1 l.1
+        policy, reference = modules["model"], modules.get("reference")
         # On one CPU the policy samples for itself; else a whole copy does, refreshed before use.
         sampling_model = make_replica(policy, dist)
         optimizer = make_adamw(policy, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0)
         problems, heldout = drop_long_prompts(
             cfg, problem_sets(cfg), tokenizer, policy.cfg.max_context, dist
         )
-        if cfg.cache_gb:  # it refuses here what it would refuse within a step
-            prompts = [encode_prompt(tokenizer, problem) for problem in (*problems, *heldout)]
-            extremes = [min(prompts, key=len), max(prompts, key=len)]
-            sizes = {"max_new_tokens": cfg.max_new_tokens, "cache_gb": cfg.cache_gb}
-            sample_stream(sampling_model, extremes, 1, eos_ids=(), **sizes)
+        check_cache(cfg, sampling_model, tokenizer, [*problems, *heldout])
         run = Run(cfg, dist, lock, modules, optimizer, tokenizer)
     total_steps = cfg.num_iterations * cfg.num_steps
     run.say(
@@ -216,53 +312,22 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
         f"{len(heldout)} held out; {total_steps} steps of {cfg.batch_size} questions x "
         f"{cfg.group_size} outputs; reward {' + '.join(cfg.reward)}"
     )
-    scoring = {
-        "temperature": cfg.temperature,
-        "micro_batch_size": cfg.micro_batch_size,
-        "num_parts": cfg.num_minibatches,
-        "device": dist.device,
-    }
-    more = {
-        "max_rows": cfg.max_rows,
-        "cache_gb": cfg.cache_gb or math.inf,
-        # A second bar, at a terminal, when sampling takes longer than this.
-        "progress": 5.0 if dist.is_main and sys.stderr.isatty() else None,
-    }
-    evaluate = partial(
-        heldout_metrics,
-        tokenizer=tokenizer,
-        problems=heldout,
-        rewards=rewards,
-        num_samples=cfg.num_eval_samples,
-        temperature=cfg.eval_temperature,
-        max_new_tokens=cfg.max_new_tokens,
-        dist=dist,
-        **more,
-    )
     for step in run.steps(total_steps, desc="grpo"):  # Alg. 1 l.2, l.4
         if step % cfg.num_steps == 0 and cfg.kl_coef > 0:
             copy_weights(reference, policy)  # Alg. 1 l.3
         clock = Clock(dist.device)
         chosen = epoch_order(len(problems), step, cfg.batch_size, cfg.seed)  # Alg. 1 l.5
-        my_places = range(dist.rank, cfg.batch_size, dist.world_size)
-        mine = [problems[chosen[place]] for place in my_places]
-        prompts = [encode_prompt(tokenizer, problem) for problem in mine]
+        places = range(dist.rank, cfg.batch_size, dist.world_size)  # this rank's
+        mine = [problems[chosen[place]] for place in places]
         refresh_replica(sampling_model, policy, dist)  # Alg. 1 l.6: old <- policy
-        is_shown = step % cfg.eval_interval == 0
-        metrics = evaluate(sampling_model) if is_shown else {}
+        is_shown, is_last = step % cfg.eval_interval == 0, step + 1 == total_steps
+        metrics = {}
+        if is_shown:
+            metrics = evaluate(cfg, sampling_model, tokenizer, heldout, rewards, dist)
         clock.lap("evaluation")
-        rollouts = sample_groups(  # Alg. 1 l.7
-            sampling_model,
-            prompts,
-            cfg.group_size,
-            max_new_tokens=cfg.max_new_tokens,
-            eos_ids=tokenizer.stop_ids,
-            temperature=cfg.temperature,
-            seed=cfg.seed,
-            step=step,
-            prompt_ids=my_places,  # a question drawn twice makes two groups, not one group twice
-            vocab_limit=tokenizer.sample_limit,
-            **more,
+        prompts = [encode_prompt(tokenizer, problem) for problem in mine]
+        rollouts = sample(  # Alg. 1 l.7
+            cfg, sampling_model, tokenizer, prompts, places, step, dist
         )
         clock.lap("sampling")
         rewards_PG, texts, parts = judge(rewards, mine, rollouts, tokenizer)  # Alg. 1 l.8
@@ -277,28 +342,18 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
             drop_constant_groups=cfg.drop_constant_groups,
         )
         clock.lap("rewards")
-        batch = make_batch(
-            prompts,
-            rollouts,
-            advantages_PG,
-            weights_PG,
-            num_prompts=cfg.batch_size,
-            world_size=dist.world_size,
-        )
-        if cfg.kl_coef > 0:
-            batch.ref_logp_N = response_logprobs(reference, batch, **scoring)
-        if cfg.num_updates * cfg.num_minibatches > 1:  # else the old policy is the policy itself
-            batch.old_logp_N = response_logprobs(policy, batch, **scoring)
+        sizes = {"num_prompts": cfg.batch_size, "world_size": dist.world_size}
+        batch = make_batch(prompts, rollouts, advantages_PG, weights_PG, **sizes)
+        add_logprobs(cfg, batch, policy, reference, dist)
         clock.lap("logprobs")
         lr = SCHEDULES[cfg.schedule](
             step, num_steps=total_steps, peak=cfg.lr, warmup_steps=cfg.warmup_steps
         )
         metrics |= update(cfg, policy, optimizer, batch, lr, dist)  # Alg. 1 l.10-11
         clock.lap("update")
-        is_last = step + 1 == total_steps
         if is_last:
             refresh_replica(sampling_model, policy, dist)
-            metrics |= evaluate(sampling_model)
+            metrics |= evaluate(cfg, sampling_model, tokenizer, heldout, rewards, dist)
             clock.lap("evaluation")
         metrics |= rollout_metrics(rewards_PG, parts, rollouts, dist) | {"lr": lr}
         metrics |= cost_metrics(clock.seconds, batch, cfg.num_updates, dist)
