@@ -16,12 +16,9 @@ losses agree on the same rollouts is a test's. A GPU's floor: the bytes of every
 """
 
 import contextlib
-import datetime
 import json
 import os
-import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -31,18 +28,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from common import peak_bytes, record, save
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # beside this file lies a kernels.py
-from nanomath.advantages import outcome_advantages, output_weights  # noqa: E402
-from nanomath.config import opt, parse, to_json, write_json  # noqa: E402
-from nanomath.dist import cleanup, make_replica, refresh_replica, setup, shard  # noqa: E402
-from nanomath.grpo import Objective, make_batch, policy_update, response_logprobs  # noqa: E402
-from nanomath.hf import load_hf, save_hf  # noqa: E402
-from nanomath.model import MODEL_PRESETS, ModelConfig, Transformer  # noqa: E402
-from nanomath.monitor import Clock  # noqa: E402
-from nanomath.optim import make_adamw  # noqa: E402
-from nanomath.plan import flops_per_token  # noqa: E402
-from nanomath.sampler import sample_groups  # noqa: E402
+from nanomath.advantages import outcome_advantages, output_weights
+from nanomath.config import opt, parse, to_json
+from nanomath.dist import cleanup, make_replica, refresh_replica, setup, shard
+from nanomath.grpo import Objective, make_batch, policy_update, response_logprobs
+from nanomath.hf import load_hf, save_hf
+from nanomath.model import MODEL_PRESETS, ModelConfig, Transformer
+from nanomath.monitor import Clock
+from nanomath.optim import make_adamw
+from nanomath.plan import flops_per_token
+from nanomath.sampler import sample_groups
 
 LR, BETAS, MAX_GRAD_NORM, CLIP_EPS, KL_COEF = 1e-6, (0.9, 0.95), 1.0, 0.2, 0.04
 
@@ -113,12 +110,6 @@ def reward(text: str) -> float:
     """Return the share of even numbers in an output: each id is written as itself."""
     words = text.split()
     return sum(int(word) % 2 == 0 for word in words) / max(len(words), 1)
-
-
-def peak_bytes(device: str) -> int:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 # ---------------------------------------------------------------------------- the two sides
@@ -375,21 +366,9 @@ def main() -> None:
     if cfg.num_prompts * cfg.group_size % cfg.micro_batch_size:
         raise SystemExit("--micro_batch_size must divide num_prompts times group_size")
     result = summary(cfg, measure(cfg))
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    if cfg.device == "cpu":
-        import transformers
-        import trl
-
-        versions |= {"trl": trl.__version__, "transformers": transformers.__version__}
-    device = torch.cuda.get_device_name() if cfg.device == "cuda" else cpu_name()
-    result |= {
-        "device": device,
-        "load_average": os.getloadavg()[0],
-        "versions": versions,
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.date.today().isoformat(),
-        "settings": {k: v for k, v in to_json(cfg).items() if k not in ("worker", "weights")},
-    }
+    result |= record(cfg.device, *(("trl", "transformers") if cfg.device == "cpu" else ()))
+    settings = {k: v for k, v in to_json(cfg).items() if k not in ("worker", "weights")}
+    result["settings"] = settings
     print(f"{'':10}{'seconds':>9}{'CPU s':>8}{'tokens/s':>10}{'length':>8}{'peak MB':>9}"
           f"{'above import':>14}")  # fmt: skip
     for side in (name for name in ("nanomath", "trl") if name in result):
@@ -410,16 +389,9 @@ def main() -> None:
         )
     else:
         print(f"floor: {result['nanomath']['floor_seconds']:.1f} s")
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
     name = f"grpo_step_{cfg.device}" + (f"_length_{cfg.mean_length:g}" * (cfg.mean_length < 1))
-    write_json(Path(cfg.out) / f"{name}.json", result)
+    save(result, Path(cfg.out) / f"{name}.json")
     return None
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    name = next((line.split(":")[1].strip() for line in lines if "model name" in line), "CPU")
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
 if __name__ == "__main__":

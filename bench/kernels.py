@@ -19,27 +19,20 @@ drawn from them. Results go to bench/results/kernels-DEVICE.json.
 """
 
 import argparse
-import contextlib
-import importlib.metadata
 import itertools
-import json
-import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from common import ROOT, record, save
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # this file is called kernels as well
-import kernels  # noqa: E402
-from kernels import reference  # noqa: E402
+import kernels
+from kernels import reference
 
 SETTINGS = {"clip_eps_low": 0.2, "clip_eps_high": 0.2, "kl_coef": 0.04}
 ENTROPY = 1.5  # nats
@@ -390,26 +383,11 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def machine(args: argparse.Namespace) -> dict[str, object]:
-    versions = {}
-    for package in ("torch", "triton", "trl", "liger-kernel"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    gpu = args.device == "cuda"
-    name = torch.cuda.get_device_name() if gpu else torch.backends.cpu.get_cpu_capability()
-    return {
-        "device": f"{name}, {platform.machine()}",
-        "threads": args.threads,
-        "load": os.getloadavg(),
-        "versions": versions,
-    }
-
-
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
-    results = {"machine": machine(args), "command": sys.argv[1:]}
-    print(results["machine"])
+    results = {**record(args.device, "triton", "trl", "liger-kernel"), "threads": args.threads}
+    print(results)
     for table in args.tables:
         rows = measure(args, table)
         show(args, table, rows)
@@ -417,8 +395,7 @@ def main() -> None:
         results[table] = {**sizes, "dtype": str(args.dtype), "methods": rows}
     name = "cuda" if args.device == "cuda" else f"cpu-{args.threads}-thread"
     path = args.output or ROOT / "bench" / "results" / f"kernels-{name}.json"
-    path.write_text(json.dumps(results) + "\n")
-    print(f"\nwritten: {path}")
+    save(results, path)
 
 
 if __name__ == "__main__":

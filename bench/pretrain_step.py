@@ -9,11 +9,8 @@ the steps take turns, so that whatever else the machine does hits both alike, an
 all threads) stand beside wall time. The losses of every step must agree. Writes a JSON file.
 """
 
-import datetime
 import json
 import os
-import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,16 +20,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from common import peak_bytes, record, save
 from safetensors.torch import load_file, save_file
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # beside this file lies a kernels.py
-from nanomath.config import opt, parse, to_json, write_json  # noqa: E402
-from nanomath.data import TrainBatch  # noqa: E402
-from nanomath.dist import cleanup, setup, shard  # noqa: E402
-from nanomath.hf import llama_name  # noqa: E402
-from nanomath.model import MODEL_PRESETS, ModelConfig, Transformer  # noqa: E402
-from nanomath.optim import make_adamw, supervised_step  # noqa: E402
-from nanomath.plan import PEAK_FLOPS, flops_per_token  # noqa: E402
+from nanomath.config import opt, parse, to_json
+from nanomath.data import TrainBatch
+from nanomath.dist import cleanup, setup, shard
+from nanomath.hf import llama_name
+from nanomath.model import MODEL_PRESETS, ModelConfig, Transformer
+from nanomath.optim import make_adamw, supervised_step
+from nanomath.plan import PEAK_FLOPS, flops_per_token
 
 LR, BETAS, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, (0.9, 0.95), 0.1, 1.0
 SIDES = ("nanomath", "transformers")
@@ -143,12 +140,6 @@ def their_step(cfg: BenchConfig):
     return step, lambda: None
 
 
-def peak_bytes(device: str) -> int:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def work(cfg: BenchConfig) -> None:
     """Answer each line `STEP` on stdin with one JSON line: seconds, loss, peak bytes so far."""
     if cfg.worker == "transformers":
@@ -242,29 +233,16 @@ def main() -> None:
     cfg = parse(BenchConfig, PRESETS, description=__doc__)
     if cfg.worker:
         return work(cfg)
-    import transformers
-
-    result = summary(cfg, measure(cfg))
-    on_gpu = cfg.device == "cuda"
-    result |= {
-        "device": torch.cuda.get_device_name() if on_gpu else cpu_name(),
-        "load_average": os.getloadavg()[0],
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.date.today().isoformat(),
-        "settings": {k: v for k, v in to_json(cfg).items() if k not in ("worker", "weights")},
-    }
+    result = summary(cfg, measure(cfg)) | record(cfg.device, "transformers")
+    settings = {k: v for k, v in to_json(cfg).items() if k not in ("worker", "weights")}
+    result["settings"] = settings
     print(
         f"{'':14}{'tokens/s':>10}{'seconds':>10}{'CPU s':>8}{'peak MB':>10}{'above import':>14}"
         f"{'MFU':>7}"
     )
     for side in SIDES:
         row = result[side]
-        mfu = f"{row['mfu']:7.1%}" if on_gpu else f"{'-':>7}"
+        mfu = f"{row['mfu']:7.1%}" if "mfu" in row else f"{'-':>7}"
         print(
             f"{side:14}{row['tokens_per_s']:10.0f}{row['seconds']:10.3f}{row['cpu_seconds']:8.3f}{row['peak_mb']:10.0f}"
             f"{row['peak_above_import_mb']:14.0f}{mfu}"
@@ -277,15 +255,8 @@ def main() -> None:
         f" CPU seconds {ratio['cpu_seconds']:.2f}x,"
         f" peak memory {ratio['peak']:.2f}x, above importing {ratio['peak_above_import']:.2f}x"
     )
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    write_json(Path(cfg.out) / f"pretrain_step_{cfg.device}.json", result)
+    save(result, Path(cfg.out) / f"pretrain_step_{cfg.device}.json")
     return None
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    name = next((line.split(":")[1].strip() for line in lines if "model name" in line), "CPU")
-    return f"{name}, {len(os.sched_getaffinity(0))} cores"
 
 
 if __name__ == "__main__":

@@ -11,23 +11,18 @@ tokens per second count the tokens of samples, not the padding behind them.
 """
 
 import argparse
-import json
-import platform
 import random
 import statistics
-import sys
 import time
-from datetime import date
 from pathlib import Path
 
 import torch
 import transformers
+from common import ROOT, record, save
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # beside this file lies a kernels.py
-from nanomath.hf import llama_name  # noqa: E402
-from nanomath.model import MODEL_PRESETS, ModelConfig, Transformer  # noqa: E402
-from nanomath.sampler import sample_groups  # noqa: E402
+from nanomath.hf import llama_name
+from nanomath.model import MODEL_PRESETS, ModelConfig, Transformer
+from nanomath.sampler import sample_groups
 
 
 def llama(model: Transformer) -> transformers.LlamaForCausalLM:
@@ -186,17 +181,8 @@ def main() -> None:
                 f"{row['peak_gb']:.1f} GB, {row['kernels_per_step']:.0f} kernels and "
                 f"{row['launches_per_step']:.1f} launches a step"
             )
-    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
-    result = {
-        "command": "python bench/sampler.py " + " ".join(sys.argv[1:]),
-        "date": date.today().isoformat(),
-        "device": f"{device}, {args.threads} threads",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "rows": rows,
-    }
-    out = args.out or ROOT / "bench" / "results" / f"sampler-{args.device}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    result = {**record(args.device, "transformers"), "threads": args.threads, "rows": rows}
+    save(result, args.out or ROOT / "bench" / "results" / f"sampler-{args.device}.json")
 
 
 if __name__ == "__main__":
