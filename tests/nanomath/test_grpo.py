@@ -59,14 +59,9 @@ def random_batch(
     )
 
 
-def score(model, batch, temperature=1.0, micro_batch_size=8):
-    return response_logprobs(
-        model,
-        batch,
-        temperature=temperature,
-        micro_batch_size=micro_batch_size,
-        device=CPU,
-    )
+def score(model, batch, **settings):
+    settings = {"temperature": 1.0, "micro_batch_size": 8, **settings}
+    return response_logprobs(model, batch, device=CPU, **settings)
 
 
 def gradient(model, batch, objective, micro_batches):
@@ -143,7 +138,7 @@ def test_response_logprobs_equal_log_softmax_at_the_temperature():
 def test_gradient_is_the_coefficient_times_grad_logp(kl_coef, temperature):
     """At rho = 1 the gradient is sum_t w (A + beta (pi_ref/pi - 1)) grad logp (Sec. 4, 5.2)."""
     model, batch = tiny_model(), random_batch()
-    batch.ref_logp_N = score(tiny_model(seed=1), batch, temperature)
+    batch.ref_logp_N = score(tiny_model(seed=1), batch, temperature=temperature)
     flat, _ = gradient(model, batch, Objective(0.2, 0.2, kl_coef, temperature), [range(6)])
     surrogate, offset = 0.0, 0
     for r, row in enumerate(batch.sequences):

@@ -6,6 +6,7 @@ The processes of the rank tests run this file as a script (`worker_ranks`).
 import importlib.util
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import NamedTuple
@@ -24,19 +25,24 @@ from nanomath.grpo import (
     make_batch,
     objective_of_rows,
     policy_update,
-    response_logprobs,
     update_metrics,
 )
-from nanomath.model import ModelConfig, Transformer
+from nanomath.model import Transformer
 from nanomath.sampler import Rollouts
 
-spec = importlib.util.spec_from_file_location("dist_tests", Path(__file__).parent / "test_dist.py")
-dist_tests = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(dist_tests)
 
-CPU = torch.device("cpu")
-ALONE = nd.Dist(0, 0, 1, CPU)
+def load_tests(name: str):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+dist_tests, grpo_tests = load_tests("test_dist"), load_tests("test_grpo")
+ALONE, CPU = grpo_tests.ALONE, grpo_tests.CPU
+gradient, tiny_model = grpo_tests.gradient, grpo_tests.tiny_model
 EOS, MAX_NEW, TEMPERATURE = 0, 8, 0.9  # 0 is also what rows are padded with
+score = partial(grpo_tests.score, temperature=TEMPERATURE, micro_batch_size=4)
 SETTINGS = {"clip_eps_low": 0.2, "clip_eps_high": 0.2, "kl_coef": 0.3, "kl_estimator": "k3"}
 ALTERNATIVES = {
     "paper": {},
@@ -65,12 +71,6 @@ class Group(NamedTuple):
     prompt: list[int]
     outputs: list[list[int]]  # without an EOS at the end: truncated
     rewards: list[float | None]
-
-
-def tiny_model(seed: int = 0) -> Transformer:
-    model = Transformer(ModelConfig(23, 2, 16, 2, 1, 24, max_context=64)).double()
-    model.init_weights(seed, std=0.3)
-    return model
 
 
 def old_model() -> Transformer:
@@ -139,23 +139,6 @@ def build(options: dict, dist: nd.Dist = ALONE, old: bool = True):
         batch.old_logp_N = score(old_model(), batch)
     settings = {name: options.get(name, default) for name, default in SETTINGS.items()}
     return batch, Objective(temperature=TEMPERATURE, **settings)
-
-
-def score(model, batch, num_parts=1):
-    return response_logprobs(
-        model, batch, temperature=TEMPERATURE, micro_batch_size=4, num_parts=num_parts, device=CPU
-    )
-
-
-def gradient(model, batch, objective, micro_batches):
-    model.zero_grad(set_to_none=True)
-    sums = 0.0
-    for rows in micro_batches:
-        loss, part, _ = objective_of_rows(model, batch, rows, objective, CPU)
-        loss.backward()
-        sums = sums + part
-    flat = torch.cat([p.grad.flatten() for p in model.parameters()])
-    return flat, dict(zip(METRIC_SUMS, sums.tolist(), strict=True))
 
 
 def close(actual, expected, tolerance=1e-10):
