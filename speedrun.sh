@@ -46,6 +46,8 @@ esac
 if [ "$SEED" = 0 ]; then RUN="${RUN:-runs/speedrun-$PRESET}"; else RUN="${RUN:-runs/speedrun-$PRESET-seed$SEED}"; fi
 # The control's steps take at least as long as GRPO does: the report shows the minutes of both.
 case "$PRESET" in smoke) CONTROL_STEPS=20 ;; cpu) CONTROL_STEPS=3000 ;; gpu) CONTROL_STEPS=4000 ;; esac
+FIGURE7_PROBLEMS=200 # the first of the held-out ones, 64 samples each
+if [ "$PRESET" = smoke ]; then FIGURE7_PROBLEMS=10; fi
 
 source dev/setup.sh
 setup_environment ""
@@ -85,5 +87,9 @@ stage control   "$PY" train_sft.py --preset "$PRESET" --init "$RUN/sft" --data "
 stage grpo      "$PY" train_grpo.py --preset "$PRESET" --init "$RUN/sft" --seed "$SEED" --run_dir "$RUN/grpo"
 for model in base sft control grpo; do
     stage "evaluate $model" "$PY" evaluate.py --preset "$PRESET" --checkpoint "$RUN/$model" --out "$RUN/eval-$model.json"
+done
+for model in sft grpo; do
+    stage "figure 7 $model" "$PY" evaluate.py --preset "$PRESET" --checkpoint "$RUN/$model" --num_samples 64 \
+                    --num_problems "$FIGURE7_PROBLEMS" --out "$RUN/figure7-$model.json"
 done
 stage report    "$PY" -m nanomath.report --run_dir "$RUN"

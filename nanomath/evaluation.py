@@ -378,6 +378,7 @@ def draw_at_k(results: dict[str, dict[str, Any]], path: Path) -> None:
             low, high = ([metrics[n][end] for n in names] for end in ("low", "high"))
             axis.fill_between(ks, low, high, alpha=0.15)
         axis.set_xscale("log", base=2)
+        axis.set_xticks(ks, labels=map(str, ks))
         axis.set_xlabel("K")
         axis.set_title(f"{kind.capitalize()}@K, 95% intervals")
         axis.legend()

@@ -3,9 +3,9 @@
     python -m nanomath.report --run_dir runs/speedrun-cpu
     python -m nanomath.report --run_dir runs/speedrun-cpu runs/speedrun-cpu-seed1
 
-Reads what the stages left (funnel.json, metrics.jsonl, eval-*.json) and
-writes report.md, samples.md and plots/; of several runs, which differ in their seeds, seeds.md in
-the first one's folder. Every figure comes from those files; none is kept here.
+Reads what the stages left (funnel.json, metrics.jsonl, eval-*.json, figure7-*.json) and writes
+report.md, samples.md and plots/; of several runs, which differ in their seeds, seeds.md and
+plots/seeds.png in the first one's folder. Every figure comes from those files; none is kept here.
 
 The control is the SFT model trained on, on the same solutions, for at least GRPO's minutes.
 """
@@ -21,6 +21,18 @@ from nanomath.log import new_figure, printable, read_metrics, save_figure
 
 MODELS = ("base", "sft", "control", "grpo")
 PHASES = ("sampling", "rewards", "logprobs", "update", "evaluation")  # of a step of GRPO
+# What the stages, and the phases of the GRPO stage, spend their time on; others on none of these.
+TIME_FOR = {
+    "data": ("corpus", "tokenizer", "solutions"),
+    "training": ("pretrain", "sft", "GRPO's logprobs", "GRPO's update"),
+    "training the control": ("control",),
+    "sampling": ("GRPO's sampling",),
+    "evaluation": (
+        *(f"evaluate {model}" for model in MODELS),
+        *("figure 7 sft", "figure 7 grpo", "GRPO's evaluation"),
+    ),
+}
+FIGURE7_KS = (1, 4, 8, 16, 32, 64)
 NUM_SAMPLE_PROBLEMS = 6
 
 
@@ -42,11 +54,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def stage_minutes(run: Path) -> dict[str, float]:
-    """Return minutes of wall time by stage, all calls of speedrun.sh added up."""
+    """Return minutes of wall time by stage, all calls of speedrun.sh added up; not of table 1."""
     minutes: dict[str, float] = {}
     path = run / "seconds.tsv"
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         name, _, seconds = line.partition("\t")
+        if name.startswith("table 1"):
+            continue
         minutes[name] = minutes.get(name, 0.0) + float(seconds) / 60
     return minutes
 
@@ -56,7 +70,7 @@ def interval(metric: dict[str, float]) -> str:
     return f"{metric['value']:.1%} [{metric['low']:.1%}, {metric['high']:.1%}]"
 
 
-def stage_rows(run: Path, evals: dict[str, dict]) -> list[tuple[str, str, str]]:
+def stage_rows(run: Path) -> list[list[str]]:
     """Return (stage, minutes, what it achieved) in the order of the run."""
     funnel = read_json(run / "corpus" / "funnel.json")
     last = funnel["rounds"][-1]
@@ -78,12 +92,8 @@ def stage_rows(run: Path, evals: dict[str, dict]) -> list[tuple[str, str, str]]:
         "control": f"SFT continued: loss {control[-1]['loss']:.3f}",
         "grpo": f"reward {mean_reward(grpo[-10:]):.2f}, from {mean_reward(grpo[:10]):.2f}",
     }
-    for name in MODELS:
-        achieved[f"evaluate {name}"] = (
-            f"greedy accuracy {interval(evals[name]['metrics']['greedy'])}"
-        )
     return [
-        (stage, f"{minutes[stage]:.1f}" if stage in minutes else "-", text)
+        [stage, f"{minutes[stage]:.1f}" if stage in minutes else "-", text]
         for stage, text in achieved.items()
     ]
 
@@ -109,25 +119,20 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 def accuracy_table(evals: dict[str, dict]) -> str:
     """Compare the models on the same held-out problems, with 95% intervals."""
-    names = list(evals["sft"]["metrics"])
-    wanted = ["greedy", "pass@1", *(n for n in names if n.split("@")[-1] not in ("greedy", "1"))]
-    wanted = [n for n in wanted if n in names and n.split("@")[-1] in ("greedy", "1", max_k(names))]
+    num_samples = evals["sft"]["num_samples"]
+    labels = {"greedy": "pass@1 greedy", "pass@1": "pass@1 sampled"}
     rows = []
-    for name in wanted:
-        label = {"greedy": "pass@1 greedy", "pass@1": "pass@1 sampled"}.get(name, name)
-        rows.append([label, *(interval(evals[model]["metrics"][name]) for model in MODELS)])
+    for name in ("greedy", "pass@1", f"pass@{num_samples}", f"maj@{num_samples}"):
+        shown = [interval(evals[model]["metrics"][name]) for model in MODELS]
+        rows.append([labels.get(name, name), *shown])
     for label, key in (("format right", "format_failures"), ("truncated", "truncated")):
         shares = [evals[model]["greedy_outputs"][key] for model in MODELS]
         rows.append([label, *(f"{1 - s if 'format' in key else s:.1%}" for s in shares)])
     return markdown_table([f"{evals['sft']['num_problems']} held-out problems", *MODELS], rows)
 
 
-def max_k(names: list[str]) -> str:
-    return str(max(int(name.split("@")[1]) for name in names if "@" in name))
-
-
-def draw(run: Path, evals: dict[str, dict]) -> None:
-    """Draw losses, the run of GRPO, and Pass@K and Maj@K before and after (Figure 7)."""
+def draw(run: Path) -> None:
+    """Draw losses and the run of GRPO."""
     base, sft, _, grpo = (read_metrics(run / name) for name in MODELS)
     figure, axes = new_figure(3)
     line(axes[0], base, "loss", "pretraining loss (nats per token)")
@@ -141,12 +146,21 @@ def draw(run: Path, evals: dict[str, dict]) -> None:
     line(axes[2], grpo, "kl", "GRPO: KL to the reference (nats per token)")
     save_figure(figure, run / "plots" / "grpo.png")
 
-    draw_at_k({model: evals[model] for model in MODELS}, run / "plots" / "pass_and_maj_at_k.png")
+
+def draw_seeds(runs: list[Path], path: Path) -> None:
+    """Draw the GRPO stage of each run: held-out accuracy and reward against steps."""
+    figure, axes = new_figure(2)
+    for run in runs:
+        rows = read_metrics(run / "grpo")
+        line(axes[0], rows, "heldout_pass@1", "GRPO: held-out accuracy, greedy", run.name)
+        line(axes[1], rows, "reward", "GRPO: mean reward of a batch", run.name)
+    axes[0].legend()
+    save_figure(figure, path)
 
 
-def line(axis, rows: list[dict], name: str, title: str) -> None:
+def line(axis, rows: list[dict], name: str, title: str, label: str | None = None) -> None:
     points = [(row["step"] + 1, row[name]) for row in rows if name in row]
-    axis.plot(*zip(*points, strict=True), linewidth=1.2)
+    axis.plot(*zip(*points, strict=True), linewidth=1.2, label=label)
     axis.set_title(title)
     axis.set_xlabel("step")
     axis.grid(alpha=0.3)
@@ -167,15 +181,57 @@ def sample_page(evals: dict[str, dict]) -> str:
     return "\n".join(parts)
 
 
-def time_table(run: Path) -> str:
-    """Share out the minutes of the GRPO stage; what no step's clock covers is the last row."""
+def figure7_table(sft: dict, grpo: dict) -> str:
+    """Compare Pass@K and Maj@K before and after RL, and their paired differences (Figure 7)."""
+    gains = compare(sft, grpo)
+    rows = []
+    for k in FIGURE7_KS:
+        row = [str(k)]
+        for name in (f"pass@{k}", f"maj@{k}"):
+            values = [f"{model['metrics'][name]['value']:.1%}" for model in (sft, grpo)]
+            row += [*values, signed(gains[name])]
+        rows.append(row)
+    header = [f"K, {sft['num_problems']} held-out problems"]
+    for kind in ("pass@K", "maj@K"):
+        header += [f"{kind} sft", f"{kind} grpo", "GRPO - SFT"]
+    return markdown_table(header, rows)
+
+
+def grpo_seconds(run: Path) -> dict[str, float]:
+    """Share out the seconds of the GRPO stage; what no step's clock covers comes last."""
     rows = read_metrics(run / "grpo")
     seconds = {phase: sum(row[f"seconds_{phase}"] for row in rows) for phase in PHASES}
     whole = 60 * stage_minutes(run).get("grpo", 0.0)
-    seconds["checkpoints, start"] = max(whole - sum(seconds.values()), 0.0)
-    total = sum(seconds.values())
-    cells = [[name, f"{s / 60:.1f}", f"{s / total:.0%}"] for name, s in seconds.items()]
-    return markdown_table(["GRPO's time", "minutes", "share"], cells)
+    return seconds | {"start and checkpoints": max(whole - sum(seconds.values()), 0.0)}
+
+
+def time_tables(run: Path) -> str:
+    """Show where the run's time went, by kind of work, and how the GRPO stage shared its own."""
+    grpo = grpo_seconds(run)
+    minutes = stage_minutes(run)
+    minutes.pop("grpo", None)
+    minutes |= {f"GRPO's {phase}": seconds / 60 for phase, seconds in grpo.items()}
+    known = {name for names in TIME_FOR.values() for name in names}
+    parts = {kind: [name for name in names if name in minutes] for kind, names in TIME_FOR.items()}
+    parts["the rest"] = [name for name in minutes if name not in known]
+    spent = {kind: sum(minutes[name] for name in names) for kind, names in parts.items()}
+    notes = {kind: ", ".join(names) for kind, names in parts.items()}
+    of_grpo = {phase: seconds / 60 for phase, seconds in grpo.items()}
+    return (
+        share_table("where the time goes", spent, notes)
+        + "\n\n"
+        + share_table("GRPO's time", of_grpo)
+    )
+
+
+def share_table(title: str, minutes: dict[str, float], notes: dict[str, str] | None = None) -> str:
+    """Lay out minutes with their shares of the whole, which is the last row, and notes by name."""
+    whole = sum(minutes.values())
+    rows = [[name, f"{m:.1f}", f"{m / whole:.0%}"] for name, m in {**minutes, "all": whole}.items()]
+    header = [title, "minutes", "share"]
+    if notes:
+        header, rows = [*header, "spent in"], [[*row, notes.get(row[0], "")] for row in rows]
+    return markdown_table(header, rows)
 
 
 def seeds_table(evals_of_runs: dict[str, dict[str, dict]]) -> str:
@@ -212,14 +268,19 @@ def signed(gain: dict[str, float]) -> str:
 def write_report(run: Path) -> tuple[str, dict[str, dict]]:
     """Write a run's page, samples and plots; return the page and its evaluations."""
     evals = {model: read_json(run / f"eval-{model}.json") for model in MODELS}
-    stages = [list(row) for row in stage_rows(run, evals)]
     gains = {other: compare(evals[other], evals["grpo"])["greedy"] for other in ("sft", "control")}
     lines = [f"GRPO over {name}, greedy, paired: {signed(gain)}" for name, gain in gains.items()]
-    tables = [markdown_table(["stage", "minutes", "achieved"], stages), accuracy_table(evals)]
-    report = "\n\n".join([*tables, "\n".join(lines), time_table(run)])
+    tables = [
+        markdown_table(["stage", "minutes", "achieved"], stage_rows(run)),
+        accuracy_table(evals),
+    ]
+    figure7 = {model: read_json(run / f"figure7-{model}.json") for model in ("sft", "grpo")}
+    parts = [*tables, "\n".join(lines), figure7_table(**figure7), time_tables(run)]
+    report = "\n\n".join(parts)
     (run / "report.md").write_text(report + "\n", encoding="utf-8")
     (run / "samples.md").write_text(sample_page(evals), encoding="utf-8")
-    draw(run, evals)
+    draw(run)
+    draw_at_k(figure7, run / "plots" / "pass_and_maj_at_k.png")  # Figure 7
     return report, evals
 
 
@@ -235,6 +296,7 @@ def main() -> None:
         samples = runs[0] / "samples.md"
         print(f"\nPlots: {runs[0] / 'plots'}, {runs[0] / 'corpus' / 'plots'}; rollouts: {samples}")
         return
+    draw_seeds(runs, runs[0] / "plots" / "seeds.png")
     (runs[0] / "seeds.md").write_text(table + "\n", encoding="utf-8")
     print(table)
 

@@ -1,10 +1,14 @@
-"""The report's tables over seeds and of time."""
+"""The report's tables over seeds, of Figure 7 and of time."""
 
 import json
+import re
+from math import comb
+from pathlib import Path
 
 import pytest
 
 from nanomath import report
+from nanomath.evaluation import default_ks, problem_metrics
 
 
 def evaluation(greedy: list[int], nums=(1, 2, 3)) -> dict:
@@ -51,19 +55,82 @@ def test_other_problems_are_refused():
         report.seeds_table(pair)
 
 
+def samples(correct: list[list[int]]) -> dict:
+    """An evaluation of problems with 64 samples each; a wrong sample is unreadable."""
+    rows = [
+        {
+            "id": i,
+            "nums": [1, 2, 3],
+            "target": 6,
+            "greedy_correct": False,
+            "correct": right,
+            "classes": [0 if sample else None for sample in right],
+        }
+        for i, right in enumerate(correct)
+    ]
+    ks = default_ks(64)
+    values = [problem_metrics(row, ks) for row in rows]
+    metrics = {n: {"value": sum(v[n] for v in values) / len(values)} for n in values[0]}
+    return {"num_problems": len(rows), "num_samples": 64, "metrics": metrics, "problems": rows}
+
+
+def test_figure_7_is_before_after_and_the_paired_gain():
+    """A row's values are the models' Pass@K and Maj@K, its gains their differences by problem."""
+    half, one, all_right, none = [1, 0] * 32, [1] + [0] * 63, [1] * 64, [0] * 64
+    table = report.figure7_table(samples([half, one]), samples([all_right, none]))
+    header, _, *rows = cells(table)
+    names = ["pass@K sft", "pass@K grpo", "GRPO - SFT", "maj@K sft", "maj@K grpo", "GRPO - SFT"]
+    assert header == ["K, 2 held-out problems", *names]
+    assert [row[0] for row in rows] == ["1", "4", "8", "16", "32", "64"]
+    shown = [[float(cell.split("%")[0]) for cell in row[1:]] for row in rows]
+    # One right sample of 64 is among K with chance K / 64; 32 wrong ones are all K by binomials.
+    for k, (before, after, gain, maj_before, maj_after, maj_gain) in zip(report.FIGURE7_KS, shown):
+        expected = (1 - comb(32, k) / comb(64, k) + k / 64) / 2
+        assert before == maj_before == pytest.approx(100 * expected, abs=0.05)
+        assert after == maj_after == 50.0
+        assert gain == maj_gain == pytest.approx(50 - 100 * expected, abs=0.05)
+
+
 def test_time_is_shared_out(tmp_path):
-    """The phases' seconds are summed over steps; what the stage took beyond them is the rest."""
+    """Every stage and phase counts once: the phases' seconds are summed over steps, what the GRPO
+    stage took beyond them is its start; table 1 is no part of the run."""
     (tmp_path / "grpo").mkdir()
     step = {"seconds_sampling": 30, "seconds_rewards": 0, "seconds_logprobs": 6}
     rows = [{"step": i, **step, "seconds_update": 12, "seconds_evaluation": 3} for i in range(2)]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "grpo" / "metrics.jsonl").write_text(text)
-    (tmp_path / "seconds.tsv").write_text("grpo\t100\nsft\t9\ngrpo\t20\n")
-    assert cells(report.time_table(tmp_path))[2:] == [
+    stages = ["grpo\t100", "sft\t24", "grpo\t20", "corpus\t60", "control\t120", "report\t6"]
+    stages += ["evaluate sft\t18", "figure 7 grpo\t12", "table 1 seed: sft\t600"]
+    (tmp_path / "seconds.tsv").write_text("\n".join(stages) + "\n")
+    of_run, of_grpo = report.time_tables(tmp_path).split("\n\n")
+    assert cells(of_run)[2:] == [
+        ["data", "1.0", "17%", "corpus"],
+        ["training", "1.0", "17%", "sft, GRPO's logprobs, GRPO's update"],
+        ["training the control", "2.0", "33%", "control"],
+        ["sampling", "1.0", "17%", "GRPO's sampling"],
+        ["evaluation", "0.6", "10%", "evaluate sft, figure 7 grpo, GRPO's evaluation"],
+        ["the rest", "0.4", "7%", "report, GRPO's rewards, GRPO's start and checkpoints"],
+        ["all", "6.0", "100%", ""],
+    ]
+    assert cells(of_grpo)[2:] == [
         ["sampling", "1.0", "50%"],
         ["rewards", "0.0", "0%"],
         ["logprobs", "0.2", "10%"],
         ["update", "0.4", "20%"],
         ["evaluation", "0.1", "5%"],
-        ["checkpoints, start", "0.3", "15%"],
+        ["start and checkpoints", "0.3", "15%"],
+        ["all", "2.0", "100%"],
     ]
+
+
+def test_every_stage_of_the_speedrun_has_a_kind_of_time():
+    """speedrun.sh's stages are those that the time table sorts; only its report is unsorted."""
+    text = (Path(report.__file__).parent.parent / "speedrun.sh").read_text()
+    stages = set(re.findall(r'^ *stage (?:"([^"]+)"|(\S+))', text, re.M))
+    named = {a or b for a, b in stages if not a.startswith("table 1")}
+    models = {"evaluate $model": report.MODELS, "figure 7 $model": ("sft", "grpo")}
+    expanded = named - set(models)
+    expanded |= {n.replace("$model", m) for n, each in models.items() if n in named for m in each}
+    known = {name for names in report.TIME_FOR.values() for name in names}
+    assert expanded - known == {"grpo", "report"}  # GRPO's own phases are sorted one by one
+    assert {name for name in known if "GRPO" not in name} <= expanded
