@@ -7,13 +7,15 @@ cd "$(dirname "$0")"
 
 usage() {
     cat <<USAGE
-usage: bash speedrun.sh [--preset smoke|cpu|gpu] [--seed N] [--run_dir DIR]
+usage: bash speedrun.sh [--preset smoke|cpu|gpu] [--seed N] [--run_dir DIR] [--table1]
 
   --preset smoke   a minute or two: every stage, far too small to learn anything
   --preset cpu     about half an hour on two cores (default without an NVIDIA GPU)
   --preset gpu     one NVIDIA GPU (default where there is one)
   --seed N         seed of weights, solutions, data order and samples [0]
   --run_dir DIR    where everything is written [runs/speedrun-PRESET, with -seedN after it]
+  --table1         up to SFT only, then Table 1 in small: does the recalled corpus beat its seed, and
+                   random pages? Takes up what is in the folder, and trains three models more
 
 Environment: PYTHON (interpreter for the virtual environment), VENV (its folder, .venv),
 NANOMATH_DATA (folder of public benchmarks to decontaminate against).
@@ -25,12 +27,14 @@ refuse() { echo "speedrun.sh: $1 (see bash speedrun.sh --help)" >&2; exit 2; }
 PRESET=""
 SEED=0
 RUN=""
+TABLE1=no
 while [ $# -gt 0 ]; do
     case "$1" in --preset | --seed | --run_dir) [ -n "${2:-}" ] || refuse "$1 needs a value" ;; esac
     case "$1" in
         --preset) PRESET="$2"; shift 2 ;;
         --seed) SEED="$2"; shift 2 ;;
         --run_dir) RUN="$2"; shift 2 ;;
+        --table1) TABLE1=yes; shift ;;
         -h | --help) usage; exit 0 ;;
         *) refuse "unknown argument $1" ;;
     esac
@@ -82,6 +86,21 @@ stage pretrain  "$PY" train_pretrain.py --preset "$PRESET" --corpus "$RUN/corpus
 stage solutions "$PY" -m nanomath.tasks.countdown --preset "$PRESET" --seed "$SEED" --out "$RUN/solutions.jsonl"
 stage sft       "$PY" train_sft.py --preset "$PRESET" --init "$RUN/base" --data "$RUN/solutions.jsonl" \
                     --seed "$SEED" --run_dir "$RUN/sft"
+if [ "$TABLE1" = yes ]; then
+    stage "evaluate sft" "$PY" evaluate.py --preset "$PRESET" --checkpoint "$RUN/sft" --out "$RUN/eval-sft.json"
+    stage "table 1 pages" "$PY" compare_corpora.py --write pages --run_dir "$RUN"
+    for name in random seed recalled; do
+        folder="$RUN/table1/$name"
+        stage "table 1 $name: pretrain" "$PY" train_pretrain.py --preset "$PRESET" --corpus "$folder/pages.jsonl" \
+                    --valid "$RUN/corpus/valid.jsonl" --tokenizer "$RUN/tokenizer" --seed "$SEED" --run_dir "$folder/base"
+        stage "table 1 $name: sft" "$PY" train_sft.py --preset "$PRESET" --init "$folder/base" --data "$RUN/solutions.jsonl" \
+                    --seed "$SEED" --run_dir "$folder/sft"
+        stage "table 1 $name: evaluate" "$PY" evaluate.py --preset "$PRESET" --checkpoint "$folder/sft" \
+                    --num_samples 0 --out "$folder/eval.json"
+    done
+    stage "table 1" "$PY" compare_corpora.py --write table --run_dir "$RUN"
+    exit
+fi
 stage control   "$PY" train_sft.py --preset "$PRESET" --init "$RUN/sft" --data "$RUN/solutions.jsonl" \
                     --num_steps "$CONTROL_STEPS" --seed "$SEED" --run_dir "$RUN/control"
 stage grpo      "$PY" train_grpo.py --preset "$PRESET" --init "$RUN/sft" --seed "$SEED" --run_dir "$RUN/grpo"

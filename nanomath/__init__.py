@@ -28,7 +28,8 @@ Read in this order (the order of the paper, then down into each part):
     tasks/benchmarks.py   GSM8K, MATH, CMATH, ... and your own questions and answers
     judge/answers.py   is this answer right? exact.py: exact numbers; tokens.py, reader.py: LaTeX
     optim.py, data.py  one weighted step; packed examples and token shards (jsonl.py reads lines)
-    corpus/            Sec. 2.1: pages, classifier, domains, decontamination, recall (the loop)
+    corpus/            Sec. 2.1: pages, classifier, domains, decontamination, recall (the loop);
+                       ../compare_corpora.py: Table 1
     tokenizer.py       byte-level BPE (tokenizer_json.py: its file, in Hugging Face's layout)
     chat.py            how a prompt becomes ids: plain, or a chat model's turns
     download.py        models and data sets: the only file that opens connections

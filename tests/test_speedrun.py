@@ -24,9 +24,9 @@ CUTS = [
 ]
 
 
-def speedrun(run_dir: Path, cut=None) -> tuple[int, str]:
+def speedrun(run_dir: Path, cut=None, *flags: str) -> tuple[int, str]:
     """Run the smoke preset in its own process group; return its status and output."""
-    command = ["bash", "speedrun.sh", "--preset", "smoke", "--run_dir", str(run_dir)]
+    command = ["bash", "speedrun.sh", "--preset", "smoke", "--run_dir", str(run_dir), *flags]
     # The environment the tests run in serves here too: no second one is set up.
     env = {**os.environ, "VENV": sys.prefix}
     log = run_dir.with_suffix(".log")
@@ -91,3 +91,17 @@ def test_run_cut_once_in_each_stage_ends_with_the_same_results(tmp_path):
     code, output = speedrun(tmp_path / "cut")  # everything is done: quick, and nothing changes
     assert code == 0 and results(tmp_path / "cut")["evals"] == cut["evals"]
     assert output.count("%|") == 0 or time.monotonic() - started < 120
+
+    # Table 1 takes up a finished run, is cut, goes on, and then stands.
+    code, output = speedrun(
+        tmp_path / "cut", ("== table 1 seed: sft", signal.SIGKILL, 4.0), "--table1"
+    )
+    assert code != 0
+    code, output = speedrun(tmp_path / "cut", None, "--table1")
+    assert code == 0, output[-3000:]
+    table = json.loads((tmp_path / "cut" / "table1.json").read_text())
+    assert list(table["rows"]) == ["random", "seed", "recalled", "recalled and generated"]
+    assert len({row["train_tokens"] for row in table["rows"].values()}) == 1
+    base = json.loads((tmp_path / "cut" / "eval-sft.json").read_text())["metrics"]["greedy"]
+    assert table["rows"]["recalled and generated"]["greedy"] == base
+    assert results(tmp_path / "cut")["evals"] == cut["evals"]
