@@ -1,0 +1,104 @@
+"""Write README's first screen from finished runs, one per seed.
+
+    for seed in 0 1 2; do bash speedrun.sh --preset cpu --seed $seed; done
+    bash speedrun.sh --preset cpu --table1
+    python dev/first_screen.py --machine "two cores of an AMD EPYC" --run_dir runs/speedrun-cpu \\
+        runs/speedrun-cpu-seed1 runs/speedrun-cpu-seed2
+
+Replaces the lines of README.md between the two marks, and copies what they link to into
+dev/speedrun-cpu/. Every figure is read from the runs' files; a second call changes nothing.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanomath import report
+from nanomath.config import one_line_errors, opt, parse, write_text
+from nanomath.log import printable
+
+ROOT = Path(__file__).resolve().parent.parent
+SHOWN = "dev/speedrun-cpu"
+MARKS = ("<!-- dev/first_screen.py writes from here -->\n", "<!-- to here -->\n")
+COPIED = (
+    *("report.md", "samples.md", "table1.md"),
+    *(f"plots/{name}.png" for name in ("grpo", "losses", "pass_and_maj_at_k", "seeds")),
+)
+
+
+@dataclass(frozen=True)
+class ScreenConfig:
+    run_dir: tuple[str, ...] = opt(
+        ("runs/speedrun-cpu",), "folders of finished speedruns of one preset, one per seed"
+    )
+    machine: str = opt("an unnamed machine", "what they ran on, named in the text")
+
+
+def first_screen(runs: list[Path], machine: str) -> str:
+    """Return the section: the seeds' table and curves, the first run's figures, a rollout."""
+    evals = {str(run): report.write_report(run)[1] for run in runs}
+    first, models = runs[0], evals[str(runs[0])]
+    report.draw_seeds(runs, first / "plots" / "seeds.png")
+    minutes = [report.stage_minutes(run) for run in runs]
+    totals = [sum(each.values()) for each in minutes]
+    control = [each["control"] for each in minutes]
+    parts = [
+        f"{len(runs)} runs of `speedrun.sh` that differ in their seeds, on {machine}: "
+        f"{min(totals):.0f} to {max(totals):.0f} minutes each after set-up, "
+        f"{min(control):.0f} to {max(control):.0f} of them the control, which is SFT continued.",
+        report.seeds_table(evals),
+        f"![Held-out accuracy and reward during GRPO]({SHOWN}/seeds.png)",
+        f"The first of them ([whole report]({SHOWN}/report.md), [rollouts]({SHOWN}/samples.md)):",
+        report.accuracy_table(models),
+        f"![Pass@K and Maj@K before and after GRPO]({SHOWN}/pass_and_maj_at_k.png)",
+        rollout(models),
+        report.time_tables(first).split("\n\n")[0],
+    ]
+    if (first / "table1.md").exists():
+        table, notes = (first / "table1.md").read_text(encoding="utf-8").split("\n\n")
+        parts += [
+            f"Table 1 in small, `bash speedrun.sh --table1` on the first run:\n\n{table}",
+            notes,
+        ]
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def rollout(evals: dict[str, dict]) -> str:
+    """Return the first problem shown that the SFT model gets wrong and GRPO's right, with both
+    greedy outputs, or nothing where there is none."""
+    for before, after in zip(evals["sft"]["examples"], evals["grpo"]["examples"], strict=True):
+        if after["correct"] and not before["correct"]:
+            answers = (("", before["prompt"]), ("SFT:", before["text"]), ("GRPO:", after["text"]))
+            text = "\n".join(f"{title}\n{printable(text).strip()}\n" for title, text in answers)
+            block = "\n".join(f"    {line}".rstrip() for line in text.strip().splitlines())
+            return f"The first held-out problem that SFT gets wrong and GRPO right:\n\n{block}"
+    return ""
+
+
+def replaced(readme: str, section: str) -> str:
+    """Return readme with section between the marks. Raises ValueError where a mark is not once."""
+    begin, end = MARKS
+    if readme.count(begin) != 1 or readme.count(end) != 1:
+        raise ValueError(
+            f"README.md needs each of the lines {begin.strip()} and {end.strip()} once"
+        )
+    before, _, rest = readme.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}{section}{end}{after}"
+
+
+def main() -> None:
+    cfg = parse(ScreenConfig, description=__doc__)
+    with one_line_errors():
+        runs = [Path(folder) for folder in cfg.run_dir]
+        readme = ROOT / "README.md"
+        text = replaced(readme.read_text(encoding="utf-8"), first_screen(runs, cfg.machine))
+        for name in COPIED:
+            if (runs[0] / name).exists():
+                shutil.copyfile(runs[0] / name, ROOT / SHOWN / Path(name).name)
+        write_text(readme, text)
+    print(f"{readme} and {ROOT / SHOWN}: see git diff")
+
+
+if __name__ == "__main__":
+    main()
