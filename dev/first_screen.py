@@ -36,19 +36,27 @@ class ScreenConfig:
 
 def first_screen(runs: list[Path], machine: str) -> str:
     """Return the section: the seeds' table and curves, the first run's figures, a rollout."""
-    evals = {str(run): report.write_report(run)[1] for run in runs}
-    first, models = runs[0], evals[str(runs[0])]
+    seeds = [report.read_json(run / "grpo" / "config.json")["seed"] for run in runs]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"--run_dir: runs of different seeds are compared, these have {seeds}")
+    evals = {f"seed {seed}": report.write_report(run)[1] for seed, run in zip(seeds, runs)}
+    first, models = runs[0], evals[f"seed {seeds[0]}"]
     report.draw_seeds(runs, first / "plots" / "seeds.png")
     minutes = [report.stage_minutes(run) for run in runs]
-    totals = [sum(each.values()) for each in minutes]
-    control = [each["control"] for each in minutes]
+    ranges = {
+        name: f"{min(values):.0f} to {max(values):.0f}"
+        for name, values in {
+            "whole": [sum(each.values()) for each in minutes],
+            **{name: [each[name] for each in minutes] for name in ("grpo", "control")},
+        }.items()
+    }
     parts = [
         f"{len(runs)} runs of `speedrun.sh` that differ in their seeds, on {machine}: "
-        f"{min(totals):.0f} to {max(totals):.0f} minutes each after set-up, "
-        f"{min(control):.0f} to {max(control):.0f} of them the control, which is SFT continued.",
+        f"{ranges['whole']} minutes each after set-up, {ranges['grpo']} of them GRPO and "
+        f"{ranges['control']} its control, which is SFT continued.",
         report.seeds_table(evals),
         f"![Held-out accuracy and reward during GRPO]({SHOWN}/seeds.png)",
-        f"The first of them ([whole report]({SHOWN}/report.md), [rollouts]({SHOWN}/samples.md)):",
+        f"Seed {seeds[0]} ([whole report]({SHOWN}/report.md), [rollouts]({SHOWN}/samples.md)):",
         report.accuracy_table(models),
         f"![Pass@K and Maj@K before and after GRPO]({SHOWN}/pass_and_maj_at_k.png)",
         rollout(models),
@@ -57,7 +65,7 @@ def first_screen(runs: list[Path], machine: str) -> str:
     if (first / "table1.md").exists():
         table, notes = (first / "table1.md").read_text(encoding="utf-8").split("\n\n")
         parts += [
-            f"Table 1 in small, `bash speedrun.sh --table1` on the first run:\n\n{table}",
+            f"Table 1 in small (`speedrun.sh --table1`, seed {seeds[0]}):\n\n{table}",
             notes,
         ]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
