@@ -349,22 +349,30 @@ def test_batches_without_a_reward_or_a_difference_leave_the_weights_alone(
 
 @pytest.mark.slow
 def test_ranks_without_rows_or_rewards_do_not_hang(tmp_path, start):
-    """Two processes share one question, so that one has no rows, and no output has a reward."""
+    """Two processes share one question, so that one has no rows, and no output has a reward: after
+    16 such steps both end, having saved, with the reason that only the other one knows."""
     argv = [
         *SMALL_GRPO, "--batch_size", "1", "--num_updates", "2", "--num_steps", "2",
         "--device", "cpu", "--init", start, "--run_dir", tmp_path / "two",
     ]  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for flags in ([], ["--reward", "answer"]):  # which Countdown's problems have none for
+    # Countdown's problems have no reference answer, hence no such reward.
+    for flags in ([], ["--reward", "answer", "--num_steps", "20"]):
         argv[-1] = tmp_path / f"two-{len(flags)}"
         done = subprocess.run(
             [*command, ROOT / "train_grpo.py", *argv, *flags],
             capture_output=True, text=True, cwd=ROOT, timeout=120,
         )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert (done.returncode == 0) == (not flags), done.stderr[-3000:]
         rows = read_metrics(argv[-1])
-        assert len(rows) == 2 and {row["no_reward"] for row in rows} == {4.0 if flags else 0.0}
+        assert len(rows) == (16 if flags else 2)
+        assert {row["no_reward"] for row in rows} == {4.0 if flags else 0.0}
         assert all(row["empty_steps"] == 2 for row in rows) or not flags
+    said = (
+        r"step 15: no output has had a reward for 16 steps: reward answer, problem \d+: it returned"
+    )
+    assert re.search(said, done.stderr)
+    assert (argv[-1] / "checkpoints" / "step-000016" / "COMMIT").exists()
 
 
 @pytest.mark.slow
