@@ -69,7 +69,7 @@ class RolloutBatch:
         rows.sort(key=lambda row: len(self.sequences[row]))
         return split_rows(rows, self.num_rows_longest // num_parts, size)
 
-    def token_slices(self, rows: Sequence[int]) -> torch.Tensor:
+    def token_positions(self, rows: Sequence[int]) -> torch.Tensor:
         """Return the positions on the packed axis N of the response tokens of `rows`."""
         ends = torch.tensor(self.response_lengths, dtype=torch.int64).cumsum(0)
         parts = [torch.arange(ends[row] - self.response_lengths[row], ends[row]) for row in rows]
@@ -168,7 +168,7 @@ def response_logprobs(
             )
 
         part_N, _ = model(tokens_BT, head_fn=head_fn)
-        logp_N[batch.token_slices(rows)] = part_N.cpu()
+        logp_N[batch.token_positions(rows)] = part_N.cpu()
     check_status(status)
     reshard(model)  # without a backward pass the embedding and the head would stay gathered
     return logp_N
@@ -185,17 +185,8 @@ class Objective:
     kl_estimator: str = "k3"
 
 
-METRIC_SUMS = (
-    "loss",
-    "kl_weighted",
-    "tokens",
-    "kl",
-    "kl_old",
-    "entropy",
-    "clip_low",
-    "clip_high",
-    "sampler_gap",
-)
+PER_TOKEN = ("kl", "kl_old", "entropy", "clip_low", "clip_high", "sampler_gap")
+METRIC_SUMS = ("loss", "kl_weighted", "tokens", *PER_TOKEN)  # tokens: those in the loss
 METRIC_MAXIMA = ("ratio_max", "sampler_gap_max")
 
 
@@ -216,13 +207,13 @@ def objective_of_rows(
     status: where the kernels report bad rows; kernels.check_status raises on them.
     """
     tokens_BT, predicted_N, targets_N = pad_rows(batch, rows, device)
-    slices_N = batch.token_slices(rows)
+    positions_N = batch.token_positions(rows)
     lengths = torch.tensor([batch.response_lengths[row] for row in rows], dtype=torch.int64)
     weights_N = (batch.weights_B[rows] * weight_scale).repeat_interleave(lengths).to(device)
     advantages_N = batch.advantages_B[rows].repeat_interleave(lengths).to(device)
 
     def packed(values_N: torch.Tensor | None) -> torch.Tensor | None:
-        return None if values_N is None else values_N[slices_N].to(device)
+        return None if values_N is None else values_N[positions_N].to(device)
 
     def head_fn(hidden_BTD: torch.Tensor, head_VD: torch.Tensor) -> PolicyLossOutput:
         return linear_policy_loss(
@@ -319,7 +310,7 @@ def update_metrics(steps: Sequence[dict[str, float]], kl_coef: float) -> dict[st
         "loss": loss,
         "loss_policy": loss - kl_term,
         "loss_kl": kl_term,
-        **{name: totals[name] / max(totals["tokens"], 1.0) for name in METRIC_SUMS[3:]},
+        **{name: totals[name] / max(totals["tokens"], 1.0) for name in PER_TOKEN},
         **{name: max(step[name] for step in steps) for name in METRIC_MAXIMA},
         "grad_norm": totals["grad_norm"] / len(steps),
         "stepped": min(step["stepped"] for step in steps),

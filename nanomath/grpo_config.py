@@ -73,7 +73,9 @@ class GRPOConfig(RunConfig):
         False, "outputs without an end leave the loss, but not their group's mean, std and G"
     )
     drop_constant_groups: bool = opt(
-        False, "groups of equal rewards leave the loss and P, instead of counting with advantage 0"
+        False,
+        "groups of equal rewards leave the loss and P, instead of counting with advantage 0; no "
+        "other is drawn in their place",
     )
     lr: float = opt(1e-6, "learning rate, Sec. 4.2", low=0.0)
     schedule: str = opt(
@@ -203,8 +205,8 @@ PRESETS = {
 
 def loss_starts_at_0(cfg: GRPOConfig) -> bool:
     """Tell whether every ratio is 1 and every question's weighted advantages sum to 0."""
-    num_steps = cfg.num_updates * cfg.num_minibatches
-    return num_steps == 1 and cfg.loss_norm == "response" and not cfg.mask_truncated
+    is_one_update = cfg.num_updates * cfg.num_minibatches == 1
+    return is_one_update and cfg.loss_norm == "response" and not cfg.mask_truncated
 
 
 def check(cfg: GRPOConfig, dist: Dist) -> None:

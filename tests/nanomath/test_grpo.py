@@ -101,7 +101,7 @@ def test_response_tokens_are_predicted_from_the_position_before():
     assert tokens_BT.shape == (2, 7)
     assert predicted_N.tolist() == [3, 4, 5, 7 + 3, 7 + 4]
     assert targets_N.tolist() == batch.sequences[1][4:] + batch.sequences[0][4:]
-    assert batch.token_slices([1, 0]).tolist() == [2, 3, 4, 0, 1]
+    assert batch.token_positions([1, 0]).tolist() == [2, 3, 4, 0, 1]
 
 
 def test_scoring_leaves_no_weight_gathered():
@@ -211,7 +211,7 @@ def test_sampler_gap_is_that_of_trained_tokens():
     batch.weights_B[1] = 0.0
     logp_N, gaps_N = score(model, batch), torch.linspace(-0.3, 0.2, sum(batch.response_lengths))
     batch.sampler_logp_N = logp_N + gaps_N
-    skipped_N = batch.token_slices([1])
+    skipped_N = batch.token_positions([1])
     batch.sampler_logp_N[skipped_N] += 9.0
     trained = torch.ones(len(gaps_N), dtype=torch.bool)
     trained[skipped_N] = False

@@ -432,7 +432,7 @@ def test_metrics_of_ratios_are_those_of_the_trained_tokens():
     hand: only over tokens in the loss, and over a batch's steps as sums over sums and maxima."""
     model = tiny_model()
     batch, objective = build({"mask_truncated": True})
-    batch.old_logp_N[batch.token_slices([2])] -= 20.0  # a truncated output
+    batch.old_logp_N[batch.token_positions([2])] -= 20.0  # a truncated output
     logp_N = score(model, batch)
     batch.sampler_logp_N = logp_N + torch.linspace(-0.3, 0.2, len(logp_N))
     steps = [
