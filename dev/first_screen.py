@@ -43,17 +43,12 @@ def first_screen(runs: list[Path], machine: str) -> str:
     first, models = runs[0], evals[f"seed {seeds[0]}"]
     report.draw_seeds(runs, first / "plots" / "seeds.png")
     minutes = [report.stage_minutes(run) for run in runs]
-    ranges = {
-        name: f"{min(values):.0f} to {max(values):.0f}"
-        for name, values in {
-            "whole": [sum(each.values()) for each in minutes],
-            **{name: [each[name] for each in minutes] for name in ("grpo", "control")},
-        }.items()
-    }
+    whole = span([sum(each.values()) for each in minutes])
+    grpo, control = (span([each[name] for each in minutes]) for name in ("grpo", "control"))
     parts = [
-        f"{len(runs)} runs of `speedrun.sh` that differ in their seeds, on {machine}: "
-        f"{ranges['whole']} minutes each after set-up, {ranges['grpo']} of them GRPO and "
-        f"{ranges['control']} its control, which is SFT continued.",
+        f"{len(runs)} runs of `speedrun.sh` that differ in their seeds, on {machine}: {whole} "
+        f"minutes each after set-up, {grpo} of them GRPO and {control} its control, which is SFT "
+        "continued.",
         report.seeds_table(evals),
         f"![Held-out accuracy and reward during GRPO]({SHOWN}/seeds.png)",
         f"Seed {seeds[0]} ([whole report]({SHOWN}/report.md), [rollouts]({SHOWN}/samples.md)):",
@@ -69,6 +64,10 @@ def first_screen(runs: list[Path], machine: str) -> str:
             notes,
         ]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def span(minutes: list[float]) -> str:
+    return f"{min(minutes):.0f} to {max(minutes):.0f}"
 
 
 def rollout(evals: dict[str, dict]) -> str:
