@@ -101,7 +101,7 @@ PRESETS = {
     },
     "cpu": {
         **countdown.RANGES["cpu"],
-        "max_new_tokens": 160,
+        "max_new_tokens": 144,
     },
     "gpu": {
         **countdown.RANGES["gpu"],

@@ -169,21 +169,22 @@ PRESETS = {
     "cpu": {
         **countdown.RANGES["cpu"],
         "num_problems": 10_000,
-        "max_new_tokens": 160,  # about eight attempts
-        "num_steps": 140,
-        # With a reward for the format alone, giving up pays more than being cut off: the policy
-        # learns to write "17-17=0" at any distance.
+        "max_new_tokens": 144,  # a search through nine attempts takes 131
+        "num_steps": 90,
+        # At 1 a small model slips in every other search; held-out samples are drawn so, too.
+        "temperature": 0.7,
+        # With a reward for the format alone, giving up pays more than being cut off.
         "reward": ("equation",),
-        "lr": 5e-5,  # at 2e-4 greedy accuracy falls by 15 points in 20 steps
+        "lr": 1e-4,  # at 3e-4 it unlearns to calculate
         "schedule": "cosine",
-        "warmup_steps": 10,
+        "warmup_steps": 5,
         "beta2": 0.99,  # the gradient of 256 outputs is noisy
-        "kl_coef": 0.001,
+        "kl_coef": 0.0,  # an exact judge cannot be fooled; no reference saves a sixth of the time
         "batch_size": 32,
         "group_size": 8,
         "micro_batch_size": 32,  # stays in the cache: 128 takes 1.6 times as long
-        "checkpoint_interval": 25,
-        "eval_interval": 35,
+        "checkpoint_interval": 20,
+        "eval_interval": 20,
         "num_eval_samples": 4,
     },
     "smoke": {

@@ -43,10 +43,11 @@ from nanomath.tasks.expressions import (
 
 HELDOUT_ONE_IN = 10  # share of all problems that are never trained on
 _MAX_DRAWS = 20_000  # per problem; a range without reachable targets ends with an error
-# Wrong attempts in a worked solution: chance of one more, at most, drawn among so many.
-GO_ON, MAX_WRONG, NUM_NEAR = 0.7, 7, 10
+# Worked solutions: the share without a search, and how many wrong forms a search passes at most.
+# SFT imitates both kinds; which of them is right more often is for GRPO to find out.
+DIRECT, NUM_NEAR = 0.7, 8
 
-SHORT_PROMPT = "Numbers: {numbers}\nTarget: {target}\n"
+SHORT_PROMPT = "{numbers} -> {target}\n"
 FULL_PROMPT = (
     "Use each of the numbers [{numbers}] exactly once, with + - * / and parentheses, to make an "
     "expression whose value is {target}. Reason inside <think> </think>, then give only the "
@@ -244,12 +245,13 @@ def _hash(text: str) -> tuple[int, ...]:
 
 
 def worked_solution(problem: Problem, seed: int = 0) -> str:
-    """Return a search as text: attempts inside <think>, the equation in <answer>.
+    """Return a right solution as text: reasoning inside <think>, the equation in <answer>.
 
-    An attempt is a line: its operations, then its distance from the target, which is 0 for the last
-    one only. With chance GO_ON a wrong one comes before, and then another, up to MAX_WRONG, drawn
-    among the NUM_NEAR nearest; the last is drawn among all solutions. Where a solution has only
-    non-negative whole intermediate values, all attempts do. Raises ValueError where there is none.
+    With chance DIRECT the reasoning is the solution's own steps, as of one who sees it. Else it is
+    a search: attempts line by line, through the NUM_NEAR wrong forms nearest to the target in the
+    order of their texts, up to the first right one. Each ends with its distance from the target, 0
+    for the last. Where a solution has only non-negative whole intermediate values, all attempts do.
+    Raises ValueError where there is none.
     """
     nums, target = problem.payload["nums"], problem.payload["target"]
     forms = expressions(nums)
@@ -262,23 +264,27 @@ def worked_solution(problem: Problem, seed: int = 0) -> str:
     right = [form for form in forms if form.value == target]
     if not right:
         raise ValueError(f"problem {problem.id}: {target} cannot be reached from {nums}")
-    near = forms[len(right) :][:NUM_NEAR]
-    num_wrong = 0  # a fixed number would be a sign to stop other than the distance
-    while num_wrong < min(MAX_WRONG, len(near)) and rng.random() < GO_ON:
-        num_wrong += 1
-    # In one order: else the likeliest next attempt is often one that was made before.
-    wrong = sorted(rng.sample(near, num_wrong), key=Expression.steps)
+    if rng.random() < DIRECT:
+        return f"<think>{_steps(right[0])}</think><answer>{right[0].text}</answer>"
+    # In one order, or the likeliest next attempt is often one that was made before.
+    order = sorted(forms[: len(right) + NUM_NEAR], key=Expression.steps)
+    found = next(i for i, form in enumerate(order) if form.value == target)
     # Two forms may have the same steps, 8/2-4 and 4-8/2: those are one attempt.
-    lines = dict.fromkeys(_attempt(form, target) for form in [*wrong, right[0]])
-    return "<think>" + "\n".join(lines) + f"</think><answer>{right[0].text}</answer>"
-
-
-def _attempt(form: Expression, target: int) -> str:
-    """Return the steps of a form and what its value misses the target by, apart by spaces."""
-    low, high = sorted((form.value, Fraction(target)))
-    return " ".join(
-        [*form.steps(), f"{number_text(high)}-{number_text(low)}={number_text(high - low)}"]
+    lines = dict.fromkeys(
+        f"{_steps(form)}:{number_text(abs(form.value - target))}" for form in order[: found + 1]
     )
+    return "<think>\n" + "\n".join(lines) + f"</think><answer>{order[found].text}</answer>"
+
+
+def _steps(form: Expression) -> str:
+    """Return a form's steps; one that goes on from the value before continues its text, 1+2=3*4=12,
+    else a space is between."""
+    text = ""
+    for step in form.steps():
+        value = text.rpartition("=")[2]
+        goes_on = text and step.startswith(value) and step[len(value)] in "+-*/"
+        text += step[len(value) :] if goes_on else " " * bool(text) + step
+    return text
 
 
 def solve(nums: Sequence[int], target: int) -> list[str]:

@@ -236,7 +236,7 @@ def test_exhausted_ranges_end_with_an_error():
 def test_prompts():
     """The short prompt is numbers and target alone; the full one shows an answer that passes."""
     short = make_problem(0, [95, 21, 3], 88)
-    assert short.prompt == "Numbers: 95 21 3\nTarget: 88\n"
+    assert short.prompt == "95 21 3 -> 88\n"
     full = make_problem(0, [95, 21, 3], 88, style="full")
     for part in ("[95, 21, 3]", "88", "<think>", "</think>", "<answer>(1 + 2) / 3</answer>"):
         assert part in full.prompt
@@ -249,59 +249,90 @@ def test_prompts():
 # ------------------------------------------------------------------------------ worked solutions
 
 
-def attempts(solution: str) -> list[list[str]]:
-    """Return the steps of each attempt of a worked solution."""
+def search_lines(solution: str) -> list[str]:
+    """Return the attempts of a worked solution's search; none where it goes straight there."""
     think = re.fullmatch(r"<think>(.*)</think><answer>.*</answer>", solution, re.DOTALL)[1]
-    return [line.split(" ") for line in think.split("\n")]
+    return think.split("\n")[1:]
+
+
+def attempt(line: str) -> tuple[list[tuple[str, str]], str]:
+    """Return (left, right) of each step of an attempt, with what a step goes on from, and the
+    distance."""
+    text, _, distance = line.partition(":")
+    steps = []
+    for chain in text.split(" "):
+        left, *rights = chain.split("=")
+        for right in rights:
+            value = re.match(r"\d+|\(.*?\)", right)[0]
+            steps.append((left, value))
+            left = right
+    return steps, distance
 
 
 def test_worked_solution_form():
-    """Worked solutions without wrong attempts, character by character; as many lines as drawn."""
-    page = make_problem(0, [95, 21, 3], 88)
-    drawn = {len(attempts(text)): text for text in (worked_solution(page, s) for s in range(100))}
-    assert sorted(drawn) == list(range(1, countdown.MAX_WRONG + 2))
-    assert drawn[1] == "<think>21/3=7 95-7=88 88-88=0</think><answer>95-21/3</answer>"
-    assert attempts(drawn[4])[3] == ["21/3=7", "95-7=88", "88-88=0"]
+    """Worked solutions, character by character: straight there, and as a search in which nearest
+    forms come in the order of their texts; one of steps on fractions."""
+    problem = make_problem(0, [95, 21, 3], 88)
+    drawn = {worked_solution(problem, seed) for seed in range(50)}
+    straight = "<think>21/3=7 95-7=88</think><answer>95-21/3</answer>"
+    # In the order of texts the other near ones, 95+21=116-3=113 and such, come after the right one.
+    search = """<think>
+21*3=63 95+63=158:70
+21*3=63 95-63=32:56
+21/3=7 95+7=102:14
+21/3=7 95-7=88:0</think><answer>95-21/3</answer>"""
+    assert drawn == {straight, search}
     hard = {worked_solution(make_problem(0, [3, 3, 8, 8], 24), seed) for seed in range(20)}
-    line = "8/3=(8/3) 3-(8/3)=(1/3) 8/(1/3)=24 24-24=0"
-    assert f"<think>{line}</think><answer>8/(3-8/3)</answer>" in hard
+    assert "<think>8/3=(8/3) 3-(8/3)=(1/3) 8/(1/3)=24</think><answer>8/(3-8/3)</answer>" in hard
     with pytest.raises(ValueError, match="cannot be reached"):
         worked_solution(make_problem(0, [1, 2], 50))
 
 
 def test_worked_solutions_are_right():
-    """Every solution earns both rewards; its steps are true, and whole where that is possible; each
-    attempt ends with its distance from the target, 0 for the last one only; those before it come in
-    order, none twice."""
-    for problem in generate(200, num_numbers=(3, 4), seed=5):
+    """Every solution earns both rewards, DIRECT of them have no search (3 sigma); steps are true,
+    and whole where that is possible; each attempt ends with its distance from the target, 0 for
+    the last one only; they come in order, none twice."""
+    problems = generate(400, num_numbers=(3, 4), seed=5)
+    num_direct = 0
+    for problem in problems:
         solution, target = worked_solution(problem, seed=2), problem.payload["target"]
         assert is_correct(problem, solution) and format_reward(problem, solution) == 1.0
         naturals = [e for e in expressions(problem.payload["nums"]) if e.is_natural]
         whole = any(e.value == target for e in naturals)
-        lines = attempts(solution)
-        assert len({tuple(line) for line in lines}) == len(lines) <= 1 + countdown.MAX_WRONG
-        assert lines[:-1] == sorted(lines[:-1])
-        for line in lines:
-            *steps, check = [step.split("=") for step in line]
+        lines = search_lines(solution)
+        num_direct += not lines
+        direct = re.search(r"<think>(.*)</think>", solution, re.DOTALL)[1] + ":0"
+        parsed = [attempt(line) for line in lines or [direct]]
+        for i, (steps, distance) in enumerate(parsed):
             assert len(steps) == len(problem.payload["nums"]) - 1
-            for left, right in (*steps, check):
+            for left, right in steps:
                 assert read_equation(left).value == read_equation(right).value
                 assert right.isdigit() or not whole
-            value, distance = (read_equation(text[1]).value for text in (steps[-1], check))
-            assert distance == abs(value - target)
-            assert (distance == 0) == (line is lines[-1])
+            missed = abs(read_equation(steps[-1][1]).value - target)
+            assert read_equation(distance).value == missed
+            assert (missed == 0) == (i == len(parsed) - 1)
+        order = [[f"{left}={right}" for left, right in steps] for steps, _ in parsed]
+        assert order == sorted(order) and len({*map(tuple, order)}) == len(order)
+    spread = (len(problems) * countdown.DIRECT * (1 - countdown.DIRECT)) ** 0.5
+    assert abs(num_direct - len(problems) * countdown.DIRECT) < 3 * spread
 
 
-def test_wrong_attempts_are_near():
-    """Over seeds the wrong attempts are those forms whose values lie nearest to the target."""
+def test_a_search_passes_all_near_forms():
+    """A search passes those forms, and only those, which are among the nearest and stand before the
+    first right one."""
     problem = make_problem(0, [7, 11, 20], 24)
-    forms = [e for e in expressions([7, 11, 20]) if e.is_natural and e.value != 24]
-    nearest = sorted(abs(e.value - 24) for e in forms)[: countdown.NUM_NEAR]
-    missed = set()
-    for seed in range(100):
-        for line in attempts(worked_solution(problem, seed))[:-1]:
-            missed.add(int(line[-1].split("=")[1]))
-    assert missed == set(nearest)
+    forms = [e for e in expressions([7, 11, 20]) if e.is_natural]
+    right = [e.steps() for e in forms if e.value == 24]
+    wrong = [e for e in forms if e.value != 24]
+    misses = sorted(abs(e.value - 24) for e in wrong)
+    bound = misses[countdown.NUM_NEAR - 1]
+    before = [e for e in wrong if e.steps() < min(right)]
+    surely = {abs(e.value - 24) for e in before if abs(e.value - 24) < bound}
+    searches = [search_lines(worked_solution(problem, seed)) for seed in range(50)]
+    for lines in filter(None, searches):
+        passed = [read_equation(attempt(line)[1]).value for line in lines[:-1]]
+        assert surely <= set(passed) and max(passed) <= bound
+        assert len(passed) <= countdown.NUM_NEAR
 
 
 def test_solution_is_drawn_among_all():
