@@ -49,7 +49,7 @@ esac
 [[ "$SEED" =~ ^[0-9]{1,9}$ ]] || refuse "--seed is '$SEED', but must be a whole number"
 if [ "$SEED" = 0 ]; then RUN="${RUN:-runs/speedrun-$PRESET}"; else RUN="${RUN:-runs/speedrun-$PRESET-seed$SEED}"; fi
 # The control's steps take at least as long as GRPO does: the report shows the minutes of both.
-case "$PRESET" in smoke) CONTROL_STEPS=20 ;; cpu) CONTROL_STEPS=1400 ;; gpu) CONTROL_STEPS=4000 ;; esac
+case "$PRESET" in smoke) CONTROL_STEPS=20 ;; cpu) CONTROL_STEPS=1200 ;; gpu) CONTROL_STEPS=4000 ;; esac
 FIGURE7_PROBLEMS=200 # the first of the held-out ones, 64 samples each
 if [ "$PRESET" = smoke ]; then FIGURE7_PROBLEMS=10; fi
 

@@ -143,9 +143,9 @@ def test_limits_of_the_sampler_change_no_figure(run_folder, dist, monkeypatch):
     taken.clear()
     with monkeypatch.context() as patch:
         counts = counted_chunks(patch)
-        evaluate.run(config(run_folder, cache_gb=8e-6), dist)
+        evaluate.run(config(run_folder, cache_gb=6e-6), dist)
         assert counts == [3, 1]
-    assert {most[:2] for most in taken} == {(512, 8e-6)} and max(most[2] for most in taken) < 3
+    assert {most[:2] for most in taken} == {(512, 6e-6)} and max(most[2] for most in taken) < 3
     first, second = (
         json.loads((run_folder.parent / f"{name}.json").read_text())
         for name in ("whole", "figures")

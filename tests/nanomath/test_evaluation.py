@@ -200,7 +200,7 @@ ANSWERS = {  # three right of one class, one wrong, one with a number missing, t
 
 
 def script(prompt, temperature, sample):
-    target = prompt.split("Target: ")[1].strip()
+    target = prompt.split(" -> ")[1].strip()
     if temperature == 0:
         return (THINK + "<answer>1+2</answer>", True) if target == "3" else (THINK, False)
     return f"{THINK}<answer>{ANSWERS[target][sample]}</answer>", sample != 7
