@@ -304,11 +304,11 @@ def unique_pages(
 def benchmark_texts(cfg: CorpusConfig) -> list[decontaminate.BenchmarkText]:
     """Return the texts of --benchmarks and of held-out Countdown problems.
 
-    A problem is looked for as the prompt and the data sets write it: its numbers and its target,
-    each after its word. Its equations are not: they are at most 6 numbers once operators are
-    dropped, and 1 2 3 4 is `1 * 2 + 3 = 4`, a list that counts, a shape. One such equation took
-    half of all pages dropped in the cpu preset. Nor is the long prompt: the 10-grams of its
-    instructions are those of every other problem, the ones to train on among them.
+    A problem is looked for as data sets write it: its numbers and its target, each after its word.
+    Its short prompt and its equations are not: they are at most 6 numbers once the arrow and
+    operators are dropped, and 1 2 3 4 is `1 * 2 + 3 = 4`, a list that counts, a shape. One such
+    equation took half of all pages dropped in the cpu preset. Nor is the long prompt: the 10-grams
+    of its instructions are those of every other problem, the ones to train on among them.
     """
     texts = [text for name in cfg.benchmarks for text in decontaminate.read_benchmark(name)]
     if not cfg.num_heldout:
@@ -322,9 +322,8 @@ def benchmark_texts(cfg: CorpusConfig) -> list[decontaminate.BenchmarkText]:
         max_target=cfg.max_target,
     )
     for problem in problems:
-        name = f"countdown:{problem.id}"
-        texts.append(decontaminate.BenchmarkText(f"{name}:prompt", problem.prompt))
-        texts.append(decontaminate.BenchmarkText(f"{name}:row", json.dumps(problem.payload)))
+        row = json.dumps(problem.payload)
+        texts.append(decontaminate.BenchmarkText(f"countdown:{problem.id}:row", row))
     return texts
 
 
