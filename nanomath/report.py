@@ -141,9 +141,12 @@ def draw(run: Path) -> None:
     save_figure(figure, run / "plots" / "losses.png")
 
     figure, axes = new_figure(3)
-    line(axes[0], grpo, "reward", "GRPO: mean reward of a batch (format + equation)")
+    line(axes[0], grpo, "reward", "GRPO: mean reward of a batch")
     line(axes[1], grpo, "heldout_pass@1", "GRPO: held-out accuracy, greedy")
-    line(axes[2], grpo, "kl", "GRPO: KL to the reference (nats per token)")
+    if read_json(run / "grpo" / "config.json")["kl_coef"]:
+        line(axes[2], grpo, "kl", "GRPO: KL to the reference (nats per token)")
+    else:  # without a reference its metric is 0, whatever the policy has become
+        line(axes[2], grpo, "entropy", "GRPO: entropy (nats per token)")
     save_figure(figure, run / "plots" / "grpo.png")
 
 
@@ -173,7 +176,8 @@ def sample_page(evals: dict[str, dict]) -> str:
     ]
     examples = [evals[model]["examples"][:NUM_SAMPLE_PROBLEMS] for model in MODELS]
     for answers in zip(*examples, strict=True):
-        parts.append(f"## {printable(answers[0]['prompt']).strip()}\n".replace("\n", ", ", 1))
+        prompt = printable(answers[0]["prompt"]).strip()
+        parts.append(f"## {', '.join(prompt.splitlines())}\n")
         for model, answer in zip(MODELS, answers, strict=True):
             rewards = f"format {answer['format']:d}, equation {answer['correct']:d}"
             text = printable(answer["text"]).replace("\n", "\n    ")

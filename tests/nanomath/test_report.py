@@ -91,6 +91,34 @@ def test_figure_7_is_before_after_and_the_paired_gain():
         assert gain == maj_gain == pytest.approx(50 - 100 * expected, abs=0.05)
 
 
+def test_a_sample_page_has_a_heading_for_each_problem():
+    """The prompt is one line of heading, be it one line or two, then each model's output."""
+    example = {"text": "<think>", "format": False, "correct": True}
+    prompts = ("3 4 5 -> 17\n", "Two lines,\nthis is one\n")
+    examples = [{**example, "prompt": prompt} for prompt in prompts]
+    page = report.sample_page({model: {"examples": examples} for model in report.MODELS})
+    assert [line for line in page.splitlines() if line.startswith("## ")] == [
+        "## 3 4 5 -> 17",
+        "## Two lines,, this is one",
+    ]
+    assert page.count("\n\nbase (rewards: format 0, equation 1)\n\n    <think>\n") == 2
+
+
+@pytest.mark.parametrize("kl_coef, shown", [(0.001, "kl"), (0.0, "entropy")])
+def test_without_a_reference_no_kl_is_drawn(tmp_path, monkeypatch, kl_coef, shown):
+    """A KL of 0 to no reference would read as a policy that has not moved."""
+    (tmp_path / "grpo").mkdir()
+    (tmp_path / "grpo" / "config.json").write_text(json.dumps({"kl_coef": kl_coef}))
+    drawn = []
+    monkeypatch.setattr(report, "new_figure", lambda count: (None, [None] * count))
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: None)
+    monkeypatch.setattr(report, "read_metrics", lambda folder: folder.name)
+    monkeypatch.setattr(report, "line", lambda axis, *line: drawn.append(line[:2]))
+    report.draw(tmp_path)
+    names = [name for run, name in drawn if run == "grpo"]
+    assert names == ["reward", "heldout_pass@1", shown]
+
+
 def test_time_is_shared_out(tmp_path):
     """Every stage and phase counts once: the phases' seconds are summed over steps, what the GRPO
     stage took beyond them is its start; table 1 is no part of the run."""
