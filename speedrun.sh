@@ -60,12 +60,18 @@ PY="$VENV/bin/python"
 
 # stage NAME COMMAND...: run it, and note its wall time for the table at the end.
 stage() {
-    local name="$1" start=$SECONDS
+    STAGE="$1" STARTED=$SECONDS
     shift
-    say "$name"
-    "$@" || { local code=$?; echo "speedrun.sh: stage '$name' ended with code $code; the same command continues it" >&2; exit "$code"; }
-    printf '%s\t%s\n' "$name" "$((SECONDS - start))" >>"$RUN/seconds.tsv"
+    say "$STAGE"
+    "$@" || { local code=$?; echo "speedrun.sh: stage '$STAGE' ended with code $code; the same command continues it" >&2; exit "$code"; }
+    note_time
 }
+note_time() {
+    if [ -n "$STAGE" ]; then printf '%s\t%s\n' "$STAGE" "$((SECONDS - STARTED))" >>"$RUN/seconds.tsv"; fi
+    STAGE=""
+}
+STAGE=""
+trap note_time EXIT # of a stage that is cut, too: the call that continues it takes only what is left
 
 BENCHMARKS=()
 if [ -n "${NANOMATH_DATA:-}" ]; then

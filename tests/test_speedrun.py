@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -78,6 +79,9 @@ def test_run_cut_once_in_each_stage_ends_with_the_same_results(tmp_path):
     for cut in CUTS:
         code, output = speedrun(tmp_path / "cut", cut)
         assert code != 0 or "== report" in cut[0], (cut, output[-3000:])
+        if cut[1] == signal.SIGINT:  # what the stage took until then is noted, too
+            noted = (tmp_path / "cut" / "seconds.tsv").read_text().splitlines()[-1]
+            assert noted.split("\t")[0] == re.findall("\x1b\\[1m== (.+?)\x1b", output)[-1]
     code, output = speedrun(tmp_path / "cut")
     assert code == 0, output[-3000:]
     whole, cut = results(tmp_path / "whole"), results(tmp_path / "cut")
