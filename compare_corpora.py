@@ -242,7 +242,7 @@ def as_markdown(result: dict[str, Any]) -> str:
         )
     header = ["pretrained on", "MB", "math pages", "epochs", "bits per byte", "minus recalled"]
     header += ["Countdown, greedy", "minus recalled"]
-    notes = NOTES.format(whole=WHOLE, **result, **result["rows"]["recalled"])
+    notes = NOTES.format(**result, **result["rows"]["recalled"])
     return f"{markdown_table(header, rows)}\n\n{notes}"
 
 

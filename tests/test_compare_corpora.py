@@ -133,3 +133,51 @@ def test_values_of_pages_have_the_ratio_as_mean_and_its_spread():
     values = compare_corpora.bits_per_byte([6.0, 6.0], [1, 5])
     # The ratio is 2; the pages are 4 above and 4 below it, over a mean size of 3.
     assert values == pytest.approx([2 + 4 / 3, 2 - 4 / 3], abs=1e-12)
+
+
+def write_evaluation(path, num_right: int) -> None:
+    """Write an evaluation of four problems, so many of them right."""
+    rows = [
+        {"id": i, "greedy_correct": i < num_right, "correct": [], "classes": []} for i in range(4)
+    ]
+    greedy = dict.fromkeys(("value", "low", "high"), num_right / 4)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {"num_problems": 4, "num_samples": 0, "metrics": {"greedy": greedy}, "problems": rows}
+    write_json(path, result)
+
+
+def test_differences_are_those_to_the_recalled_corpus(run, monkeypatch):
+    """Bits and accuracy of each row less the recalled corpus': a worse corpus has more bits and a
+    lower accuracy; words are counted by kind."""
+    folder, held, _ = run
+    bits = {"random": 3.0, "seed": 2.5, "recalled": 2.0, "run": 1.0}
+    right = {"random": 0, "seed": 1, "recalled": 2, "run": 4}
+    table = folder / "table1"
+    for name in compare_corpora.NAMES:
+        write_evaluation(table / name / "eval.json", right[name])
+    write_evaluation(folder / "eval-sft.json", right["run"])
+    counts = {"pages": 4, "bytes": 9, "math_pages": 1, "contaminated": 0}
+    write_json(table / "pages.json", dict.fromkeys(compare_corpora.NAMES, counts))
+    words = {"real": {"tokens": 1}, "generated": {"tokens": 3}}
+    write_json(folder / "corpus" / "funnel.json", {"corpus": words})
+
+    def measure(base, texts):
+        trained = {"train_bytes": 2_000_000, "train_tokens": 4096, "epochs": 1.5}
+        return {"values": [bits[base.parent.name]] * len(texts), **trained}
+
+    monkeypatch.setattr(compare_corpora, "measure", measure)
+    result = compare_corpora.compare_models(folder)
+    assert list(result["rows"]) == [*compare_corpora.NAMES, compare_corpora.WHOLE]
+    for name, row in zip(bits, result["rows"].values(), strict=True):
+        assert row["bits_per_byte"] == dict.fromkeys(("value", "low", "high"), bits[name])
+        assert row["bits_difference"]["value"] == bits[name] - 2.0
+        assert row["greedy_difference"]["value"] == (right[name] - 2) / 4
+    sizes = [result[key] for key in ("valid_pages", "valid_hosts", "num_problems")]
+    assert sizes == [5, 1, 4] and result["generated_share"] == 0.75
+    text = compare_corpora.as_markdown(result)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    random, _, recalled, whole = lines[2:6]
+    assert random[:4] == ["random", "2.00", "25%", "1.50"]
+    assert random[5] == "+1.000 [+1.000, +1.000]" and random[7].startswith("-50.0%")
+    assert recalled[5] == recalled[7] == whole[2] == ""
+    assert "75% of its words" in text and "5 real math pages of 1 hosts" in text
