@@ -51,7 +51,8 @@ def first_screen(runs: list[Path], machine: str) -> str:
         "continued.",
         report.seeds_table(evals),
         f"![Held-out accuracy and reward during GRPO]({SHOWN}/seeds.png)",
-        f"Seed {seeds[0]} ([whole report]({SHOWN}/report.md), [rollouts]({SHOWN}/samples.md)):",
+        f"Seed {seeds[0]} ([whole report]({SHOWN}/report.md), [rollouts]({SHOWN}/samples.md), "
+        f"[losses]({SHOWN}/losses.png), [GRPO's curves]({SHOWN}/grpo.png)):",
         report.accuracy_table(models),
         f"![Pass@K and Maj@K before and after GRPO]({SHOWN}/pass_and_maj_at_k.png)",
         rollout(models),

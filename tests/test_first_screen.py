@@ -1,14 +1,16 @@
 """README's first screen: what is replaced, and which rollout it shows."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from dev import first_screen
+from nanomath import report
 
 
 def example(name: str, *, correct: bool) -> dict:
-    return {"prompt": "Numbers: 1 2 3\n", "text": f"{name}\n<answer>", "correct": correct}
+    return {"prompt": "1 2 3 -> 6\n", "text": f"{name}\n<answer>", "correct": correct}
 
 
 def test_only_what_is_between_the_marks_is_replaced():
@@ -36,7 +38,57 @@ def test_the_rollout_is_the_first_that_grpo_mended():
     }
     text = first_screen.rollout(evals)
     assert text.splitlines()[2:] == [
-        *("    Numbers: 1 2 3", "", "    SFT:", "    s1", "    <answer>", ""),
+        *("    1 2 3 -> 6", "", "    SFT:", "    s1", "    <answer>", ""),
         *("    GRPO:", "    g0", "    <answer>"),
     ]
     assert first_screen.rollout({"sft": evals["sft"], "grpo": evals["sft"]}) == ""
+
+
+def finished_run(folder: Path, *, seed: int, minutes: float) -> tuple[str, dict]:
+    """Write what the section reads of a run beside its evaluations; return what write_report does:
+    of four problems SFT has one right, GRPO three."""
+    (folder / "grpo").mkdir(parents=True)
+    (folder / "grpo" / "config.json").write_text(json.dumps({"seed": seed}))
+    row = {f"seconds_{phase}": 6.0 for phase in report.PHASES}
+    (folder / "grpo" / "metrics.jsonl").write_text(json.dumps({"step": 0, **row}) + "\n")
+    seconds = {"sft": 60 * minutes, "control": 120, "grpo": 60, "table 1": 6000}
+    (folder / "seconds.tsv").write_text("".join(f"{k}\t{v}\n" for k, v in seconds.items()))
+    evals = {}
+    for model, num_right in {"base": 0, "sft": 1, "control": 2, "grpo": 3}.items():
+        problems = [{"id": i, "greedy_correct": i < num_right} for i in range(4)]
+        metric = dict.fromkeys(("value", "low", "high"), num_right / 4)
+        evals[model] = {
+            "num_problems": 4,
+            "num_samples": 8,
+            "metrics": dict.fromkeys(("greedy", "pass@1", "pass@8", "maj@8"), metric),
+            "greedy_outputs": {"format_failures": 0.0, "truncated": 0.0},
+            "problems": problems,
+            "examples": [example(model, correct=row["greedy_correct"]) for row in problems],
+        }
+    return "", evals
+
+
+def test_the_section_shows_every_seed_and_the_first_runs_figures(tmp_path, monkeypatch):
+    """Minutes from the least to the most, without Table 1; a row per seed; the first run's tables
+    and rollout; Table 1 where it was made. One run given twice is refused."""
+    runs = [tmp_path / "a", tmp_path / "b"]
+    reports = {
+        run: finished_run(run, seed=seed, minutes=minutes)
+        for run, seed, minutes in zip(runs, (0, 3), (7, 9), strict=True)
+    }
+    monkeypatch.setattr(report, "write_report", lambda run: reports[run])
+    monkeypatch.setattr(report, "draw_seeds", lambda runs, path: None)
+    text = first_screen.first_screen(runs, "a machine")
+    said = "on a machine: 10 to 12 minutes each after set-up, 1 to 1 of them GRPO and 2 to 2 its"
+    assert said in text
+    rows = [[cell.strip() for cell in line.split("|")[1:5]] for line in text.splitlines()]
+    for name in ("seed 0", "seed 3", "mean of 2"):
+        assert [name, "25.0%", "50.0%", "75.0%"] in rows
+    assert "GRPO right:\n\n    1 2 3 -> 6\n\n    SFT:\n    sft\n" in text
+    assert "| where the time goes" in text and "Table 1" not in text
+    (runs[0] / "table1.md").write_text("| a table |\n\nand its notes\n")
+    with_table = first_screen.first_screen(runs, "a machine")
+    assert with_table.startswith(text.rstrip("\n"))
+    assert with_table.endswith("seed 0):\n\n| a table |\n\nand its notes\n")
+    with pytest.raises(ValueError, match=r"different seeds.*\[0, 0\]"):
+        first_screen.first_screen([runs[0], runs[0]], "a machine")
