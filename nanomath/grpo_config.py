@@ -155,7 +155,7 @@ PRESETS = {
         "micro_batch_size": 4,  # fits 80 GB
     },
     # DEVIATION: a small model takes a higher rate, fewer and shorter outputs; Countdown a smaller
-    # KL coefficient.
+    # KL coefficient; preset cpu none, a lower temperature and no reward for the format.
     "gpu": {
         **countdown.RANGES["gpu"],
         "max_new_tokens": 256,
