@@ -83,6 +83,8 @@ if [ ${#BENCHMARKS[@]} -gt 0 ]; then BENCHMARKS=(--benchmarks "${BENCHMARKS[@]}"
 
 # Without this, bash goes on to the next stage when Ctrl-C finds one in its last moments.
 trap 'echo "speedrun.sh: interrupted; the same command continues" >&2; exit 130' INT
+# A stage that is asked to stop saves first: bash waits for it, then ends, too (timeout, Slurm).
+trap 'echo "speedrun.sh: stopped; the same command continues" >&2; exit 143' TERM
 
 # ---- stages -----------------------------------------------------------------------------------
 stage corpus    "$PY" build_corpus.py --preset "$PRESET" --run_dir "$RUN/corpus" ${BENCHMARKS[@]+"${BENCHMARKS[@]}"}
