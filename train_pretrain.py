@@ -89,7 +89,7 @@ PRESETS = {
         "context": 256,
         "batch_size": 8,
         "micro_batch_size": 8,
-        "num_steps": 600,
+        "num_steps": 1000,
         "lr": 3e-3,
         "warmup_steps": 50,
         "eval_interval": 200,

@@ -62,7 +62,7 @@ PRESETS = {
         "context": 192,
         "batch_size": 11,
         "micro_batch_size": 11,
-        "num_steps": 2000,
+        "num_steps": 2200,
         "lr": 3e-3,
         "schedule": "cosine",
         "warmup_steps": 20,
