@@ -226,7 +226,8 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, **options) -> None:
     path.touch()
     mode = path.stat().st_mode  # what the umask leaves; save_file makes a file of its owner's alone
     save_file(tensors, path, **options)
-    path.chmod(mode)
+    if path.stat().st_mode != mode:  # some file systems have one mode, and refuse to be asked
+        path.chmod(mode)
 
 
 def _write_json(path: Path, obj: object) -> None:
