@@ -10,7 +10,7 @@ usage() {
 usage: bash speedrun.sh [--preset smoke|cpu|gpu] [--seed N] [--run_dir DIR] [--table1]
 
   --preset smoke   a minute or two: every stage, far too small to learn anything
-  --preset cpu     about half an hour on two cores (default without an NVIDIA GPU)
+  --preset cpu     17 minutes on two cores (default without an NVIDIA GPU)
   --preset gpu     one NVIDIA GPU (default where there is one)
   --seed N         seed of weights, solutions, data order and samples [0]
   --run_dir DIR    where everything is written [runs/speedrun-PRESET, with -seedN after it]
@@ -48,7 +48,7 @@ case "$PRESET" in
 esac
 [[ "$SEED" =~ ^[0-9]{1,9}$ ]] || refuse "--seed is '$SEED', but must be a whole number"
 if [ "$SEED" = 0 ]; then RUN="${RUN:-runs/speedrun-$PRESET}"; else RUN="${RUN:-runs/speedrun-$PRESET-seed$SEED}"; fi
-# The control's steps take at least as long as GRPO does: the report shows the minutes of both.
+# The control's steps take about as long as GRPO does: the report shows the minutes of both.
 case "$PRESET" in smoke) CONTROL_STEPS=20 ;; cpu) CONTROL_STEPS=1200 ;; gpu) CONTROL_STEPS=4000 ;; esac
 FIGURE7_PROBLEMS=200 # the first of the held-out ones, 64 samples each
 if [ "$PRESET" = smoke ]; then FIGURE7_PROBLEMS=10; fi
