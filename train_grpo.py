@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from nanomath.advantages import outcome_advantages, output_weights
-from nanomath.chat import use_template
 from nanomath.checkpoint import load_model
 from nanomath.config import one_line_errors, parse
 from nanomath.data import epoch_order
@@ -53,7 +52,7 @@ from nanomath.monitor import (
 )
 from nanomath.optim import SCHEDULES, make_adamw
 from nanomath.rewards import Rewards
-from nanomath.run import Run, open_run
+from nanomath.run import Run, load_start, open_run
 from nanomath.sampler import Rollouts, sample_groups, sample_stream
 from nanomath.tasks import Problem, benchmarks, countdown, encode_prompt
 from nanomath.tokenizer import Tokenizer
@@ -63,15 +62,7 @@ MAX_STEPS_WITHOUT_REWARD = 16  # in a row: warnings alone would let a broken fun
 
 def load_modules(cfg: GRPOConfig, dist: Dist) -> tuple[dict[str, Transformer], Tokenizer]:
     """Return "model", the policy, and with a KL its "reference", and the tokenizer of --init."""
-    policy, tokenizer, _ = load_model(
-        cfg.init,
-        dist,
-        activation_checkpointing=cfg.activation_checkpointing,
-        compile=cfg.compile,
-    )
-    if tokenizer is None:
-        raise ValueError(f"--init {cfg.init} holds no tokenizer.json: texts cannot be encoded")
-    use_template(tokenizer, cfg.chat_template)
+    policy, tokenizer = load_start(cfg, dist)
     modules = {"model": policy}
     if cfg.kl_coef > 0:
         # Its weights are set at the start of each iteration (l.3), or come from a checkpoint.

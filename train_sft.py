@@ -9,8 +9,7 @@ inside each. The loss is on solution tokens only, every one with the same weight
 
 from dataclasses import dataclass
 
-from nanomath.chat import CHOICES, use_template
-from nanomath.checkpoint import load_model
+from nanomath.chat import CHOICES
 from nanomath.config import RunConfig, one_line_errors, opt, parse
 from nanomath.data import PackedExamples, encode_examples, epoch_order
 from nanomath.dist import Dist
@@ -18,7 +17,7 @@ from nanomath.jsonl import read_examples
 from nanomath.lock import RunLock
 from nanomath.log import plot_metrics
 from nanomath.optim import SCHEDULES, make_adamw
-from nanomath.run import Run, open_run, supervised_update
+from nanomath.run import Run, load_start, open_run, supervised_update
 
 
 @dataclass(frozen=True)
@@ -82,15 +81,7 @@ PRESETS = {
 
 def train(cfg: SFTConfig, dist: Dist, lock: RunLock) -> None:
     with one_line_errors():
-        model, tokenizer, _ = load_model(
-            cfg.init,
-            dist,
-            activation_checkpointing=cfg.activation_checkpointing,
-            compile=cfg.compile,
-        )
-        if tokenizer is None:
-            raise ValueError(f"--init {cfg.init} holds no tokenizer.json: texts cannot be encoded")
-        use_template(tokenizer, cfg.chat_template)
+        model, tokenizer = load_start(cfg, dist)
         context = min(cfg.context, model.cfg.max_context)
         examples = encode_examples(tokenizer, read_examples(cfg.data))
         packed = PackedExamples(examples, context, seed=cfg.seed, pad_id=tokenizer.pad_id)

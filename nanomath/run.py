@@ -17,6 +17,7 @@ from torch import nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from nanomath import checkpoint
+from nanomath.chat import use_template
 from nanomath.config import RunConfig, lock_config, one_line_errors, to_json
 from nanomath.data import TrainBatch
 from nanomath.dist import Dist, barrier, set_timeout, setup
@@ -48,6 +49,23 @@ def open_run(cfg: RunConfig) -> Iterator[tuple[Dist, RunLock]]:
             raise SystemExit(
                 f"interrupted: the same command continues {cfg.run_dir} from its last checkpoint"
             ) from None
+
+
+def load_start(cfg: Any, dist: Dist) -> tuple[nn.Module, Tokenizer]:
+    """Return the model of --init, sharded, and its tokenizer with --chat_template set.
+
+    Raises ValueError where the folder holds no tokenizer.
+    """
+    model, tokenizer, _ = checkpoint.load_model(
+        cfg.init,
+        dist,
+        activation_checkpointing=cfg.activation_checkpointing,
+        compile=cfg.compile,
+    )
+    if tokenizer is None:
+        raise ValueError(f"--init {cfg.init} holds no tokenizer.json: texts cannot be encoded")
+    use_template(tokenizer, cfg.chat_template)
+    return model, tokenizer
 
 
 class Run:
