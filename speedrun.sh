@@ -49,7 +49,7 @@ esac
 [[ "$SEED" =~ ^[0-9]{1,9}$ ]] || refuse "--seed is '$SEED', but must be a whole number"
 if [ "$SEED" = 0 ]; then RUN="${RUN:-runs/speedrun-$PRESET}"; else RUN="${RUN:-runs/speedrun-$PRESET-seed$SEED}"; fi
 # The control's steps take about as long as GRPO does: the report shows the minutes of both.
-case "$PRESET" in smoke) CONTROL_STEPS=20 ;; cpu) CONTROL_STEPS=1200 ;; gpu) CONTROL_STEPS=4000 ;; esac
+case "$PRESET" in smoke) CONTROL_STEPS=20 ;; cpu) CONTROL_STEPS=2300 ;; gpu) CONTROL_STEPS=4000 ;; esac
 FIGURE7_PROBLEMS=200 # the first of the held-out ones, 64 samples each
 if [ "$PRESET" = smoke ]; then FIGURE7_PROBLEMS=10; fi
 
@@ -112,7 +112,8 @@ fi
 stage control   "$PY" train_sft.py --preset "$PRESET" --init "$RUN/sft" --data "$RUN/solutions.jsonl" \
                     --num_steps "$CONTROL_STEPS" --seed "$SEED" --run_dir "$RUN/control"
 stage grpo      "$PY" train_grpo.py --preset "$PRESET" --init "$RUN/sft" --seed "$SEED" --run_dir "$RUN/grpo"
-for model in base sft control grpo; do
+stage "evaluate base" "$PY" evaluate.py --preset "$PRESET" --checkpoint "$RUN/base" --num_samples 0 --out "$RUN/eval-base.json"
+for model in sft control grpo; do
     stage "evaluate $model" "$PY" evaluate.py --preset "$PRESET" --checkpoint "$RUN/$model" --out "$RUN/eval-$model.json"
 done
 for model in sft grpo; do

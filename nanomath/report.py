@@ -118,12 +118,13 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def accuracy_table(evals: dict[str, dict]) -> str:
-    """Compare the models on the same held-out problems, with 95% intervals."""
+    """Compare the models on the same held-out problems, with 95% intervals; "-": not sampled."""
     num_samples = evals["sft"]["num_samples"]
     labels = {"greedy": "pass@1 greedy", "pass@1": "pass@1 sampled"}
     rows = []
     for name in ("greedy", "pass@1", f"pass@{num_samples}", f"maj@{num_samples}"):
-        shown = [interval(evals[model]["metrics"][name]) for model in MODELS]
+        metrics = [evals[model]["metrics"].get(name) for model in MODELS]
+        shown = [interval(metric) if metric else "-" for metric in metrics]
         rows.append([labels.get(name, name), *shown])
     for label, key in (("format right", "format_failures"), ("truncated", "truncated")):
         shares = [evals[model]["greedy_outputs"][key] for model in MODELS]
