@@ -46,7 +46,7 @@ def first_screen(runs: list[Path], machine: str) -> str:
     whole = span([sum(each.values()) for each in minutes])
     grpo, control = (span([each[name] for each in minutes]) for name in ("grpo", "control"))
     parts = [
-        f"{len(runs)} runs of `speedrun.sh` that differ in their seeds, on {machine}: {whole} "
+        f"`speedrun.sh`, runs that differ in their seeds ({len(runs)}), on {machine}: {whole} "
         f"minutes each after set-up, {grpo} of them GRPO and {control} its control, which is SFT "
         "continued.",
         report.seeds_table(evals),
@@ -68,7 +68,7 @@ def first_screen(runs: list[Path], machine: str) -> str:
 
 
 def span(minutes: list[float]) -> str:
-    return f"{min(minutes):.0f} to {max(minutes):.0f}"
+    return " to ".join(dict.fromkeys(f"{m:.1f}" for m in (min(minutes), max(minutes))))
 
 
 def rollout(evals: dict[str, dict]) -> str:

@@ -240,12 +240,15 @@ def share_table(title: str, minutes: dict[str, float], notes: dict[str, str] | N
 
 
 def seeds_table(evals_of_runs: dict[str, dict[str, dict]]) -> str:
-    """Compare the runs' greedy accuracies, and GRPO with SFT and the control, paired by problem.
+    """Compare the runs' greedy accuracies, GRPO with SFT and the control, paired by problem, and
+    what SFT and GRPO reach at K samples.
 
     In the last row a problem counts by the share of runs that solve it: its intervals speak of
     other problems, the rows above it of other seeds. Raises ValueError for different problems.
     """
     right = {}  # run: {model: [problem]}
+    at_k = {}  # run: [accuracy of SFT, of GRPO]
+    name_at_k = f"pass@{next(iter(evals_of_runs.values()))['sft']['num_samples']}"
     for name, evals in evals_of_runs.items():
         first = next(iter(evals_of_runs.values()))["sft"]["problems"]
         check_same_problems(first, evals["sft"]["problems"])
@@ -253,16 +256,20 @@ def seeds_table(evals_of_runs: dict[str, dict[str, dict]]) -> str:
             model: [float(problem["greedy_correct"]) for problem in evals[model]["problems"]]
             for model in MODELS
         }
+        at_k[name] = [evals[model]["metrics"][name_at_k]["value"] for model in ("sft", "grpo")]
     means = {}
     for model in MODELS:
         columns = zip(*(values[model] for values in right.values()), strict=True)
         means[model] = [sum(column) / len(right) for column in columns]
     rows = []
-    for name, values in {**right, f"mean of {len(right)}": means}.items():
+    at_k["mean"] = [sum(column) / len(right) for column in zip(*at_k.values(), strict=True)]
+    all_runs = {**right, f"mean of {len(right)}": means}
+    for (name, values), reached in zip(all_runs.items(), at_k.values(), strict=True):
         greedy = [f"{sum(values[m]) / len(values[m]):.1%}" for m in MODELS[1:]]
         pairs = [paired_difference(values[other], values["grpo"]) for other in ("sft", "control")]
-        rows.append([name, *greedy, *map(signed, pairs)])
-    return markdown_table(["greedy", *MODELS[1:], "GRPO - SFT", "GRPO - control"], rows)
+        rows.append([name, *greedy, *map(signed, pairs), *(f"{share:.1%}" for share in reached)])
+    header = ["greedy", *MODELS[1:], "GRPO - SFT", "GRPO - control"]
+    return markdown_table([*header, f"{name_at_k} sft", f"{name_at_k} grpo"], rows)
 
 
 def signed(gain: dict[str, float]) -> str:

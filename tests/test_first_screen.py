@@ -79,7 +79,7 @@ def test_the_section_shows_every_seed_and_the_first_runs_figures(tmp_path, monke
     monkeypatch.setattr(report, "write_report", lambda run: reports[run])
     monkeypatch.setattr(report, "draw_seeds", lambda runs, path: None)
     text = first_screen.first_screen(runs, "a machine")
-    said = "on a machine: 10 to 12 minutes each after set-up, 1 to 1 of them GRPO and 2 to 2 its"
+    said = "on a machine: 10.0 to 12.0 minutes each after set-up, 1.0 of them GRPO and 2.0 its"
     assert said in text
     rows = [[cell.strip() for cell in line.split("|")[1:5]] for line in text.splitlines()]
     for name in ("seed 0", "seed 3", "mean of 2"):

@@ -45,7 +45,7 @@ HELDOUT_ONE_IN = 10  # share of all problems that are never trained on
 _MAX_DRAWS = 20_000  # per problem; a range without reachable targets ends with an error
 # Worked solutions: the share without a search, and how many wrong forms a search passes at most.
 # SFT imitates both kinds; which of them is right more often is for GRPO to find out.
-DIRECT, NUM_NEAR = 0.7, 8
+DIRECT_SHARE, NUM_NEAR = 0.7, 8
 
 SHORT_PROMPT = "{numbers} -> {target}\n"
 FULL_PROMPT = (
@@ -244,14 +244,14 @@ def _hash(text: str) -> tuple[int, ...]:
 # ------------------------------------------------------------------------------ worked solutions
 
 
-def worked_solution(problem: Problem, seed: int = 0) -> str:
+def worked_solution(problem: Problem, seed: int = 0, *, direct_share: float = DIRECT_SHARE) -> str:
     """Return a right solution as text: reasoning inside <think>, the equation in <answer>.
 
-    With chance DIRECT the reasoning is the solution's own steps, as of one who sees it. Else it is
-    a search: attempts line by line, through the NUM_NEAR wrong forms nearest to the target in the
-    order of their texts, up to the first right one. Each ends with its distance from the target, 0
-    for the last. Where a solution has only non-negative whole intermediate values, all attempts do.
-    Raises ValueError where there is none.
+    With chance direct_share the reasoning is the solution's own steps, as of one who sees it. Else
+    it is a search: attempts line by line, through the NUM_NEAR wrong forms nearest to the target in
+    the order of their texts, up to the first right one. Each ends with its distance from the
+    target, 0 for the last. Where a solution has only non-negative whole intermediate values, all
+    attempts do. Raises ValueError where there is none.
     """
     nums, target = problem.payload["nums"], problem.payload["target"]
     forms = expressions(nums)
@@ -264,7 +264,7 @@ def worked_solution(problem: Problem, seed: int = 0) -> str:
     right = [form for form in forms if form.value == target]
     if not right:
         raise ValueError(f"problem {problem.id}: {target} cannot be reached from {nums}")
-    if rng.random() < DIRECT:
+    if rng.random() < direct_share:
         return f"<think>{_steps(right[0])}</think><answer>{right[0].text}</answer>"
     # In one order, or the likeliest next attempt is often one that was made before.
     order = sorted(forms[: len(right) + NUM_NEAR], key=Expression.steps)
@@ -355,6 +355,12 @@ class CountdownConfig:
     max_number: int = opt(99, "numbers are from 1 to this", low=1)
     max_target: int = opt(100, "targets are from 1 to this", low=1)
     style: str = opt("short", "prompt: short (from scratch) or full (pretrained)", choices=STYLES)
+    direct_share: float = opt(
+        DIRECT_SHARE,
+        "share of solutions that show the right steps alone; the others search, attempt by attempt",
+        low=0.0,
+        high=1.0,
+    )
 
 
 PRESETS = {
@@ -364,10 +370,12 @@ PRESETS = {
 }
 
 
-def sft_rows(problems: Iterable[Problem], seed: int = 0) -> Iterator[dict]:
+def sft_rows(
+    problems: Iterable[Problem], seed: int = 0, *, direct_share: float = DIRECT_SHARE
+) -> Iterator[dict]:
     """Yield {"prompt", "solution", "nums", "target"} for each problem."""
     for problem in problems:
-        solution = worked_solution(problem, seed)
+        solution = worked_solution(problem, seed, direct_share=direct_share)
         yield {"prompt": problem.prompt, "solution": solution, **problem.payload}
 
 
@@ -382,7 +390,7 @@ def main(cfg: CountdownConfig) -> None:
         max_target=cfg.max_target,
         style=cfg.style,
     )
-    rows = sft_rows(problems, cfg.seed)
+    rows = sft_rows(problems, cfg.seed, direct_share=cfg.direct_share)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, "".join(json.dumps(row) + "\n" for row in rows))
     print(f"{out}: {len(problems)} worked solutions")

@@ -289,9 +289,9 @@ def test_worked_solution_form():
 
 
 def test_worked_solutions_are_right():
-    """Every solution earns both rewards, DIRECT of them have no search (3 sigma); steps are true,
-    and whole where that is possible; each attempt ends with its distance from the target, 0 for
-    the last one only; they come in order, none twice."""
+    """Every solution earns both rewards, DIRECT_SHARE of them have no search (3 sigma), all or none
+    where that is asked for; steps are true, and whole where that is possible; each attempt ends
+    with its distance from the target, 0 for the last one only; they come in order, none twice."""
     problems = generate(400, num_numbers=(3, 4), seed=5)
     num_direct = 0
     for problem in problems:
@@ -313,8 +313,12 @@ def test_worked_solutions_are_right():
             assert (missed == 0) == (i == len(parsed) - 1)
         order = [[f"{left}={right}" for left, right in steps] for steps, _ in parsed]
         assert order == sorted(order) and len({*map(tuple, order)}) == len(order)
-    spread = (len(problems) * countdown.DIRECT * (1 - countdown.DIRECT)) ** 0.5
-    assert abs(num_direct - len(problems) * countdown.DIRECT) < 3 * spread
+    share = countdown.DIRECT_SHARE
+    sigma = (len(problems) * share * (1 - share)) ** 0.5
+    assert abs(num_direct - len(problems) * share) < 3 * sigma
+    for share in (0.0, 1.0):
+        rows = list(countdown.sft_rows(problems[:20], direct_share=share))
+        assert [bool(search_lines(row["solution"])) for row in rows] == [share == 0.0] * 20
 
 
 def test_a_search_passes_all_near_forms():

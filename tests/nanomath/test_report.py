@@ -17,7 +17,8 @@ def evaluation(greedy: list[int], nums=(1, 2, 3)) -> dict:
         {"id": i, "nums": [*nums], "target": 6, "greedy_correct": bool(right)}
         for i, right in enumerate(greedy)
     ]
-    return {"problems": rows}
+    at_8 = {"value": 1 - 2 ** -sum(greedy)}  # anything that differs between models
+    return {"num_samples": 8, "metrics": {"pass@8": at_8}, "problems": rows}
 
 
 def run(sft: list[int], control: list[int], grpo: list[int], **options) -> dict:
@@ -30,7 +31,8 @@ def cells(table: str) -> list[list[str]]:
 
 
 def test_seeds_are_compared_problem_by_problem():
-    """A row's accuracies and paired gains are its run's, the last row's the means over runs."""
+    """A row's accuracies, paired gains and Pass@8 are its run's, the last row's the means over
+    runs."""
     table = report.seeds_table(
         {
             "a": run([1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]),
@@ -38,11 +40,17 @@ def test_seeds_are_compared_problem_by_problem():
         }
     )
     header, _, first, second, mean = cells(table)
-    assert header == ["greedy", "sft", "control", "grpo", "GRPO - SFT", "GRPO - control"]
+    assert header[:6] == ["greedy", "sft", "control", "grpo", "GRPO - SFT", "GRPO - control"]
+    assert header[6:] == ["pass@8 sft", "pass@8 grpo"]
+    assert [row[6:] for row in (first, second, mean)] == [
+        ["50.0%", "87.5%"],
+        ["0.0%", "93.8%"],
+        ["25.0%", "90.6%"],
+    ]
     assert first[:4] == ["a", "25.0%", "50.0%", "75.0%"]
     assert second[:4] == ["b", "0.0%", "25.0%", "100.0%"]
     assert mean[:4] == ["mean of 2", "12.5%", "37.5%", "87.5%"]
-    gains = [[float(cell.split("%")[0]) for cell in row[4:]] for row in (first, second, mean)]
+    gains = [[float(cell.split("%")[0]) for cell in row[4:6]] for row in (first, second, mean)]
     assert gains == [[50.0, 25.0], [100.0, 75.0], [75.0, 50.0]]
     # All four problems gain in b, so any choice among them does: its interval is one point.
     assert second[4] == "+100.0% [+100.0%, +100.0%]"
@@ -72,6 +80,24 @@ def samples(correct: list[list[int]]) -> dict:
     values = [problem_metrics(row, ks) for row in rows]
     metrics = {n: {"value": sum(v[n] for v in values) / len(values)} for n in values[0]}
     return {"num_problems": len(rows), "num_samples": 64, "metrics": metrics, "problems": rows}
+
+
+def test_what_was_not_sampled_is_left_open():
+    """The base model answers greedily only; the others' samples still are in the table."""
+    metric = {"value": 0.5, "low": 0.4, "high": 0.6}
+    outputs = {"format_failures": 0.25, "truncated": 0.0}
+    sampled = dict.fromkeys(("greedy", "pass@1", "pass@8", "maj@8"), metric)
+    common = {"num_problems": 9, "num_samples": 8, "greedy_outputs": outputs}
+    evals = {model: {**common, "metrics": sampled} for model in report.MODELS}
+    evals["base"] = {**common, "num_samples": 0, "metrics": {"greedy": metric}}
+    header, _, *rows = cells(report.accuracy_table(evals))
+    assert header == ["9 held-out problems", *report.MODELS]
+    shown = "50.0% [40.0%, 60.0%]"
+    assert rows[0] == ["pass@1 greedy", *[shown] * 4]
+    assert rows[1:4] == [
+        [name, "-", *[shown] * 3] for name in ("pass@1 sampled", "pass@8", "maj@8")
+    ]
+    assert rows[4:] == [["format right", *["75.0%"] * 4], ["truncated", *["0.0%"] * 4]]
 
 
 def test_figure_7_is_before_after_and_the_paired_gain():
