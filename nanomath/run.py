@@ -155,7 +155,7 @@ class Run:
             return
         named = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
         text = f"step {step}: the gradient is not finite ({kind} {named})"
-        self.say(f"{text}: skipped, the weights stay as they are; all numbers in metrics.jsonl")
+        self.say(f"{text}: that update is skipped; all numbers in metrics.jsonl")
         if skipped >= MAX_SKIPPED_STEPS:
             raise SystemExit(f"{text}, {MAX_SKIPPED_STEPS} in a row: the run ends")
 
