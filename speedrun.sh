@@ -67,10 +67,14 @@ stage() {
     note_time
 }
 note_time() {
-    if [ -n "$STAGE" ]; then printf '%s\t%s\n' "$STAGE" "$((SECONDS - STARTED))" >>"$RUN/seconds.tsv"; fi
+    # Of a finished run only table 1 is still timed: finding all else done is no part of the run.
+    if [ -n "$STAGE" ] && { [ "$FINISHED" = no ] || [[ "$STAGE" == "table 1 "* ]]; }; then
+        printf '%s\t%s\n' "$STAGE" "$((SECONDS - STARTED))" >>"$RUN/seconds.tsv"
+    fi
     STAGE=""
 }
 STAGE=""
+if [ -f "$RUN/report.md" ]; then FINISHED=yes; else FINISHED=no; fi
 trap note_time EXIT # of a stage that is cut, too: the call that continues it takes only what is left
 
 BENCHMARKS=()

@@ -46,7 +46,7 @@ class SFTConfig(RunConfig):
 
 
 PRESETS = {
-    # DEVIATION: a small model takes a higher rate, fewer and shorter rows.
+    # DEVIATION: a small model takes a higher rate, which may fall, and fewer and shorter rows.
     "gpu": {
         "context": 512,
         "batch_size": 128,
@@ -59,7 +59,7 @@ PRESETS = {
     },
     "cpu": {
         "context": 192,
-        "batch_size": 6,  # many small steps: 11 rows in 2200 end at a loss a third higher
+        "batch_size": 6,  # many small steps: 2200 of 11 rows end at a loss two fifths higher
         "micro_batch_size": 6,
         "num_steps": 4000,
         "lr": 3e-3,

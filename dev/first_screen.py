@@ -36,7 +36,8 @@ class ScreenConfig:
 
 def first_screen(runs: list[Path], machine: str) -> str:
     """Return the section: the seeds' table and curves, the first run's figures, a rollout."""
-    seeds = [report.read_json(run / "grpo" / "config.json")["seed"] for run in runs]
+    configs = [report.read_json(run / "grpo" / "config.json") for run in runs]
+    seeds = [cfg["seed"] for cfg in configs]
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"--run_dir: runs of different seeds are compared, these have {seeds}")
     evals = {f"seed {seed}": report.write_report(run)[1] for seed, run in zip(seeds, runs)}
@@ -50,6 +51,7 @@ def first_screen(runs: list[Path], machine: str) -> str:
         f"minutes each after set-up, {grpo} of them GRPO and {control} its control, which is SFT "
         "continued.",
         report.seeds_table(evals),
+        how_to_read(models["sft"], configs[0]["num_eval_problems"]),
         f"![Held-out accuracy and reward during GRPO]({SHOWN}/seeds.png)",
         f"Seed {seeds[0]} ([whole report]({SHOWN}/report.md), [rollouts]({SHOWN}/samples.md), "
         f"[losses]({SHOWN}/losses.png), [GRPO's curves]({SHOWN}/grpo.png)):",
@@ -65,6 +67,17 @@ def first_screen(runs: list[Path], machine: str) -> str:
             notes,
         ]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def how_to_read(evaluation: dict, num_eval_problems: int) -> str:
+    """Explain the names and brackets of the tables, and which problems the curves are of."""
+    k, temperature = evaluation["num_samples"], evaluation["settings"]["temperature"]
+    return (
+        "In brackets: 95% intervals over problems. Greedy: the likeliest output; sampled: at "
+        f"temperature {temperature}; pass@{k}: any of {k} samples is right; maj@{k}: their most "
+        f"frequent answer is. The curves' accuracy is greedy, on the first {num_eval_problems} "
+        "problems."
+    )
 
 
 def span(minutes: list[float]) -> str:

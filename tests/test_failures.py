@@ -517,7 +517,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path, monkeypatch, ca
         [0, 1, 2, 3, 4],
     ]
     said = capsys.readouterr().out
-    assert "step 2: the gradient is not finite (rows 0, 1, 2, 3, 4): skipped" in said
+    assert "step 2: the gradient is not finite (rows 0, 1, 2, 3, 4): that update is skipped" in said
 
 
 def test_ten_bad_gradients_in_a_row_end_the_run(tmp_path, monkeypatch):

@@ -48,7 +48,7 @@ def finished_run(folder: Path, *, seed: int, minutes: float) -> tuple[str, dict]
     """Write what the section reads of a run beside its evaluations; return what write_report does:
     of four problems SFT has one right, GRPO three."""
     (folder / "grpo").mkdir(parents=True)
-    (folder / "grpo" / "config.json").write_text(json.dumps({"seed": seed}))
+    (folder / "grpo" / "config.json").write_text(json.dumps({"seed": seed, "num_eval_problems": 3}))
     row = {f"seconds_{phase}": 6.0 for phase in report.PHASES}
     (folder / "grpo" / "metrics.jsonl").write_text(json.dumps({"step": 0, **row}) + "\n")
     seconds = {"sft": 60 * minutes, "control": 120, "grpo": 60, "table 1": 6000}
@@ -60,6 +60,7 @@ def finished_run(folder: Path, *, seed: int, minutes: float) -> tuple[str, dict]
         evals[model] = {
             "num_problems": 4,
             "num_samples": 8,
+            "settings": {"temperature": 0.5},
             "metrics": dict.fromkeys(("greedy", "pass@1", "pass@8", "maj@8"), metric),
             "greedy_outputs": {"format_failures": 0.0, "truncated": 0.0},
             "problems": problems,
@@ -81,6 +82,8 @@ def test_the_section_shows_every_seed_and_the_first_runs_figures(tmp_path, monke
     text = first_screen.first_screen(runs, "a machine")
     said = "on a machine: 10.0 to 12.0 minutes each after set-up, 1.0 of them GRPO and 2.0 its"
     assert said in text
+    assert "temperature 0.5; pass@8: any of 8 samples is right; maj@8" in text
+    assert "on the first 3 problems." in text
     rows = [[cell.strip() for cell in line.split("|")[1:5]] for line in text.splitlines()]
     for name in ("seed 0", "seed 3", "mean of 2"):
         assert [name, "25.0%", "50.0%", "75.0%"] in rows

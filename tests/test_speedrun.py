@@ -20,7 +20,7 @@ CUTS = [
     ("== solutions", signal.SIGKILL, 0.7),
     ("== sft", signal.SIGINT, 5.0),
     ("== grpo", signal.SIGKILL, 6.0),
-    ("== evaluate base", signal.SIGKILL, 4.0),
+    ("== evaluate sft", signal.SIGKILL, 4.0),
     ("== report", signal.SIGKILL, 0.5),
 ]
 
@@ -92,8 +92,10 @@ def test_run_cut_once_in_each_stage_ends_with_the_same_results(tmp_path):
         assert (tmp_path / "cut" / "plots" / f"{picture}.png").stat().st_size > 10_000
 
     started = time.monotonic()
+    seconds = (tmp_path / "cut" / "seconds.tsv").read_text()
     code, output = speedrun(tmp_path / "cut")  # everything is done: quick, and nothing changes
     assert code == 0 and results(tmp_path / "cut")["evals"] == cut["evals"]
+    assert (tmp_path / "cut" / "seconds.tsv").read_text() == seconds
     assert output.count("%|") == 0 or time.monotonic() - started < 120
 
     # Table 1 takes up a finished run, is cut, goes on, and then stands.
@@ -109,3 +111,5 @@ def test_run_cut_once_in_each_stage_ends_with_the_same_results(tmp_path):
     base = json.loads((tmp_path / "cut" / "eval-sft.json").read_text())["metrics"]["greedy"]
     assert table["rows"]["recalled and generated"]["greedy"] == base
     assert results(tmp_path / "cut")["evals"] == cut["evals"]
+    noted = (tmp_path / "cut" / "seconds.tsv").read_text().removeprefix(seconds).splitlines()
+    assert noted and all(line.startswith("table 1 ") for line in noted)
