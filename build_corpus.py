@@ -107,7 +107,7 @@ PRESETS = {
     | countdown.RANGES["smoke"],
     "cpu": _SMALL | {"budgets": (1_600_000, 2_400_000)} | countdown.RANGES["cpu"],
     "gpu": _SMALL
-    | {"num_generated": 4000, "budgets": (16_000_000, 24_000_000)}
+    | {"num_generated": 4000, "budgets": (16_000_000, 24_000_000), "num_workers": 8}
     | countdown.RANGES["gpu"],
 }
 

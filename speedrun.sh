@@ -95,7 +95,9 @@ stage corpus    "$PY" build_corpus.py --preset "$PRESET" --run_dir "$RUN/corpus"
 stage tokenizer "$PY" -m nanomath.tokenizer --preset "$PRESET" --corpus "$RUN/corpus/corpus.jsonl" --out "$RUN/tokenizer"
 stage pretrain  "$PY" train_pretrain.py --preset "$PRESET" --corpus "$RUN/corpus/corpus.jsonl" \
                     --valid "$RUN/corpus/valid.jsonl" --tokenizer "$RUN/tokenizer" --seed "$SEED" --run_dir "$RUN/base"
-stage solutions "$PY" -m nanomath.tasks.countdown --preset "$PRESET" --seed "$SEED" --out "$RUN/solutions.jsonl"
+if [ ! -f "$RUN/solutions.jsonl" ]; then # it appears when it is complete
+    stage solutions "$PY" -m nanomath.tasks.countdown --preset "$PRESET" --seed "$SEED" --out "$RUN/solutions.jsonl"
+fi
 stage sft       "$PY" train_sft.py --preset "$PRESET" --init "$RUN/base" --data "$RUN/solutions.jsonl" \
                     --seed "$SEED" --run_dir "$RUN/sft"
 if [ "$TABLE1" = yes ]; then

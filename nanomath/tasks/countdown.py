@@ -21,16 +21,20 @@ Left to others: the format reward (rewards.py), Pass@K and Maj@K (evaluation.py)
 import dataclasses
 import hashlib
 import json
+import multiprocessing
 import operator
 import os
 import random
+import signal
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 from nanomath.config import one_line_errors, opt, parse, write_text
 from nanomath.judge.equation import Reading, read_equation
+from nanomath.log import progress
 from nanomath.tasks import Problem
 from nanomath.tasks.expressions import (
     MAX_NUMBERS,
@@ -361,22 +365,14 @@ class CountdownConfig:
         low=0.0,
         high=1.0,
     )
+    num_workers: int = opt(2, "processes that solve", low=1)
 
 
 PRESETS = {
     "smoke": {"num": 500, **RANGES["smoke"]},
     "cpu": {"num": 10_000, **RANGES["cpu"]},
-    "gpu": {"num": 100_000, **RANGES["gpu"]},
+    "gpu": {"num": 100_000, "num_workers": 8, **RANGES["gpu"]},
 }
-
-
-def sft_rows(
-    problems: Iterable[Problem], seed: int = 0, *, direct_share: float = DIRECT_SHARE
-) -> Iterator[dict]:
-    """Yield {"prompt", "solution", "nums", "target"} for each problem."""
-    for problem in problems:
-        solution = worked_solution(problem, seed, direct_share=direct_share)
-        yield {"prompt": problem.prompt, "solution": solution, **problem.payload}
 
 
 def main(cfg: CountdownConfig) -> None:
@@ -390,9 +386,18 @@ def main(cfg: CountdownConfig) -> None:
         max_target=cfg.max_target,
         style=cfg.style,
     )
-    rows = sft_rows(problems, cfg.seed, direct_share=cfg.direct_share)
+    solve_one = partial(worked_solution, seed=cfg.seed, direct_share=cfg.direct_share)
+    lines = []
+    quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
+    with multiprocessing.get_context("spawn").Pool(cfg.num_workers, **quiet) as pool:
+        solved = zip(problems, pool.imap(solve_one, problems, chunksize=64))
+        for problem, solution in progress(
+            solved, total=len(problems), desc="solving", unit="problem"
+        ):
+            row = {"prompt": problem.prompt, "solution": solution, **problem.payload}
+            lines.append(json.dumps(row) + "\n")
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(out, "".join(lines))
     print(f"{out}: {len(problems)} worked solutions")
 
 

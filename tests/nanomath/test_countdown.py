@@ -317,8 +317,8 @@ def test_worked_solutions_are_right():
     sigma = (len(problems) * share * (1 - share)) ** 0.5
     assert abs(num_direct - len(problems) * share) < 3 * sigma
     for share in (0.0, 1.0):
-        rows = list(countdown.sft_rows(problems[:20], direct_share=share))
-        assert [bool(search_lines(row["solution"])) for row in rows] == [share == 0.0] * 20
+        shown = [worked_solution(problem, direct_share=share) for problem in problems[:20]]
+        assert [bool(search_lines(solution)) for solution in shown] == [share == 0.0] * 20
 
 
 def test_a_search_passes_all_near_forms():
@@ -499,7 +499,8 @@ def test_read_jsonl_errors(tmp_path):
 def test_command_writes_worked_solutions(tmp_path, capsys):
     """The command's rows are training problems with solutions that pass, and no temporary stays."""
     out = tmp_path / "data" / "sft.jsonl"
-    cfg = countdown.parse(countdown.CountdownConfig, countdown.PRESETS, ["--num", "25"])
+    flags = ["--num", "25", "--direct_share", "0"]
+    cfg = countdown.parse(countdown.CountdownConfig, countdown.PRESETS, flags)
     assert (cfg.num, cfg.num_numbers) == (25, (3,))
     countdown.main(dataclasses.replace(cfg, out=str(out)))
     rows = [json.loads(line) for line in out.read_text().splitlines()]
@@ -509,6 +510,7 @@ def test_command_writes_worked_solutions(tmp_path, capsys):
         problem = make_problem(0, row["nums"], row["target"])
         assert row["prompt"] == problem.prompt
         assert is_correct(problem, row["solution"])
+        assert row["solution"].startswith("<think>\n")
         assert split_of(row["nums"], row["target"]) == "train"
     assert [path.name for path in out.parent.iterdir()] == ["sft.jsonl"]
     assert "25 worked solutions" in capsys.readouterr().out
@@ -517,6 +519,5 @@ def test_command_writes_worked_solutions(tmp_path, capsys):
 @pytest.mark.parametrize("name", sorted(countdown.PRESETS))
 def test_presets_hold_enough_problems(name):
     """Every preset's ranges hold its number of training problems (checked on a part for gpu)."""
-    values = dict(countdown.PRESETS[name])
-    num = min(values.pop("num"), 10_000 if name != "gpu" else 200)
-    assert len(generate(num, **values)) == num
+    num = min(countdown.PRESETS[name]["num"], 10_000 if name != "gpu" else 200)
+    assert len(generate(num, **countdown.RANGES[name])) == num
