@@ -68,7 +68,7 @@ stage() {
 }
 note_time() {
     # Of a finished run only table 1 is still timed: finding all else done is no part of the run.
-    if [ -n "$STAGE" ] && { [ "$FINISHED" = no ] || [[ "$STAGE" == "table 1 "* ]]; }; then
+    if [ -n "$STAGE" ] && { [ "$FINISHED" = no ] || [[ "$STAGE" == "table 1"* ]]; }; then
         printf '%s\t%s\n' "$STAGE" "$((SECONDS - STARTED))" >>"$RUN/seconds.tsv"
     fi
     STAGE=""

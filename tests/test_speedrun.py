@@ -112,4 +112,5 @@ def test_run_cut_once_in_each_stage_ends_with_the_same_results(tmp_path):
     assert table["rows"]["recalled and generated"]["greedy"] == base
     assert results(tmp_path / "cut")["evals"] == cut["evals"]
     noted = (tmp_path / "cut" / "seconds.tsv").read_text().removeprefix(seconds).splitlines()
-    assert noted and all(line.startswith("table 1 ") for line in noted)
+    assert all(line.startswith("table 1") for line in noted)
+    assert noted[-1].startswith("table 1\t")
