@@ -247,7 +247,7 @@ def seeds_table(evals_of_runs: dict[str, dict[str, dict]]) -> str:
     other problems, the rows above it of other seeds. Raises ValueError for different problems.
     """
     right = {}  # run: {model: [problem]}
-    at_k = {}  # run: [accuracy of SFT, of GRPO]
+    at_k = []  # of each run, then their mean: accuracy of SFT, of GRPO
     name_at_k = f"pass@{next(iter(evals_of_runs.values()))['sft']['num_samples']}"
     for name, evals in evals_of_runs.items():
         first = next(iter(evals_of_runs.values()))["sft"]["problems"]
@@ -256,15 +256,15 @@ def seeds_table(evals_of_runs: dict[str, dict[str, dict]]) -> str:
             model: [float(problem["greedy_correct"]) for problem in evals[model]["problems"]]
             for model in MODELS
         }
-        at_k[name] = [evals[model]["metrics"][name_at_k]["value"] for model in ("sft", "grpo")]
+        at_k.append([evals[model]["metrics"][name_at_k]["value"] for model in ("sft", "grpo")])
     means = {}
     for model in MODELS:
         columns = zip(*(values[model] for values in right.values()), strict=True)
         means[model] = [sum(column) / len(right) for column in columns]
+    at_k.append([sum(column) / len(right) for column in zip(*at_k, strict=True)])
     rows = []
-    at_k["mean"] = [sum(column) / len(right) for column in zip(*at_k.values(), strict=True)]
-    all_runs = {**right, f"mean of {len(right)}": means}
-    for (name, values), reached in zip(all_runs.items(), at_k.values(), strict=True):
+    all_rows = {**right, f"mean of {len(right)}": means}
+    for (name, values), reached in zip(all_rows.items(), at_k, strict=True):
         greedy = [f"{sum(values[m]) / len(values[m]):.1%}" for m in MODELS[1:]]
         pairs = [paired_difference(values[other], values["grpo"]) for other in ("sft", "control")]
         rows.append([name, *greedy, *map(signed, pairs), *(f"{share:.1%}" for share in reached)])

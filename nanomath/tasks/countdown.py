@@ -388,8 +388,9 @@ def main(cfg: CountdownConfig) -> None:
     )
     solve_one = partial(worked_solution, seed=cfg.seed, direct_share=cfg.direct_share)
     lines = []
-    quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
-    with multiprocessing.get_context("spawn").Pool(cfg.num_workers, **quiet) as pool:
+    # Ctrl-C goes to all processes of a terminal: the workers leave it to this one, which ends them.
+    ignore = (signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    with multiprocessing.get_context("spawn").Pool(cfg.num_workers, *ignore) as pool:
         solved = zip(problems, pool.imap(solve_one, problems, chunksize=64))
         for problem, solution in progress(
             solved, total=len(problems), desc="solving", unit="problem"

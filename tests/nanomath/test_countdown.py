@@ -497,20 +497,22 @@ def test_read_jsonl_errors(tmp_path):
 
 
 def test_command_writes_worked_solutions(tmp_path, capsys):
-    """The command's rows are training problems with solutions that pass, and no temporary stays."""
+    """The command's rows are the seed's training problems, each with its own solution, and no
+    temporary stays."""
     out = tmp_path / "data" / "sft.jsonl"
-    flags = ["--num", "25", "--direct_share", "0"]
+    flags = ["--num", "25", "--direct_share", "0.4", "--seed", "3"]
     cfg = countdown.parse(countdown.CountdownConfig, countdown.PRESETS, flags)
     assert (cfg.num, cfg.num_numbers) == (25, (3,))
     countdown.main(dataclasses.replace(cfg, out=str(out)))
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(rows) == 25
+    problems = generate(25, seed=3)
+    expected = [worked_solution(problem, 3, direct_share=0.4) for problem in problems]
+    assert [row["solution"] for row in rows] == expected
     for row in rows:
         assert list(row) == ["prompt", "solution", "nums", "target"]
         problem = make_problem(0, row["nums"], row["target"])
         assert row["prompt"] == problem.prompt
         assert is_correct(problem, row["solution"])
-        assert row["solution"].startswith("<think>\n")
         assert split_of(row["nums"], row["target"]) == "train"
     assert [path.name for path in out.parent.iterdir()] == ["sft.jsonl"]
     assert "25 worked solutions" in capsys.readouterr().out
