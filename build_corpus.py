@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nanomath.config import lock_config, one_line_errors, opt, parse, write_json
+from nanomath.base.config import lock_config, one_line_errors, opt, parse, write_json
+from nanomath.base.log import progress
 from nanomath.corpus import decontaminate, dedup, generated, recall, report
 from nanomath.corpus.classifier import ClassifierSettings
 from nanomath.corpus.domains import RULES_FILE, UrlRules
@@ -36,7 +37,6 @@ from nanomath.corpus.pages import (
     write_atomically,
 )
 from nanomath.corpus.text import canonical, num_tokens
-from nanomath.log import progress
 from nanomath.tasks import countdown
 
 
@@ -398,7 +398,7 @@ def _write_pages(file, found: Iterable[dict], scores: Iterable[float]) -> None:
 
 @contextmanager
 def _locked(run_dir: str) -> Iterator[None]:
-    from nanomath.lock import run_lock  # here, so that parsing processes do not load torch
+    from nanomath.run.lock import run_lock  # here, so that parsing processes do not load torch
 
     with run_lock(run_dir):
         yield

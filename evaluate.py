@@ -25,11 +25,10 @@ from typing import Any
 
 import torch
 
-from nanomath.chat import CHOICES, use_template
-from nanomath.checkpoint import load_model
-from nanomath.config import one_line_errors, opt, parse, to_json, write_json, write_text
+from nanomath.base.config import one_line_errors, opt, parse, to_json, write_json, write_text
+from nanomath.base.log import printable, progress
 from nanomath.dist import Dist, barrier, setup
-from nanomath.evaluation import (
+from nanomath.measure.evaluation import (
     TASKS,
     check_same_problems,
     chunks,
@@ -39,10 +38,11 @@ from nanomath.evaluation import (
     sample_problems,
     summarise,
 )
-from nanomath.failures import raise_together
-from nanomath.lock import RunInUse, run_lock
-from nanomath.log import printable, progress
+from nanomath.run.checkpoint import load_model
+from nanomath.run.guard import raise_together
+from nanomath.run.lock import RunInUse, run_lock
 from nanomath.tasks import Problem, benchmarks, countdown, encode_prompt
+from nanomath.text.chat import CHOICES, use_template
 
 
 @dataclass(frozen=True)

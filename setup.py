@@ -3,13 +3,15 @@ the top-level `kernels` package would shadow the PyPI package of that name."""
 
 from setuptools import setup
 
+ROOMS = ("base", "text", "judge", "tasks", "corpus", "engine", "hub", "run", "measure", "play")
+
 setup(
     name="nanomath",
     version="0.1.0",
     description="DeepSeekMath in small: from web pages to a policy trained by GRPO",
     license="MIT",
     python_requires=">=3.11,<3.13",
-    packages=["nanomath", "nanomath.corpus", "nanomath.judge", "nanomath.tasks", "kernels"],
+    packages=["kernels", "nanomath", *(f"nanomath.{room}" for room in ROOMS)],
     package_data={"nanomath.corpus": ["url_rules.tsv"]},
     install_requires=[
         "torch>=2.11,<2.14",
@@ -25,7 +27,7 @@ setup(
     ],
     extras_require={
         "wandb": ["wandb>=0.19"],  # --wandb
-        "hub": ["huggingface_hub>=0.34"],  # nanomath.download of models
+        "hub": ["huggingface_hub>=0.34"],  # nanomath.hub.download of models
         "test": [
             *("pytest>=8", "hypothesis", "ruff", "transformers>=4.57", "tokenizers"),
             "huggingface_hub>=0.34",

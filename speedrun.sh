@@ -92,7 +92,7 @@ trap 'echo "speedrun.sh: stopped; the same command continues" >&2; exit 143' TER
 
 # ---- stages -----------------------------------------------------------------------------------
 stage corpus    "$PY" build_corpus.py --preset "$PRESET" --run_dir "$RUN/corpus" ${BENCHMARKS[@]+"${BENCHMARKS[@]}"}
-stage tokenizer "$PY" -m nanomath.tokenizer --preset "$PRESET" --corpus "$RUN/corpus/corpus.jsonl" --out "$RUN/tokenizer"
+stage tokenizer "$PY" -m nanomath.text.tokenizer --preset "$PRESET" --corpus "$RUN/corpus/corpus.jsonl" --out "$RUN/tokenizer"
 stage pretrain  "$PY" train_pretrain.py --preset "$PRESET" --corpus "$RUN/corpus/corpus.jsonl" \
                     --valid "$RUN/corpus/valid.jsonl" --tokenizer "$RUN/tokenizer" --seed "$SEED" --run_dir "$RUN/base"
 if [ ! -f "$RUN/solutions.jsonl" ]; then # it appears when it is complete
@@ -102,7 +102,7 @@ stage sft       "$PY" train_sft.py --preset "$PRESET" --init "$RUN/base" --data 
                     --seed "$SEED" --run_dir "$RUN/sft"
 if [ "$TABLE1" = yes ]; then
     stage "evaluate sft" "$PY" evaluate.py --preset "$PRESET" --checkpoint "$RUN/sft" --out "$RUN/eval-sft.json"
-    stage "table 1 pages" "$PY" compare_corpora.py --write pages --run_dir "$RUN"
+    stage "table 1 pages" "$PY" nanomath/measure/table1.py --write pages --run_dir "$RUN"
     for name in random seed recalled; do
         folder="$RUN/table1/$name"
         stage "table 1 $name: pretrain" "$PY" train_pretrain.py --preset "$PRESET" --corpus "$folder/pages.jsonl" \
@@ -112,7 +112,7 @@ if [ "$TABLE1" = yes ]; then
         stage "table 1 $name: evaluate" "$PY" evaluate.py --preset "$PRESET" --checkpoint "$folder/sft" \
                     --num_samples 0 --out "$folder/eval.json"
     done
-    stage "table 1" "$PY" compare_corpora.py --write table --run_dir "$RUN"
+    stage "table 1" "$PY" nanomath/measure/table1.py --write table --run_dir "$RUN"
     exit
 fi
 stage control   "$PY" train_sft.py --preset "$PRESET" --init "$RUN/sft" --data "$RUN/solutions.jsonl" \
@@ -126,4 +126,4 @@ for model in sft grpo; do
     stage "figure 7 $model" "$PY" evaluate.py --preset "$PRESET" --checkpoint "$RUN/$model" --num_samples 64 \
                     --num_problems "$FIGURE7_PROBLEMS" --out "$RUN/figure7-$model.json"
 done
-stage report    "$PY" -m nanomath.report --run_dir "$RUN"
+stage report    "$PY" -m nanomath.measure.report --run_dir "$RUN"

@@ -5,7 +5,7 @@
         --reward answer
     torchrun --nproc_per_node 8 train_grpo.py --init runs/sft      # the paper's settings
 
-`train` reads as Algorithm 1. What its phases do is in sampler.py (sampling), rewards.py (rewards),
+`train` reads as Algorithm 1. What its phases do is in stream.py (sampling), rewards.py (rewards),
 advantages.py (advantages, weights) and grpo.py (the objective of Eq. 3 and 4, the update). The same
 command continues a run.
 """
@@ -19,8 +19,7 @@ from typing import Any
 import torch
 
 from nanomath.advantages import outcome_advantages, output_weights
-from nanomath.checkpoint import load_model
-from nanomath.config import one_line_errors, parse
+from nanomath.base.config import one_line_errors, parse
 from nanomath.data import epoch_order
 from nanomath.dist import (
     Dist,
@@ -29,6 +28,7 @@ from nanomath.dist import (
     make_replica,
     refresh_replica,
 )
+from nanomath.engine.stream import Rollouts, sample_groups, sample_stream
 from nanomath.grpo import (
     Objective,
     RolloutBatch,
@@ -37,10 +37,13 @@ from nanomath.grpo import (
     response_logprobs,
     update_metrics,
 )
-from nanomath.grpo_config import PRESETS, GRPOConfig, check, loss_starts_at_0
-from nanomath.lock import RunLock
 from nanomath.model import Transformer
-from nanomath.monitor import (
+from nanomath.optim import SCHEDULES, make_adamw
+from nanomath.rewards import Rewards
+from nanomath.run.checkpoint import load_model
+from nanomath.run.lock import RunLock
+from nanomath.run.loop import Run, load_start, open_run
+from nanomath.run.metrics import (
     SHOWN,
     WHY_LOSS_IS_0,
     Clock,
@@ -50,12 +53,9 @@ from nanomath.monitor import (
     rollout_metrics,
     sample_lines,
 )
-from nanomath.optim import SCHEDULES, make_adamw
-from nanomath.rewards import Rewards
-from nanomath.run import Run, load_start, open_run
-from nanomath.sampler import Rollouts, sample_groups, sample_stream
+from nanomath.settings import PRESETS, GRPOConfig, check, loss_starts_at_0
 from nanomath.tasks import Problem, benchmarks, countdown, encode_prompt
-from nanomath.tokenizer import Tokenizer
+from nanomath.text.tokenizer import Tokenizer
 
 MAX_STEPS_WITHOUT_REWARD = 16  # in a row: warnings alone would let a broken function run for days
 

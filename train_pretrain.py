@@ -15,16 +15,16 @@ from pathlib import Path
 import torch
 
 from kernels import linear_token_logprobs
-from nanomath.config import RunConfig, one_line_errors, opt, parse
+from nanomath.base.config import RunConfig, one_line_errors, opt, parse
+from nanomath.base.files import read_jsonl
+from nanomath.base.log import plot_metrics, progress
 from nanomath.data import TokenShards, describe_source, epoch_order, write_shards
 from nanomath.dist import Dist, all_reduce_sum, shard
-from nanomath.jsonl import read_jsonl
-from nanomath.lock import RunLock
-from nanomath.log import plot_metrics, progress
 from nanomath.model import ModelConfig, Transformer
 from nanomath.optim import SCHEDULES, make_adamw
-from nanomath.run import Run, open_run, supervised_update
-from nanomath.tokenizer import Tokenizer
+from nanomath.run.lock import RunLock
+from nanomath.run.loop import Run, open_run, supervised_update
+from nanomath.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ PRESETS = {
         "batch_size": 2560,  # 10M tokens
         "num_steps": 47684,  # 500B tokens
         "lr": 4.2e-4,
-        "activation_checkpointing": "full",  # fits 8 GPUs of 80 GB, by nanomath.plan
+        "activation_checkpointing": "full",  # fits 8 GPUs of 80 GB, by nanomath.measure.plan
     },
     # From here on small runs. DEVIATION: a small model takes a higher rate and a shorter warm-up.
     "gpu": {

@@ -9,15 +9,15 @@ inside each. The loss is on solution tokens only, every one with the same weight
 
 from dataclasses import dataclass
 
-from nanomath.chat import CHOICES
-from nanomath.config import RunConfig, one_line_errors, opt, parse
+from nanomath.base.config import RunConfig, one_line_errors, opt, parse
+from nanomath.base.files import read_examples
+from nanomath.base.log import plot_metrics
 from nanomath.data import PackedExamples, encode_examples, epoch_order
 from nanomath.dist import Dist
-from nanomath.jsonl import read_examples
-from nanomath.lock import RunLock
-from nanomath.log import plot_metrics
 from nanomath.optim import SCHEDULES, make_adamw
-from nanomath.run import Run, load_start, open_run, supervised_update
+from nanomath.run.lock import RunLock
+from nanomath.run.loop import Run, load_start, open_run, supervised_update
+from nanomath.text.chat import CHOICES
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
-from nanomath.config import write_json  # noqa: E402
+from nanomath.base.config import write_json  # noqa: E402
 
 
 def record(device: str, *packages: str) -> dict[str, Any]:

@@ -23,13 +23,13 @@ import torch
 from common import peak_bytes, record, save
 from safetensors.torch import load_file, save_file
 
-from nanomath.config import opt, parse, to_json
+from nanomath.base.config import opt, parse, to_json
 from nanomath.data import TrainBatch
 from nanomath.dist import cleanup, setup, shard
-from nanomath.hf import llama_name
+from nanomath.hub.hf import llama_name
+from nanomath.measure.plan import PEAK_FLOPS, flops_per_token
 from nanomath.model import MODEL_PRESETS, ModelConfig, Transformer
 from nanomath.optim import make_adamw, supervised_step
-from nanomath.plan import PEAK_FLOPS, flops_per_token
 
 LR, BETAS, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, (0.9, 0.95), 0.1, 1.0
 SIDES = ("nanomath", "transformers")

@@ -20,9 +20,9 @@ import torch
 import transformers
 from common import ROOT, record, save
 
-from nanomath.hf import llama_name
+from nanomath.engine.stream import sample_groups
+from nanomath.hub.hf import llama_name
 from nanomath.model import MODEL_PRESETS, ModelConfig, Transformer
-from nanomath.sampler import sample_groups
 
 
 def llama(model: Transformer) -> transformers.LlamaForCausalLM:

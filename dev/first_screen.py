@@ -13,9 +13,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanomath import report
-from nanomath.config import one_line_errors, opt, parse, write_text
-from nanomath.log import printable
+from nanomath.base.config import one_line_errors, opt, parse, write_text
+from nanomath.base.log import printable
+from nanomath.measure import report
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = "dev/speedrun-cpu"

@@ -8,7 +8,7 @@ anything is split, so that micro-batch size and world size never change the upda
 import torch
 
 from nanomath.dist import Dist, all_reduce_sum
-from nanomath.sampler import Rollouts
+from nanomath.engine.stream import Rollouts
 
 ADVANTAGES = ("std", "mean", "leave_one_out")
 LOSS_NORMS = ("response", "token", "constant")

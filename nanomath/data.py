@@ -4,7 +4,7 @@ Every batch is a pure function of (seed, step) over the whole run: no reader has
 resumed run asks for the next step, and ranks take their rows of the same global batch. Weights of
 tokens are global too: they sum to 1 over the batch before anyone slices it.
 
-Making text into ids is tokenizer.py's, building the corpus is corpus/'s, lines are jsonl.py's.
+Making text into ids is tokenizer.py's, building the corpus is corpus/'s, lines are files.py's.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanomath.chat import answer_ids, prompt_ids
+from nanomath.text.chat import answer_ids, prompt_ids
 
 INDEX_NAME = "index.json"
 NUM_OPEN_ROWS = 32  # rows a packed example may still go to: padding shrinks, order stays random

@@ -8,7 +8,7 @@ on both.
 
 Weights of tokens are global, so gradients are summed over ranks, never averaged.
 Left to others: what is trained (train_*.py), how state is kept (checkpoint.py), how all ranks end
-when one fails (failures.py).
+when one fails (guard.py).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     RolloutBatch --response_logprobs--> its reference and old log-probabilities
                  --policy_update--> a better policy
 
-This file never samples (sampler.py) and never judges (rewards.py, advantages.py). A batch holds the
+This file never samples (stream.py) and never judges (rewards.py, advantages.py). A batch holds the
 outputs of this rank's questions.
 
 Per-token tensors are packed: one axis N runs over the response tokens of all rows, row by row,
@@ -27,8 +27,8 @@ from kernels import (
     linear_token_logprobs,
 )
 from nanomath.dist import Dist, all_reduce_max, all_reduce_sum, reshard
+from nanomath.engine.stream import Rollouts
 from nanomath.optim import accumulate_gradients, optimizer_step, split_rows
-from nanomath.sampler import Rollouts
 
 
 @dataclass

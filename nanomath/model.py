@@ -5,7 +5,7 @@ and values and Qwen3's norm of queries and keys are switches. The order of the f
 a forward pass: configuration, norm, rotary, attention, feed-forward, block, Transformer. Parameter
 names map one to one to Llama's. What this file leaves to others: sharding (dist.py applies it from
 outside), losses (kernels, as `head_fn`), keys and values kept while sampling (cache.py, whose cache
-is passed in), choosing tokens (sampler.py), reading weights (checkpoint.py, hf.py).
+is passed in), choosing tokens (stream.py), reading weights (checkpoint.py, hf.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from nanomath.cache import GroupCache
+    from nanomath.engine.cache import GroupCache
 
 SMALL_WEIGHT = 2**17  # numbers; on a CPU a product with a smaller one gains nothing from packing
 

@@ -7,7 +7,7 @@ judge. Built in, each worth 1.0 or 0.0:
     equation    Countdown's answer is right
     answer      the answer equals the reference, as a value (judge/answers.py)
 
-Your own: `--reward my_file.py:my_function`. It runs in worker processes (reward_workers.py), with a
+Your own: `--reward my_file.py:my_function`. It runs in worker processes (workers.py), with a
 time limit per completion. One that raises, takes too long, ends its process or returns no finite
 number has no reward for that completion: None, which is not 0. The failures of a call are counted
 and named in one warning, and a completion without a reward is left out of its group's mean and std
@@ -22,7 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nanomath.judge.answers import is_readable
-from nanomath.reward_workers import (
+from nanomath.tasks import Problem, benchmarks, countdown
+from nanomath.tasks.workers import (
     LARGEST,
     RewardFunction,
     Scored,
@@ -30,7 +31,6 @@ from nanomath.reward_workers import (
     default_num_workers,
     score_one,
 )
-from nanomath.tasks import Problem, benchmarks, countdown
 
 SHOWN_FAILURES = 3  # different ones, of one function in one call: all are counted
 

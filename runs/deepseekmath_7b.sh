@@ -2,7 +2,7 @@
 # The paper's GRPO (Sec. 4.2) from DeepSeekMath-Instruct 7B on GSM8K: 8 GPUs of 80 GB.
 # 16 questions x 64 outputs of up to 1024 tokens a step, 144 steps.
 #
-# Plan: 67.3 GB of 80, 28 s a step (python -m nanomath.plan --preset deepseekmath_7b). A GPU samples
+# Plan: 67.3 GB of 80, 28 s a step (python -m nanomath.measure.plan --preset deepseekmath_7b). A GPU samples
 # 78 of its 128 outputs at a time: all at once would save 4 s a step, and take 92.6 GB.
 # Disk: 111 GB a checkpoint, three at a time.
 #

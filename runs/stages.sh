@@ -21,8 +21,8 @@ RUN="${RUN:-runs/$PRESET}"
 NODES="${NODES:-1}"
 
 if [ "${1:-}" = download ]; then
-    for name in $DATA; do python -m nanomath.download "$name" --to data; done
-    exec python -m nanomath.download "$HUB" --revision "${REVISION:-main}" --to "$MODEL"
+    for name in $DATA; do python -m nanomath.hub.download "$name" --to data; done
+    exec python -m nanomath.hub.download "$HUB" --revision "${REVISION:-main}" --to "$MODEL"
 fi
 if [ ! -e "$MODEL/config.json" ]; then
     echo "$MODEL holds no model: bash $0 download, or MODEL=FOLDER bash $0" >&2
@@ -50,7 +50,7 @@ evaluate() {
 }
 
 if [ "${NODE:-0}" = 0 ]; then
-    python -m nanomath.plan --preset "$PRESET" --stages grpo --hf_config "$MODEL/config.json" \
+    python -m nanomath.measure.plan --preset "$PRESET" --stages grpo --hf_config "$MODEL/config.json" \
         --num_gpus "$((NPROC * NODES))"
 fi
 evaluate --checkpoint "$MODEL" --out "$RUN/before.json"
@@ -60,5 +60,5 @@ evaluate --checkpoint "$RUN" --compare "$RUN/before.json" --out "$RUN/after.json
 sealed=("$RUN"/checkpoints/step-*/COMMIT)
 if [ "${NODE:-0}" = 0 ] && [ ! "$RUN/exported" -nt "${sealed[-1]}" ]; then
     rm -rf "$RUN/exported"
-    python -m nanomath.hf --checkpoint "$RUN" --out "$RUN/exported"
+    python -m nanomath.hub.hf --checkpoint "$RUN" --out "$RUN/exported"
 fi

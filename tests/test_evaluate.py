@@ -12,13 +12,16 @@ import pytest
 import torch
 
 import evaluate
-from nanomath import checkpoint, evaluation, hf, sampler
-from nanomath.config import parse
+from nanomath.base.config import parse
 from nanomath.dist import setup
+from nanomath.engine import stream as sampler
+from nanomath.hub import hf
+from nanomath.measure import evaluation
 from nanomath.model import ModelConfig, Transformer
+from nanomath.run import checkpoint
 from nanomath.tasks import benchmarks
 from nanomath.tasks.countdown import generate, split_of, worked_solution
-from nanomath.tokenizer import Tokenizer
+from nanomath.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -343,7 +346,7 @@ def test_some_problems_of_a_benchmark_are_spread_over_it(run_folder, benchmark_f
 
 def test_missing_benchmark_names_its_source(run_folder, dist, tmp_path):
     """A benchmark file that is not there ends with its path, its source and the flag."""
-    for task, source in (("gsm8k", "python -m nanomath.download gsm8k"), ("cmath", "QwenLM")):
+    for task, source in (("gsm8k", "python -m nanomath.hub.download gsm8k"), ("cmath", "QwenLM")):
         cfg = config(run_folder, tasks=(task,), data=str(tmp_path / "empty"))
         with pytest.raises(
             SystemExit, match=f"{task}_test.jsonl: no such file; .*{source}.*--data"

@@ -1,6 +1,6 @@
 """Runs that nothing can spoil: kills, disk errors and signals at every moment of a small real run.
 
-Each run here goes through nanomath.run, as the trainers do, on a model of 3,000 weights. A fault is
+Each run here goes through nanomath.run.loop, as the trainers do, on a model of 3,000 weights. A fault is
 one moment of one call that touches the disk: before it, half-way through a write, or after it.
 Several processes: this file run as a script (`worker_*`), see nanomath/test_dist.py.
 """
@@ -23,13 +23,16 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from nanomath import checkpoint, dist, log, monitor, optim
-from nanomath.config import RunConfig
+from nanomath import dist, optim
+from nanomath.base import log
+from nanomath.base.config import RunConfig
 from nanomath.data import PackedExamples, TrainBatch
 from nanomath.model import Block, ModelConfig, Transformer
 from nanomath.optim import make_adamw, supervised_step
-from nanomath.run import Run, open_run
-from nanomath.tokenizer import Tokenizer
+from nanomath.run import checkpoint
+from nanomath.run import metrics as monitor
+from nanomath.run.loop import Run, open_run
+from nanomath.text.tokenizer import Tokenizer
 
 ROOT = pathlib.Path(__file__).parents[1]
 spec = importlib.util.spec_from_file_location(
@@ -342,7 +345,9 @@ def test_the_last_save_must_succeed(tmp_path, monkeypatch, signalled):
 def test_time_outs_are_short_after_the_first_step(tmp_path, monkeypatch):
     """Only the first step of each start, which compiles, may keep the others waiting for long."""
     calls, seen = [], []
-    monkeypatch.setattr("nanomath.run.set_timeout", lambda dist, seconds: calls.append(seconds))
+    monkeypatch.setattr(
+        "nanomath.run.loop.set_timeout", lambda dist, seconds: calls.append(seconds)
+    )
     train(tmp_path, num_steps=3, each_step=lambda run, step: seen.append(list(calls)))
     assert seen == [[], [900], [900]]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dev import first_screen
-from nanomath import report
+from nanomath.measure import report
 
 
 def example(name: str, *, correct: bool) -> dict:

@@ -21,9 +21,10 @@ import torch
 
 import evaluate
 import train_grpo
-from nanomath import checkpoint, plan
-from nanomath.config import parse
-from nanomath.log import read_metrics
+from nanomath.base.config import parse
+from nanomath.base.log import read_metrics
+from nanomath.measure import plan
+from nanomath.run import checkpoint
 from nanomath.tasks import benchmarks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -301,7 +302,7 @@ def test_what_the_scripts_call(tmp_path, name):
     assert done.returncode == 1 and f"{name}.sh download" in done.stderr and not log.exists()
     subprocess.run([*script, "download"], env=env, check=True)
     *data, model = log.read_text().splitlines()
-    assert all(line.startswith("python -m nanomath.download ") for line in (*data, model))
+    assert all(line.startswith("python -m nanomath.hub.download ") for line in (*data, model))
     assert len(data) == {"countdown_qwen_3b": 0, "deepseekmath_7b": 2}.get(name, 1)
     hub = Path(grpo_preset(name).init).name
     assert re.search(rf"download \S+/{hub} --revision \S+ --to {tmp_path}/model$", model)
@@ -315,7 +316,7 @@ def test_what_the_scripts_call(tmp_path, name):
         training = [line for line in lines if "train_grpo.py" in line]
         assert len(training) == 1 and training[0].endswith(" --num_steps 5")
         assert "--nnodes 2 --nproc_per_node 8" in training[0] and "first:29500" in training[0]
-        alone = ["nanomath.plan", "nanomath.hf"] if node == "0" else []
+        alone = ["nanomath.measure.plan", "nanomath.hub.hf"] if node == "0" else []
         assert [line.split()[2] for line in lines if line.startswith("python")] == alone
         assert sum("evaluate.py" in line for line in lines) == 2
 
@@ -337,7 +338,7 @@ def test_an_export_is_made_anew_after_more_training(tmp_path):
         newest = tmp_path / "run" / "checkpoints" / "step-000002" / "COMMIT"
         os.utime(newest, (time.time() - age,) * 2)
         subprocess.run(["bash", ROOT / "runs" / "gsm8k_qwen_0b5.sh"], env=env, check=True)
-        assert log.read_text().count("nanomath.hf") == num_exports
+        assert log.read_text().count("nanomath.hub.hf") == num_exports
         assert (tmp_path / "run" / "exported").exists() == (num_exports == 0)
 
 

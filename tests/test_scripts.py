@@ -21,19 +21,20 @@ import torch
 import train_grpo
 import train_pretrain
 import train_sft
-from nanomath import activations, checkpoint, optim
-from nanomath.config import parse
+from nanomath import activations, optim
+from nanomath.base.config import parse
+from nanomath.base.log import read_metrics
 from nanomath.data import PackedExamples, TokenShards, epoch_order, write_shards
 from nanomath.dist import Dist
-from nanomath.lock import run_lock
-from nanomath.log import read_metrics
+from nanomath.engine.stream import sample_groups
 from nanomath.model import ModelConfig, Transformer
-from nanomath.monitor import MEASURED, PANELS
 from nanomath.optim import cosine_lr
-from nanomath.run import Run
-from nanomath.sampler import sample_groups
+from nanomath.run import checkpoint
+from nanomath.run.lock import run_lock
+from nanomath.run.loop import Run
+from nanomath.run.metrics import MEASURED, PANELS
 from nanomath.tasks import benchmarks, countdown
-from nanomath.tokenizer import Tokenizer
+from nanomath.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = Dist(0, 0, 1, torch.device("cpu"))
@@ -823,7 +824,7 @@ def test_readme_from_own_problems_and_reward_to_a_run(tmp_path, tokenizer):
     small = "--device cpu --threads 1 --max_new_tokens 8"
     extra = ["--batch_size 40 --group_size 4 --num_steps 1", "--num_samples 2"]
     commands[:2] = [f"{commands[i]} {small} {extra[i]}" for i in range(2)]
-    for command in ["python -m nanomath.hf --checkpoint start --out models/qwen", *commands]:
+    for command in ["python -m nanomath.hub.hf --checkpoint start --out models/qwen", *commands]:
         argv = [sys.executable, *command.split()[1:]]
         if argv[1].endswith(".py"):
             argv[1] = str(ROOT / argv[1])

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from nanomath.base.log import new_figure, save_figure
 from nanomath.corpus.recall import Web
-from nanomath.log import new_figure, save_figure
 
 
 def print_round(row: dict) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanomath.chat import prompt_ids
+from nanomath.text.chat import prompt_ids
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanomath.jsonl import read_jsonl
+from nanomath.base.files import read_jsonl
 from nanomath.judge.answers import extract_answer, is_equivalent, is_strict, same_value
 from nanomath.judge.reader import Value, read_value
 from nanomath.tasks import Problem
@@ -37,10 +37,10 @@ _TORA = "github.com/microsoft/ToRA, src/data"
 _QWEN = "github.com/QwenLM/Qwen2.5-Math, evaluation/data"
 BENCHMARKS = {
     "gsm8k": Benchmark(
-        "gsm8k_test.jsonl", "question", "answer", "`python -m nanomath.download gsm8k`"
+        "gsm8k_test.jsonl", "question", "answer", "`python -m nanomath.hub.download gsm8k`"
     ),
     "math": Benchmark(
-        *("math_test.jsonl", "problem", "solution", "`python -m nanomath.download math`"),
+        *("math_test.jsonl", "problem", "solution", "`python -m nanomath.hub.download math`"),
         groups=("level", "type"),
     ),
     "cmath": Benchmark(

@@ -32,9 +32,9 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
-from nanomath.config import one_line_errors, opt, parse, write_text
+from nanomath.base.config import one_line_errors, opt, parse, write_text
+from nanomath.base.log import progress
 from nanomath.judge.equation import Reading, read_equation
-from nanomath.log import progress
 from nanomath.tasks import Problem
 from nanomath.tasks.expressions import (
     MAX_NUMBERS,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import build_corpus
-from nanomath.config import parse
+from nanomath.base.config import parse
 from nanomath.corpus import decontaminate, generated
 from nanomath.tasks import countdown
 

@@ -7,9 +7,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanomath import checkpoint as ck
 from nanomath.dist import Dist, shard
 from nanomath.model import ModelConfig, Transformer, attend
+from nanomath.run import checkpoint as ck
 
 ALONE = Dist(0, 0, 1, torch.device("cpu"))
 CFG = ModelConfig(101, 3, 32, 4, 2, 88, max_context=64)

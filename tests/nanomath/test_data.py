@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from nanomath import data, jsonl
+from nanomath import data
+from nanomath.base import files as jsonl
+from nanomath.base.files import read_examples, read_jsonl
 from nanomath.data import (
     PackedExamples,
     TokenShards,
@@ -20,8 +22,7 @@ from nanomath.data import (
     epoch_order,
     write_shards,
 )
-from nanomath.jsonl import read_examples, read_jsonl
-from nanomath.tokenizer import Tokenizer
+from nanomath.text.tokenizer import Tokenizer
 
 
 def write_counting_shards(folder, num_tokens: int, *, vocab_size: int = 70_000, **kwargs) -> dict:

@@ -19,8 +19,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from nanomath import dist as nd
-from nanomath import failures
 from nanomath.model import ModelConfig, Transformer
+from nanomath.run import guard as failures
 
 ROOT = Path(__file__).parents[2]
 CFG = ModelConfig(33, 2, 12, 2, 1, 20)  # odd row counts: ranks hold unequal shares

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from nanomath import dist as nd
 from nanomath.advantages import outcome_advantages, output_weights
+from nanomath.engine.stream import Rollouts
 from nanomath.grpo import (
     METRIC_MAXIMA,
     METRIC_SUMS,
@@ -28,7 +29,6 @@ from nanomath.grpo import (
     update_metrics,
 )
 from nanomath.model import Transformer
-from nanomath.sampler import Rollouts
 
 
 def load_tests(name: str):

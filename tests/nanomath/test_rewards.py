@@ -8,10 +8,10 @@ import time
 import numpy as np
 import pytest
 
-from nanomath.reward_workers import score_one
 from nanomath.rewards import BUILT_IN, Rewards, equation_reward, format_reward, reward_label
 from nanomath.tasks import Problem
 from nanomath.tasks.countdown import generate, make_problem, worked_solution
+from nanomath.tasks.workers import score_one
 
 PROBLEM = make_problem(0, [95, 21, 3], 88)
 GOOD = "<think>21/3=7\n95-7=88</think><answer>95-21/3</answer>"

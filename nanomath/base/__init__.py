@@ -1,0 +1,1 @@
+"""What every part stands on: settings, files, what a run prints. Imports no torch."""

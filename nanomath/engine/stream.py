@@ -1,0 +1,262 @@
+"""The group sampler: G samples from each of P prompts, with the log-probability of every token.
+
+A prompt is run once and its keys and values are held once for its whole group (cache.py); each step
+then feeds one token per row (scheduler.py) and draws the next (draw.py). Rows that have ended leave,
+waiting samples take their places, and the batch steps down through a few sizes when none is
+waiting. A token's randomness is a hash of (seed, step, prompt id, sample index, position): a sample
+does not depend on its neighbours, on the batch layout or on the number of processes. This file
+never scores a given text; the losses do that. Look at samples from a checkpoint:
+
+    python -m nanomath.engine.stream --checkpoint runs/NAME --prompt "..." -n 8
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from nanomath.base.config import one_line_errors, opt, parse
+from nanomath.base.log import printable
+from nanomath.base.log import progress as progress_bar
+from nanomath.dist import setup
+from nanomath.draw import stream_keys
+from nanomath.engine.cache import GroupCache, cache_bytes_per_token, fit_rows
+from nanomath.engine.scheduler import Batch, Row, Sample
+from nanomath.model import ModelConfig, Transformer
+from nanomath.run.checkpoint import load_model
+from nanomath.text.chat import CHOICES, prompt_ids, use_template
+from nanomath.text.tokenizer import Tokenizer
+
+
+@dataclass
+class Settings:
+    """How to sample: the keyword arguments of `sample_groups` and `sample_stream`."""
+
+    max_new_tokens: int
+    eos_ids: Sequence[int]  # each ends a sample, and is kept and counted
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # keep the k most likely ids; 0: all
+    top_p: float = 1.0  # then the fewest ids that hold this share of what is left
+    stop: Sequence[str] = ()  # the token that completes one ends a sample, and is kept and counted
+    tokenizer: Tokenizer | None = None  # reads for `stop`
+    seed: int = 0
+    step: int = 0
+    prompt_ids: Sequence[int] | None = None  # in the random stream; equal ids share it; 0, 1, ...
+    vocab_limit: int | None = None  # ids from here on are never sampled
+    max_rows: int = 512  # sampled at a time
+    cache_gb: float = math.inf  # 10^9 bytes of keys and values at most: maybe fewer rows
+    progress: float | None = None  # seconds before a bar appears
+    # Batches of few shapes, at fixed addresses, and a look at who has ended only every few steps:
+    # on a GPU, where it is the default, each shape is a CUDA graph.
+    static: bool | None = None
+
+
+@dataclass
+class Rollouts:
+    """Samples of P prompts, G each, on the CPU; T is the length of the longest one."""
+
+    tokens_PGT: Tensor  # int64, the sampled EOS included; 0 after the end, which lengths_PG tell
+    lengths_PG: Tensor  # int64, tokens in the sample
+    logp_PGT: Tensor  # fp32, under the full softmax at the sampling temperature; 0 after the end
+    finished_PG: Tensor  # bool, ended by an EOS or a stop string; False: truncated
+    from_policy: bool = True  # False: greedy, top-k or top-p; no training on those
+
+
+def sample_groups(
+    model: Transformer, prompts: Sequence[Sequence[int]], group_size: int, **settings: Any
+) -> Rollouts:
+    """Collect what `sample_stream` yields, with its settings and its errors."""
+    samples = list(sample_stream(model, prompts, group_size, **settings))
+    samples.sort(key=lambda sample: (sample.prompt, sample.index))
+    how, shape = Settings(**settings), (len(prompts), group_size)
+
+    def padded(rows: list[Tensor], dtype: torch.dtype) -> Tensor:
+        # An empty row more, cut off again: there may be none.
+        rows = [*rows, torch.zeros(0, dtype=dtype)]
+        return pad_sequence(rows, batch_first=True)[:-1].unflatten(0, shape)
+
+    wide = torch.promote_types(model.embedding.weight.dtype, torch.float32)
+    lengths = [len(sample.tokens_T) for sample in samples]
+    finished = [sample.finished for sample in samples]
+    return Rollouts(
+        tokens_PGT=padded([sample.tokens_T for sample in samples], torch.long),
+        lengths_PG=torch.tensor(lengths, dtype=torch.long).view(shape),
+        logp_PGT=padded([sample.logp_T for sample in samples], wide),
+        finished_PG=torch.tensor(finished, dtype=torch.bool).view(shape),
+        from_policy=how.temperature > 0 and how.top_k == 0 and how.top_p == 1.0,
+    )
+
+
+def sample_stream(
+    model: Transformer, prompts: Sequence[Sequence[int]], group_size: int, **settings: Any
+) -> Iterator[Sample]:
+    """Sample `group_size` responses to each prompt (token ids, any lengths); yield each at its end.
+
+    settings: those of `Settings`. A row also ends after `max_new_tokens`, or where prompt and
+    response fill the model's `max_context`. logp is that of the full softmax at the temperature, at
+    1 when greedy, whatever top_k and top_p. Closing the iterator frees the cache. Raises ValueError
+    for arguments that cannot be right and, while sampling, for NaN logits.
+    """
+    cfg, weight, how = model.cfg, model.embedding.weight.detach(), Settings(**settings)
+    how.prompt_ids = range(len(prompts)) if how.prompt_ids is None else how.prompt_ids
+    how.vocab_limit = cfg.vocab_size if how.vocab_limit is None else how.vocab_limit
+    how.static = weight.is_cuda if how.static is None else how.static
+    _check_settings(cfg, group_size, how)
+    _check_prompts(cfg, prompts, how.prompt_ids)
+
+    room_P = [min(how.max_new_tokens, cfg.max_context - len(prompt)) for prompt in prompts]
+    keys_PG = stream_keys(how.seed, how.step, how.prompt_ids, range(group_size)).tolist()
+    rows = [
+        Row(p, g, keys_PG[p][g], room_P[p]) for p in range(len(prompts)) for g in range(group_size)
+    ]
+    cache = _new_cache(cfg, weight, prompts, room_P, group_size, how)
+    return _stream(Batch(model, cache, prompts, how), rows, how.progress)
+
+
+def _new_cache(
+    cfg: ModelConfig,
+    weight: Tensor,
+    prompts: Sequence[Sequence[int]],
+    room_P: Sequence[int],
+    group_size: int,
+    how: Settings,
+) -> GroupCache:
+    """Return a cache for as many rows as may be sampled at a time."""
+    # A prompt without room gives empty samples: it is not even run.
+    prompt_width = max((len(prompt) for prompt, room in zip(prompts, room_P) if room), default=0)
+    own_width = max(room_P, default=0)
+    num_blocks = max(1, math.ceil(own_width / (128 if how.static else 16)))
+    block = math.ceil(own_width / num_blocks)
+    size = cache_bytes_per_token(cfg, weight.dtype)
+    needs = (how.cache_gb, size * prompt_width, size * num_blocks * block)
+    num_rows, num_places = fit_rows(len(prompts), group_size, how.max_rows, *needs)
+    per_place = min(group_size, num_rows)
+    sizes = (num_rows, num_places, per_place, prompt_width, num_blocks, block)
+    return GroupCache(cfg, weight, *sizes, how.static)
+
+
+def _stream(batch: Batch, rows: Sequence[Row], progress: float | None) -> Iterator[Sample]:
+    """Yield the rows as samples; give back the memory of the batch at the end."""
+    began, num_tokens = time.perf_counter(), 0
+    bar = progress_bar(
+        total=len(rows), desc="sampling", unit=" samples", disable=progress is None,
+        delay=progress or 0.0, leave=not progress,
+    )  # fmt: skip
+    try:
+        for sample in batch.run(rows):
+            num_tokens += len(sample.tokens_T)
+            rate = num_tokens / (time.perf_counter() - began)
+            bar.set_postfix_str(f"{rate:.0f} tokens/s, {len(batch.rows)} rows", False)
+            bar.update()
+            yield sample
+    finally:
+        # Also while a traceback holds both objects.
+        vars(batch.cache).clear()
+        vars(batch).clear()
+        bar.close()
+
+
+def _check_settings(cfg: ModelConfig, group_size: int, how: Settings) -> None:
+    for name, value, low, high in (
+        ("group_size", group_size, 1, math.inf),
+        ("max_new_tokens", how.max_new_tokens, 0, math.inf),
+        ("temperature", how.temperature, 0, 1e6),
+        ("top_k", how.top_k, 0, math.inf),
+        ("top_p", how.top_p, 1e-9, 1),
+        ("vocab_limit", how.vocab_limit, 1, cfg.vocab_size),
+        ("max_rows", how.max_rows, 1, math.inf),
+        *(("every id in eos_ids", eos_id, 0, cfg.vocab_size - 1) for eos_id in how.eos_ids),
+    ):
+        if not low <= value <= high:
+            bounds = f">= {low}" if high == math.inf else f"between {low} and {high}"
+            raise ValueError(f"sample_groups: {name} must be {bounds}, not {value}")
+    if how.stop and (how.tokenizer is None or not all(how.stop)):
+        raise ValueError("sample_groups: stop strings must not be empty and need a tokenizer")
+
+
+def _check_prompts(
+    cfg: ModelConfig, prompts: Sequence[Sequence[int]], prompt_ids: Sequence[int]
+) -> None:
+    if len(prompt_ids) != len(prompts):
+        raise ValueError(
+            f"sample_groups: {len(prompt_ids)} prompt_ids for {len(prompts)} prompts; give one each"
+        )
+    for i, prompt in enumerate(prompts):
+        name = f"sample_groups: prompt {i} (id {prompt_ids[i]})"
+        if len(prompt) == 0:
+            raise ValueError(f"{name} is empty; begin it with the begin-of-sequence id")
+        if len(prompt) > cfg.max_context:
+            raise ValueError(
+                f"{name} has {len(prompt)} tokens, but the model's max_context is "
+                f"{cfg.max_context}; shorten or drop it"
+            )
+        if min(prompt) < 0 or max(prompt) >= cfg.vocab_size:
+            raise ValueError(
+                f"{name} holds ids outside 0..{cfg.vocab_size - 1}; "
+                "it was made with another model's tokenizer"
+            )
+
+
+@dataclass(frozen=True)
+class Config:
+    checkpoint: str = opt("", "a run folder, one step's folder or a Hugging Face folder")
+    prompt: str = opt("", "text to continue; empty: begin of sequence alone")
+    chat_template: str = opt(
+        "auto", "layout of a prompt, see chat.py; auto: as trained, else plain", choices=CHOICES
+    )
+    num_samples: int = opt(8, "samples", low=1, short="n")
+    max_new_tokens: int = opt(256, "tokens at most in a sample", low=1)
+    temperature: float = opt(1.0, "0: greedy", low=0.0)
+    top_k: int = opt(0, "sample from the k most likely tokens; 0: from all", low=0)
+    top_p: float = opt(1.0, "sample from the most likely tokens that hold this share", high=1.0)
+    stop: tuple[str, ...] = opt((), "texts that end a sample, beside the end of sequence")
+    seed: int = opt(0, "seed of the samples")
+    device: str = opt("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
+
+
+def main(cfg: Config) -> None:
+    """Print samples of one prompt, as they end, with lengths and mean log-probabilities."""
+    if not cfg.checkpoint:
+        raise SystemExit("nanomath.engine.stream: --checkpoint DIR is missing: name a run folder")
+    try:
+        device = setup(cfg.device).device
+        dtype = torch.bfloat16 if device.type == "cuda" else None
+        model, tokenizer, _ = load_model(cfg.checkpoint, device=device, dtype=dtype)
+        if tokenizer is None:
+            raise ValueError(f"{cfg.checkpoint} holds no tokenizer.json")
+        use_template(tokenizer, cfg.chat_template)
+        for sample in sample_stream(
+            model,
+            [prompt_ids(tokenizer, cfg.prompt)],
+            cfg.num_samples,
+            max_new_tokens=cfg.max_new_tokens,
+            eos_ids=tokenizer.stop_ids,
+            temperature=cfg.temperature,
+            top_k=cfg.top_k,
+            top_p=cfg.top_p,
+            stop=cfg.stop,
+            tokenizer=tokenizer,
+            seed=cfg.seed,
+            vocab_limit=tokenizer.sample_limit,
+            progress=0.0,
+        ):
+            mean_logp = float(sample.logp_T.mean())
+            end = "finished" if sample.finished else "truncated"
+            head = f"{len(sample.tokens_T)} tokens, {end}, mean logp {mean_logp:.3f}"
+            text = printable(tokenizer.decode(sample.tokens_T.tolist()))
+            tqdm.write(f"--- sample {sample.index}: {head}\n{text}")
+    except (FileNotFoundError, ValueError) as error:
+        raise SystemExit(f"nanomath.engine.stream: {error}") from None
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main(parse(Config, description=__doc__))

@@ -1,0 +1,169 @@
+"""config.json of a Hugging Face folder: to a ModelConfig and back, exact or refused by field.
+
+Read are the rope keys of transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`);
+written are the former, which every version of transformers and vLLM reads. Weights are hf.py's.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from nanomath.model import ModelConfig
+from nanomath.text.foreign import read_json
+from nanomath.text.tokenizer import Tokenizer
+
+ARCHITECTURES = {  # model_type -> what it must be a model of
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+# What model.py has no other value of; the first is what a config without the key means.
+FIXED = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "use_sliding_window": (False, None),
+    "partial_rotary_factor": (1, None),
+    "quantization_config": (None,),
+}
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """Read config.json; raise ValueError naming the field for what model.py is not exactly."""
+    path = Path(path)
+    config = read_json(path)
+    family = config.get("model_type")
+    if config.get("auto_map"):
+        raise ValueError(
+            f"{path}: auto_map: the model needs Python code of its own, never run here"
+        )
+    if family not in tuple(ARCHITECTURES):
+        raise ValueError(f"{path}: model_type is {family!r}; known are {', '.join(ARCHITECTURES)}")
+    if config.get("architectures", [ARCHITECTURES[family]]) != [ARCHITECTURES[family]]:
+        raise ValueError(
+            f"{path}: architectures is {config['architectures']}; "
+            f"{family} is read as {ARCHITECTURES[family]} only"
+        )
+    for key, allowed in FIXED.items():
+        if config.get(key, allowed[0]) not in allowed:
+            raise ValueError(f"{path}: {key} is {config[key]!r}; only {allowed[0]!r} is supported")
+    layer_types = config.get("layer_types") or []
+    if not isinstance(layer_types, list) or {*map(str, layer_types)} - {"full_attention"}:
+        raise ValueError(f"{path}: layer_types: only full_attention is supported")
+    if type(config.setdefault("tie_word_embeddings", False)) is not bool:
+        raise ValueError(f"{path}: tie_word_embeddings must be true or false")
+    if family == "llama" and config.get("num_key_value_heads") is None:  # Llama 1
+        config["num_key_value_heads"] = config.get("num_attention_heads")
+
+    def size(key: str) -> int:
+        return _number(path, config, key, int)
+
+    shape = {
+        "vocab_size": size("vocab_size"),
+        "num_layers": size("num_hidden_layers"),
+        "width": size("hidden_size"),
+        "num_heads": size("num_attention_heads"),
+        "num_kv_heads": size("num_key_value_heads"),
+        "ffn_width": size("intermediate_size"),
+        "rms_eps": _number(path, config, "rms_norm_eps", float),
+        "max_context": size("max_position_embeddings"),
+        "tied_head": config["tie_word_embeddings"],
+        "qkv_bias": family == "qwen2",
+        "qk_norm": family == "qwen3",
+        **_read_rope(path, config),
+    }
+    if family == "qwen3" or config.get("head_dim") is not None:
+        shape["head_width"] = size("head_dim")
+    try:
+        return ModelConfig(**shape)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _number(path: Path, values: Mapping, key: str, kind: type) -> int | float:
+    value = values.get(key)
+    if kind is int and type(value) is int and 1 <= value < 2**31:
+        return value
+    if kind is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    wanted = "an integer >= 1" if kind is int else "a finite number"
+    raise ValueError(f"{path}: {key} is {json.dumps(value)} or missing; it must be {wanted}")
+
+
+def _read_rope(path: Path, config: dict) -> dict[str, float | int]:
+    """Return ModelConfig's rope fields from the keys of transformers 4 or 5."""
+    if config.get("rope_scaling") and config.get("rope_parameters"):
+        raise ValueError(f"{path}: rope_scaling and rope_parameters: give one of the two")
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{path}: the rope settings must be an object, not {rope!r}")
+    rope = {"rope_theta": config.get("rope_theta", 10000.0), **rope}  # Llama 1 has no such key
+    kind = rope.pop("rope_type", rope.get("type", "default"))
+    needed = {
+        "default": {},
+        "linear": {"rope_factor": ("factor", float)},
+        "llama3": {
+            "rope_factor": ("factor", float),
+            "rope_low_freq": ("low_freq_factor", float),
+            "rope_high_freq": ("high_freq_factor", float),
+            "rope_original_context": ("original_max_position_embeddings", int),
+        },
+    }
+    if kind not in tuple(needed):
+        raise ValueError(f"{path}: rope type {kind!r}; known are {', '.join(needed)}")
+    fields = {"rope_theta": ("rope_theta", float), **needed[kind]}
+    unknown = rope.keys() - {key for key, _ in fields.values()} - {"type", "partial_rotary_factor"}
+    if rope.get("partial_rotary_factor", 1) != 1 or any(rope[key] is not None for key in unknown):
+        raise ValueError(f"{path}: rope settings {rope} are more than {kind} rope has")
+    return {name: _number(path, rope, *source) for name, source in fields.items()}
+
+
+def make_config(cfg: ModelConfig, tokenizer: Tokenizer | None, dtype: torch.dtype) -> dict:
+    """Return config.json of the family that has cfg's shape; ValueError where none has."""
+    if cfg.qk_norm and cfg.qkv_bias:
+        raise ValueError("no known architecture has both qk_norm and qkv_bias")
+    family = "qwen3" if cfg.qk_norm else "qwen2" if cfg.qkv_bias else "llama"
+    if family == "llama" and cfg.width % cfg.num_heads:
+        raise ValueError(
+            f"{ARCHITECTURES[family]} wants width {cfg.width} to be a multiple of num_heads "
+            f"{cfg.num_heads}, whatever head_width is"
+        )
+    if family == "qwen2" and cfg.head_size * cfg.num_heads != cfg.width:
+        raise ValueError(
+            f"{ARCHITECTURES[family]} has no head_width: its heads share width {cfg.width} evenly"
+        )
+    config = {
+        "architectures": [ARCHITECTURES[family]],
+        "model_type": family,
+        "vocab_size": cfg.vocab_size,
+        "num_hidden_layers": cfg.num_layers,
+        "hidden_size": cfg.width,
+        "num_attention_heads": cfg.num_heads,
+        "num_key_value_heads": cfg.num_kv_heads,
+        "intermediate_size": cfg.ffn_width,
+        "hidden_act": "silu",
+        "rms_norm_eps": cfg.rms_eps,
+        "max_position_embeddings": cfg.max_context,
+        "tie_word_embeddings": cfg.tied_head,
+        "rope_theta": cfg.rope_theta,
+        "rope_scaling": None,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    for kind in ("bos", "eos", "pad"):
+        config[f"{kind}_token_id"] = getattr(tokenizer, f"{kind}_id", None)
+    if cfg.rope_original_context is not None:
+        config["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": cfg.rope_factor,
+            "low_freq_factor": cfg.rope_low_freq,
+            "high_freq_factor": cfg.rope_high_freq,
+            "original_max_position_embeddings": cfg.rope_original_context,
+        }
+    elif cfg.rope_factor != 1:
+        config["rope_scaling"] = {"type": "linear", "factor": cfg.rope_factor}
+    if family != "qwen2":
+        config["head_dim"] = cfg.head_size
+    return config

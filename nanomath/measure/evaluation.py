@@ -1,0 +1,386 @@
+"""Accuracy, Pass@K and Maj@K over the same samples, with intervals over problems (Sec. 5, 6).
+
+Pass@K: at least one of K samples is right. Maj@K: the most frequent answer of K samples is right.
+Both are expectations over all K-subsets of a problem's n samples, exact, not estimated. Intervals
+are percentile bootstraps over problems: they say how much the figure hangs on which problems were
+asked, and nothing about other training seeds.
+
+`sample_problems` and `evaluate_chunk` sample and judge; `summarise` turns records, kept as JSON,
+into figures; `compare` takes the paired difference of two evaluations of the same problems. The
+command is evaluate.py.
+"""
+
+import operator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import comb
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from nanomath.base.log import new_figure, save_figure
+from nanomath.engine.stream import sample_stream
+from nanomath.rewards import format_reward
+from nanomath.tasks import Problem, benchmarks, countdown, encode_prompt
+
+# Each module has is_correct, answer_class and same_answer.
+TASKS: dict[str, ModuleType] = {
+    "countdown": countdown,
+    **dict.fromkeys((*benchmarks.BENCHMARKS, "jsonl"), benchmarks),
+}
+GROUPS = ("level", "type", "grade", "topic")  # of a problem's payload: figures are given by them
+MAX_SAMPLES = 1000  # the subset counts below stay within float64
+
+
+# -------------------------------------------------------------------------------------- metrics
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Return the chance that k of n samples, c of them right, hold a right one: unbiased Pass@K."""
+    if not 0 <= c <= n:
+        raise ValueError(f"{c} right samples of {n}")
+    if not 1 <= k <= n:
+        raise ValueError(f"Pass@{k} needs at least {k} samples, there are {n}")
+    return 1.0 - comb(n - c, k) / comb(n, k)
+
+
+def group_answers(
+    answers: Sequence[Any], equal: Callable[[Any, Any], bool] = operator.eq
+) -> list[int | None]:
+    """Number the classes of equal answers in order of appearance; None (unreadable) has none.
+
+    An answer joins the first class whose representative, its first member, it equals.
+    """
+    representatives: list[Any] = []
+    classes: list[int | None] = []
+    for answer in answers:
+        if answer is None:
+            classes.append(None)
+            continue
+        found = [i for i, first in enumerate(representatives) if equal(first, answer)]
+        if not found:
+            representatives.append(answer)
+        classes.append(found[0] if found else len(representatives) - 1)
+    return classes
+
+
+def maj_at_k(classes: Sequence[int | None], correct: Sequence[bool], k: int) -> float:
+    """Return Maj@k: the mean over all k-subsets of the samples of the majority vote's credit.
+
+    classes as from group_answers; correct[i] says whether sample i is right, and a class is right
+    when its first member is. Samples of class None do not vote. Classes that tie for the most votes
+    share the credit: a subset counts (right classes among the tied) / (tied), and 0 without votes.
+    """
+    return majority_credits(classes, correct, [k])[0]
+
+
+def majority_credits(
+    classes: Sequence[int | None], correct: Sequence[bool], ks: Sequence[int]
+) -> list[float]:
+    """Return maj_at_k for each k, exactly, by counting subsets rather than listing them.
+
+    For a right class of m votes and each v <= m: the subsets in which it has v votes, no class has
+    more, and t others have v as well give it 1 / (t + 1) each.
+    """
+    n = len(classes)
+    if len(correct) != n:
+        raise ValueError(f"{n} classes, but {len(correct)} judgements")
+    if n > MAX_SAMPLES or any(not 1 <= k <= n for k in ks):
+        raise ValueError(f"Maj@K needs 1 <= K <= n <= {MAX_SAMPLES}; K is {list(ks)}, n is {n}")
+    sizes = Counter(label for label in classes if label is not None)
+    credits = np.zeros(n + 1)
+    for label, size in sizes.items():
+        if not correct[list(classes).index(label)]:
+            continue
+        others = [other for key, other in sizes.items() if key != label]
+        for votes in range(1, size + 1):
+            ways = _ways(n - size, others, votes)
+            shared = ways @ (1.0 / np.arange(1, ways.shape[1] + 1))
+            credits[votes : votes + len(shared)] += comb(size, votes) * shared
+    return [float(credits[k] / comb(n, k)) for k in ks]
+
+
+def _ways(num_samples: int, sizes: Sequence[int], votes: int) -> np.ndarray:
+    """Count the choices among num_samples, which are classes of `sizes` and unreadable ones, where
+    no class has more than `votes`: [number chosen, number of classes with exactly `votes`]."""
+    large = [size for size in sizes if size >= votes]
+    # Classes too small to tie are as free to choose from as unreadable samples.
+    free = num_samples - sum(large)
+    ways = np.zeros((num_samples + 1, len(large) + 1))
+    ways[: free + 1, 0] = [comb(free, chosen) for chosen in range(free + 1)]
+    for size in large:
+        before, ways = ways, np.zeros_like(ways)
+        for chosen in range(votes):
+            ways[chosen:] += comb(size, chosen) * before[: len(before) - chosen]
+        ways[votes:, 1:] += comb(size, votes) * before[: len(before) - votes, :-1]
+    return ways
+
+
+def bootstrap_interval(
+    values: Sequence[float], *, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Return the percentile bootstrap interval of the mean of values, one per problem."""
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or len(array) == 0:
+        raise ValueError("an interval needs at least one value")
+    rng = np.random.default_rng(seed)
+    means = [array[rng.integers(0, len(array), len(array))].mean() for _ in range(num_resamples)]
+    tail = (1.0 - confidence) / 2.0
+    low, high = np.quantile(means, [tail, 1.0 - tail])
+    return float(low), float(high)
+
+
+def paired_difference(
+    before: Sequence[float], after: Sequence[float], *, seed: int = 0
+) -> dict[str, float]:
+    """Return the mean of after - before over the same problems, its interval, wins and losses."""
+    if len(before) != len(after):
+        raise ValueError(f"{len(before)} problems against {len(after)}: not the same ones")
+    gains = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
+    low, high = bootstrap_interval(gains, seed=seed)
+    return {
+        "value": float(gains.mean()),
+        "low": low,
+        "high": high,
+        "wins": int((gains > 0).sum()),
+        "losses": int((gains < 0).sum()),
+    }
+
+
+# ------------------------------------------------------------------------------------- sampling
+
+
+def sample_problems(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    *,
+    num_samples: int,
+    temperature: float,
+    max_new_tokens: int,
+    seed: int = 0,
+    **limits: Any,
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Yield (index, judged outputs) of each problem of one task when all its samples have ended.
+
+    A sample depends on (seed, problem id, sample index) alone. limits: the sampler's max_rows and
+    cache_gb. Each output is {"text", "length" in tokens, "finished"} and judge_outputs' marks.
+    """
+    is_benchmark = bool(problems) and TASKS[problems[0].task] is benchmarks
+    stops = {"stop": benchmarks.STOPS, "tokenizer": tokenizer} if is_benchmark else {}
+    ended: dict[int, dict[int, dict[str, Any]]] = defaultdict(dict)
+    for sample in sample_stream(
+        model,
+        [encode_prompt(tokenizer, problem) for problem in problems],
+        num_samples,
+        max_new_tokens=max_new_tokens,
+        eos_ids=tokenizer.stop_ids,
+        temperature=temperature,
+        seed=seed,
+        prompt_ids=[problem.id for problem in problems],
+        vocab_limit=tokenizer.sample_limit,
+        **stops,
+        **limits,
+    ):
+        tokens, group = sample.tokens_T.tolist(), ended[sample.prompt]
+        group[sample.index] = {
+            "text": tokenizer.decode(tokens),
+            "length": len(tokens),
+            "finished": sample.finished,
+        }
+        if len(group) == num_samples:
+            outputs = [group[g] for g in range(num_samples)]
+            yield sample.prompt, judge_outputs(problems[sample.prompt], outputs)
+
+
+def evaluate_chunk(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    *,
+    num_samples: int,
+    temperature: float,
+    **settings: Any,
+) -> list[dict[str, Any]]:
+    """Return `problem_record` of each problem, sampled once greedily and num_samples times.
+
+    settings: those of sample_problems.
+    """
+    asked = (model, tokenizer, problems)
+    greedy = dict(sample_problems(*asked, num_samples=1, temperature=0.0, **settings))
+    sampled = {}
+    if num_samples:
+        settings |= {"num_samples": num_samples, "temperature": temperature}
+        sampled = dict(sample_problems(*asked, **settings))
+    return [
+        problem_record(problem, greedy[i], sampled.get(i, [])) for i, problem in enumerate(problems)
+    ]
+
+
+def problem_record(problem: Problem, greedy: list[dict], samples: list[dict]) -> dict[str, Any]:
+    """Return one problem's payload, and every output with its text and judgement."""
+    return {
+        "id": problem.id,
+        "task": problem.task,
+        "prompt": problem.prompt,
+        "payload": problem.payload,
+        "greedy": greedy[0],
+        "samples": samples,
+    }
+
+
+def chunks(problems: Sequence[Problem], size: int) -> Iterable[Sequence[Problem]]:
+    """Yield consecutive runs of at most `size` problems."""
+    for start in range(0, len(problems), size):
+        yield problems[start : start + size]
+
+
+def judge_outputs(problem: Problem, outputs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add to each output of one problem "correct", "strict" (as the same string), "format" (an
+    answer is there, in Countdown in its tags) and its "class" for the vote."""
+    judge = TASKS[problem.task]
+    answers = [judge.answer_class(problem, output["text"]) for output in outputs]
+    judged = []
+    for output, answer, label in zip(
+        outputs, answers, group_answers(answers, judge.same_answer), strict=True
+    ):
+        text = output["text"]
+        correct = bool(judge.is_correct(problem, text))
+        strict, is_formatted = correct, format_reward(problem, text) == 1.0
+        if judge is benchmarks:
+            strict, is_formatted = benchmarks.is_strictly_correct(problem, text), answer is not None
+        marks = {"correct": correct, "strict": strict, "format": is_formatted, "class": label}
+        judged.append({**output, **marks})
+    return judged
+
+
+# -------------------------------------------------------------------------------------- figures
+
+
+def default_ks(num_samples: int) -> list[int]:
+    """Return 1, 2, 4, ... and num_samples itself."""
+    powers = [1 << i for i in range(num_samples.bit_length()) if 1 << i < num_samples]
+    return [*powers, num_samples] if num_samples else []
+
+
+def problem_metrics(row: dict[str, Any], ks: Sequence[int]) -> dict[str, float]:
+    """Return one problem's metrics from a row of `summarise`'s "problems"."""
+    correct, classes = row["correct"], row["classes"]
+    metrics = {"greedy": float(row["greedy_correct"])}
+    metrics |= {f"pass@{k}": pass_at_k(len(correct), sum(correct), k) for k in ks}
+    majorities = majority_credits(classes, correct, ks) if ks else []
+    return metrics | {f"maj@{k}": value for k, value in zip(ks, majorities, strict=True)}
+
+
+def summarise(records: Sequence[dict[str, Any]], *, seed: int = 0) -> dict[str, Any]:
+    """Return the figures of evaluate_chunk's records, as JSON.
+
+    "metrics": greedy, pass@K and maj@K with 95% intervals; "groups": their means by GROUPS;
+    "greedy_outputs" and "sampled_outputs": tokens, and the shares truncated, without the format,
+    without a readable answer and strictly right; "problems": what the metrics were computed from.
+    """
+    if not records:
+        raise ValueError("no problems to evaluate")
+    num_samples = len(records[0]["samples"])
+    ks = default_ks(num_samples)
+    rows = [
+        {
+            "id": record["id"],
+            **record["payload"],
+            "greedy_correct": record["greedy"]["correct"],
+            "num_correct": sum(sample["correct"] for sample in record["samples"]),
+            "correct": [int(sample["correct"]) for sample in record["samples"]],
+            "classes": [sample["class"] for sample in record["samples"]],
+            "tokens": sum(sample["length"] for sample in record["samples"]),
+        }
+        for record in records
+    ]
+    values = [problem_metrics(row, ks) for row in rows]
+    metrics = {}
+    for name in values[0]:
+        column = [value[name] for value in values]
+        low, high = bootstrap_interval(column, seed=seed)
+        metrics[name] = {"value": float(np.mean(column)), "low": low, "high": high}
+    parts = [key for key in GROUPS if key in rows[0]]
+    return {
+        "task": records[0]["task"],
+        "num_problems": len(records),
+        "num_samples": num_samples,
+        "metrics": metrics,
+        "groups": {key: _by_group([row[key] for row in rows], values) for key in parts},
+        "greedy_outputs": _describe([record["greedy"] for record in records]),
+        "sampled_outputs": _describe([s for record in records for s in record["samples"]]),
+        "problems": rows,
+    }
+
+
+def _by_group(
+    labels: Sequence[str], values: Sequence[dict[str, float]]
+) -> dict[str, dict[str, float]]:
+    """Return the mean of every metric, and the number of problems, for each label."""
+    groups: dict[str, list[dict[str, float]]] = {}
+    for label, value in sorted(zip(labels, values, strict=True), key=lambda pair: pair[0]):
+        groups.setdefault(label, []).append(value)
+    return {
+        label: {
+            "problems": len(members),
+            **{name: float(np.mean([member[name] for member in members])) for name in members[0]},
+        }
+        for label, members in groups.items()
+    }
+
+
+def _describe(outputs: Sequence[dict[str, Any]]) -> dict[str, float]:
+    count = max(len(outputs), 1)
+    return {
+        "outputs": len(outputs),
+        "tokens": sum(output["length"] for output in outputs),
+        "mean_tokens": sum(output["length"] for output in outputs) / count,
+        "truncated": sum(not output["finished"] for output in outputs) / count,
+        "format_failures": sum(not output["format"] for output in outputs) / count,
+        "unreadable": sum(output["class"] is None for output in outputs) / count,
+        "strict": sum(output["strict"] for output in outputs) / count,
+    }
+
+
+def check_same_problems(before: Sequence[dict], after: Sequence[dict]) -> None:
+    """Raise ValueError unless two lists of rows, of id and payload, are of the same problems."""
+    same = ("id", "nums", "target", "answer")
+    if [[row.get(k) for k in same] for row in before] != [
+        [row.get(k) for k in same] for row in after
+    ]:
+        raise ValueError("the two evaluations are not of the same problems: nothing to pair")
+
+
+def compare(before: dict[str, Any], after: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Return the paired difference of each metric that two summaries of the same problems share."""
+    check_same_problems(before["problems"], after["problems"])
+    shared = [k for k in default_ks(before["num_samples"]) if k in default_ks(after["num_samples"])]
+    values = [[problem_metrics(row, shared) for row in s["problems"]] for s in (before, after)]
+    return {
+        name: paired_difference(*([value[name] for value in side] for side in values))
+        for name in values[0][0]
+    }
+
+
+def draw_at_k(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Draw Pass@K and Maj@K of summaries, by label, against K with their intervals (Figure 7)."""
+    figure, axes = new_figure(2)
+    for axis, kind in zip(axes, ("pass", "maj"), strict=True):
+        for label, result in results.items():
+            metrics = result["metrics"]
+            names = [name for name in metrics if name.startswith(f"{kind}@")]
+            ks = [int(name.split("@")[1]) for name in names]
+            axis.plot(ks, [metrics[n]["value"] for n in names], marker="o", label=label)
+            low, high = ([metrics[n][end] for n in names] for end in ("low", "high"))
+            axis.fill_between(ks, low, high, alpha=0.15)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(ks, labels=map(str, ks))
+        axis.set_xlabel("K")
+        axis.set_title(f"{kind.capitalize()}@K, 95% intervals")
+        axis.legend()
+        axis.grid(alpha=0.3)
+    save_figure(figure, path)

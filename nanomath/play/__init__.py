@@ -1,0 +1,1 @@
+"""Small commands to look at a model."""

@@ -1,0 +1,1 @@
+"""What a training run owes its user: the loop, checkpoints, locks, stopping, metrics."""

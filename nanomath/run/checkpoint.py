@@ -1,0 +1,462 @@
+"""Save and resume: everything a run needs, in files that are either whole or not believed.
+
+    run_dir/checkpoints/latest      name of the newest folder, for people and scripts
+    run_dir/checkpoints/step-000100/
+        policy-00000.safetensors    rank 0's rows of module `policy`
+        policy-00001.safetensors    the rows after them, from rank 1
+        optim-00000.safetensors     MODULE/NAME/exp_avg, .../exp_avg_sq, .../step
+        state.json                  step, data cursor, whatever a stage adds
+        config.json                 the model's configuration
+        tokenizer.json, tokenizer_config.json
+        COMMIT                      sha256 of every file above
+
+A folder is written under a temporary name, every file and the folder are fsynced, COMMIT is written
+last, then the folder gets its name: a kill at any instant leaves the newest whole checkpoint
+loadable. COMMIT covers every byte, so one flipped bit is found when a run resumes: that folder is
+set aside as damaged-step-000100 and the checkpoint before it is used. A weight is the rows of all
+files in the order of ranks, so another number of ranks concatenates and slices. Nothing is pickled.
+Hyper-parameters of the optimizer are not state: they come from the run's configuration.
+
+Left to others: what is state (train_*.py), cutting logs back on resume (log.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from nanomath.data import file_sha256, fsync
+from nanomath.dist import Dist, broadcast_json, gather_json, local, shard
+from nanomath.model import ModelConfig, Transformer
+from nanomath.run.lock import RunLock
+from nanomath.text.tokenizer import Tokenizer
+
+STEP_NAME = re.compile(r"step-\d+")
+OPTIM = "optim"
+
+
+class SaveFailed(OSError):
+    """The disk refused a checkpoint. Older ones are untouched; training can go on and try again."""
+
+
+# ---------------------------------------------------------------------------- what is stored
+
+
+def module_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return sharded weights and persistent buffers by name; a tied weight once, by first name."""
+    tensors, seen = {}, set()
+    for name, tensor in module.state_dict(keep_vars=True).items():  # FSDP2 reshards in here
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor
+    return tensors
+
+
+def _trained(modules: dict[str, nn.Module], optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's parameters as MODULE/NAME, in the order of its groups."""
+    names = {
+        id(tensor): f"{key}/{name}"
+        for key, module in modules.items()
+        for name, tensor in module_tensors(module).items()
+    }
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if any(id(parameter) not in names for parameter in parameters):
+        raise ValueError("the optimizer holds a parameter of no module given to the checkpoint")
+    return {names[id(parameter)]: parameter for parameter in parameters}
+
+
+def _optim_tensors(modules: dict[str, nn.Module], optimizer) -> dict[str, Tensor]:
+    names = list(_trained(modules, optimizer))
+    return {
+        f"{names[index]}/{key}": value
+        for index, values in optimizer.state_dict()["state"].items()
+        for key, value in values.items()
+    }
+
+
+class _Stored:
+    """The tensors of one module (or the optimizer) in a checkpoint, whatever ranks wrote them."""
+
+    def __init__(self, folder: Path, stem: str):
+        self.where = f"{folder}: {stem}"
+        self.pieces: dict[str, list] = {}  # name -> its rows in the order of ranks, not read yet
+        for path in sorted(folder.glob(f"{stem}-*.safetensors")):
+            file = safe_open(path, framework="pt")
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                self.pieces.setdefault(name, []).append(file.get_slice(name))
+
+    def shape(self, name: str) -> list[int]:
+        shapes = [piece.get_shape() for piece in self.pieces[name]]
+        return shapes[0] and [sum(shape[0] for shape in shapes), *shapes[0][1:]]
+
+    def read(self, name: str, like: Tensor, dist: Dist) -> Tensor:
+        """Return the rows that this rank holds of a tensor sharded as `like` is."""
+        return read_rows(self.pieces[name], like, dist)
+
+    def check(self, wanted: dict[str, Tensor]) -> None:
+        """Raise ValueError unless names and shapes are those wanted."""
+        for name in sorted(self.pieces.keys() | wanted.keys()):
+            stored = self.shape(name) if name in self.pieces else "none"
+            here = list(wanted[name].shape) if name in wanted else "none"
+            if stored != here:
+                raise ValueError(
+                    f"{self.where}/{name} has shape {stored} in the checkpoint but {here} in this "
+                    f"model; use the model settings of the checkpoint, or another --run_dir"
+                )
+
+
+def read_rows(pieces: list, like: Tensor, dist: Dist) -> Tensor:
+    """Return this rank's rows of a tensor sharded as `like` is, from its slices in files."""
+    if not pieces[0].get_shape():
+        return pieces[0][...].clone()  # a view would keep the whole file mapped
+    first, count = 0, len(local(like))
+    if isinstance(like, DTensor):  # FSDP2 cuts like torch.chunk, the last ranks get less
+        first = min(len(like), -(-len(like) // dist.world_size) * dist.rank)
+    parts = []
+    for piece in pieces:
+        parts.append(piece[max(first, 0) : max(first + count, 0)])
+        first -= piece.get_shape()[0]
+    return torch.cat(parts)
+
+
+# ---------------------------------------------------------------------------- writing
+
+
+def save(
+    run_dir: str | Path,
+    step: int,
+    *,
+    modules: dict[str, nn.Module],
+    optimizer: torch.optim.Optimizer | None,
+    state: dict,
+    model_cfg: ModelConfig,
+    tokenizer: Tokenizer | None,
+    dist: Dist,
+    keep: int = 2,
+    lock: RunLock | None = None,
+) -> Path:
+    """Write checkpoint `step`, then delete all but the newest `keep`; every rank must call it.
+
+    state: strict JSON, rank 0's is stored, with `step` added. With `lock`, refuse to write after
+    the run folder was taken over. Raises SaveFailed on all ranks alike when the disk refuses any.
+    """
+    if OPTIM in modules or any("-" in name for name in modules):
+        raise ValueError(f"module names must not be {OPTIM!r} nor hold '-': {sorted(modules)}")
+    if lock is not None:
+        lock.check(dist)
+    root = Path(run_dir) / "checkpoints"
+    final, temporary = root / f"step-{step:06d}", root / f".tmp-step-{step:06d}"
+
+    def start() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a save that failed
+        temporary.mkdir(parents=True)
+
+    def write() -> dict:
+        _write_rows(temporary, modules, optimizer, dist)
+        if dist.is_main:
+            _write_json(temporary / "state.json", {**state, "step": step})
+            _write_json(temporary / "config.json", dataclasses.asdict(model_cfg))
+            if tokenizer is not None:
+                tokenizer.save(temporary)
+        kinds = [f"*-{dist.rank:05d}.safetensors", *(["*.json"] if dist.is_main else [])]
+        mine = [path for kind in kinds for path in temporary.glob(kind)]
+        for path in mine:
+            fsync(path)
+        return {path.name: file_sha256(path) for path in mine}
+
+    try:
+        agree(start, dist, main_only=True)
+        hashes = agree(write, dist)
+        agree(lambda: _commit(temporary, final, hashes), dist, main_only=True)
+    except SaveFailed as error:
+        if dist.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise SaveFailed(f"could not save {final}: {error}") from None
+    if dist.is_main:
+        _tidy(final, keep)
+    return final
+
+
+def agree(action: Callable, dist: Dist, main_only: bool = False) -> list:
+    """Run action on every rank (or rank 0); return all results.
+
+    Raises SaveFailed on all ranks alike, with every message, where the disk refused it on any.
+    """
+    result = problem = None
+    try:
+        if dist.is_main or not main_only:
+            result = action()
+    except (OSError, SafetensorError) as error:
+        problem = f"rank {dist.rank}: {type(error).__name__}: {error}"
+    answers = gather_json([result, problem], dist)
+    problems = [problem for _, problem in answers if problem is not None]
+    if problems:
+        raise SaveFailed("; ".join(problems))
+    return [result for result, _ in answers]
+
+
+def _write_rows(folder: Path, modules: dict[str, nn.Module], optimizer, dist: Dist) -> None:
+    """Write this rank's rows of all tensors; what is not sharded is in rank 0's files."""
+    stored = {name: module_tensors(module) for name, module in modules.items()}
+    if optimizer is not None:
+        stored[OPTIM] = _optim_tensors(modules, optimizer)
+    for stem, tensors in stored.items():
+        mine = {
+            name: local(tensor).detach().contiguous()
+            for name, tensor in tensors.items()
+            if dist.is_main or isinstance(tensor, DTensor)
+        }
+        write_tensors(mine, folder / f"{stem}-{dist.rank:05d}.safetensors")
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, **options) -> None:
+    """Write a safetensors file that whoever may read the files beside it may read, too."""
+    path.touch()
+    mode = path.stat().st_mode  # what the umask leaves; save_file makes a file of its owner's alone
+    save_file(tensors, path, **options)
+    if path.stat().st_mode != mode:  # some file systems have one mode, and refuse to be asked
+        path.chmod(mode)
+
+
+def _write_json(path: Path, obj: object) -> None:
+    path.write_text(json.dumps(obj, allow_nan=False, indent=1))
+
+
+def _commit(temporary: Path, final: Path, hashes: list[dict[str, str]]) -> None:
+    """Make the folder count: COMMIT, names on the disk, rename, names on the disk."""
+    _write_json(temporary / "COMMIT", {name: sha for part in hashes for name, sha in part.items()})
+    fsync(temporary / "COMMIT")
+    fsync(temporary)
+    os.rename(temporary, final)
+    fsync(final.parent)
+
+
+def _tidy(newest: Path, keep: int = sys.maxsize) -> None:
+    """Name the newest in `latest`; delete all but the newest `keep` and what kills have left."""
+    root = newest.parent
+    draft = root / "latest.new"
+    try:
+        draft.write_text(f"{newest.name}\n")
+        fsync(draft)
+        os.replace(draft, root / "latest")
+        for stale in root.glob(".tmp-*"):
+            shutil.rmtree(stale)
+        for folder in _newest_first(root)[keep:]:
+            doomed = folder.with_name(f".tmp-{folder.name}")
+            os.rename(folder, doomed)  # a kill half-way through leaves no folder that looks damaged
+            shutil.rmtree(doomed)
+    except OSError as error:  # the checkpoint itself stands
+        _warn(f"{newest} is whole, but tidying up beside it failed: {error}")
+
+
+# ---------------------------------------------------------------------------- reading
+
+
+def _newest_first(root: Path) -> list[Path]:
+    folders = [path for path in root.glob("step-*") if STEP_NAME.fullmatch(path.name)]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def _damage(folder: Path, part: slice = slice(None)) -> str | None:
+    """Return what is wrong with (this rank's part of) the files of a checkpoint, or None.
+
+    A file that is there and cannot be read (no rights, a disk or network error) proves nothing
+    about the checkpoint: that OSError is the caller's.
+    """
+    path = folder / "COMMIT"
+    try:
+        hashes = json.loads(path.read_bytes())
+        for name in sorted(hashes)[part]:
+            path = folder / name
+            if file_sha256(path) != hashes[name]:
+                return f"{path} does not match its checksum in COMMIT"
+    except (FileNotFoundError, ValueError) as error:
+        return f"{path}: {error}"
+    return None
+
+
+def _newest_sound(root: Path, dist: Dist, set_aside: bool = False) -> Path | None:
+    """Return the newest whole checkpoint, None if there is none; warn about those passed over.
+
+    set_aside: also rename those, so that they no longer count. Raises ValueError if all are
+    damaged, rather than let a run train from the start.
+    """
+    names = broadcast_json([path.name for path in _newest_first(root)], dist)
+    for name in names:
+        folder = root / name
+        answers = gather_json(_damage(folder, slice(dist.rank, None, dist.world_size)), dist)
+        problems = [problem for problem in answers if problem is not None]
+        if not problems:
+            return folder
+        if dist.is_main:
+            renamed = f", and renamed damaged-{name}" if set_aside else ""
+            _warn(f"checkpoint {folder} is damaged and skipped{renamed}: {problems[0]}")
+            if set_aside:
+                shutil.rmtree(root / f"damaged-{name}", ignore_errors=True)
+                os.rename(folder, root / f"damaged-{name}")
+    if names or any(root.glob("damaged-*")):
+        raise ValueError(
+            f"every checkpoint under {root} is damaged; move that folder away to start again"
+        )
+    return None
+
+
+@torch.no_grad()
+def load_latest(
+    run_dir: str | Path,
+    *,
+    modules: dict[str, nn.Module],
+    optimizer: torch.optim.Optimizer | None,
+    dist: Dist,
+) -> dict | None:
+    """Restore modules and optimizer from the newest sound checkpoint and return its state.
+
+    None if the run has none. Damaged ones are set aside with a warning that names file and reason;
+    if all are, or if the checkpoint is of another shape, raises ValueError before any weight
+    changes. Any number of ranks may load what any other number saved; all must call it.
+    """
+    folder = _newest_sound(Path(run_dir) / "checkpoints", dist, set_aside=True)
+    if folder is None:
+        return None
+    if dist.is_main:
+        _tidy(folder)  # a kill after its rename left this undone
+    stored = {name: _Stored(folder, name) for name in modules}
+    wanted = {name: module_tensors(module) for name, module in modules.items()}
+    for name, module in modules.items():
+        stored[name].check(wanted[name])
+        _check_config(folder, name, module)
+    if optimizer is not None:
+        _restore_optimizer(optimizer, _trained(modules, optimizer), _Stored(folder, OPTIM), dist)
+    for name, tensors in wanted.items():
+        for key, tensor in tensors.items():
+            local(tensor).copy_(stored[name].read(key, tensor, dist))
+    return json.loads((folder / "state.json").read_text())
+
+
+def _check_config(folder: Path, name: str, module: nn.Module) -> None:
+    """Raise ValueError where only shapes agree, as with another number of heads."""
+    stored = json.loads((folder / "config.json").read_text())
+    here = dataclasses.asdict(module.cfg) if hasattr(module, "cfg") else {}
+    for field, value in here.items():
+        if field != "max_context" and stored.get(field, value) != value:
+            raise ValueError(
+                f"{folder}: {name} was trained with {field} {stored[field]}, not {value}; use the "
+                f"model settings of the checkpoint, or another --run_dir"
+            )
+
+
+def _restore_optimizer(optimizer, trained: dict[str, Tensor], moments: _Stored, dist: Dist) -> None:
+    """Put back moments, sharded like their parameters, and step counts."""
+    state = {name: {} for name in trained}
+    for key in moments.pieces:
+        name, _, kind = key.rpartition("/")
+        if name not in trained:
+            raise ValueError(f"{moments.where}/{key} belongs to no parameter that is trained here")
+        value = moments.read(key, trained[name], dist)
+        if value.ndim:
+            rows, value = value, torch.empty_like(trained[name], requires_grad=False)
+            local(value).copy_(rows)
+        state[name][kind] = value
+    numbered = {number: values for number, values in enumerate(state.values()) if values}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": numbered})
+
+
+def empty_model(cfg: ModelConfig, dist: Dist, dtype: torch.dtype, **sharding: str) -> Transformer:
+    """Build a model on dist's device, sharded over its ranks, whose weights hold no values yet.
+
+    No rank ever holds more than its own rows. sharding: options of `dist.shard`.
+    """
+    with torch.device("meta"):
+        model = Transformer(cfg).to(dtype)
+    if dist.mesh is None:
+        model.to_empty(device=dist.device)
+    model = shard(model, dist, **sharding)
+    if dist.mesh is not None:
+        model.to_empty(device=dist.device)
+    if cfg.tied_head:
+        model.head.weight = model.embedding.weight  # to_empty made two of one
+    return model
+
+
+@torch.no_grad()
+def load_model(
+    path: str | Path,
+    dist: Dist | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    module: str | None = None,
+    **sharding: str,
+) -> tuple[Transformer, Tokenizer | None, dict]:
+    """Build the model that a folder holds and its tokenizer; return them and the run's state.
+
+    path: a run folder (its newest sound checkpoint), a checkpoints folder, one step folder, or a
+    Hugging Face folder (hf.py; its state is {}). dist: shard over its ranks, all of which must
+    call, with the options `sharding` of `dist.shard`; None: the whole model on `device`. dtype: of
+    the weights; None = as stored, fp32 from a Hugging Face folder. module: which one, None =
+    policy, else model.
+    """
+    dist = dist or Dist(0, 0, 1, torch.device(device))
+    if is_hf_folder(path := Path(path)):
+        from nanomath.hub.hf import load_hf  # it reads and writes by the means of this file
+
+        return (*load_hf(path, dist, dtype=dtype or torch.float32, **sharding), {})
+    folder = _find(path, dist)
+    names = {file.name.rpartition("-")[0] for file in folder.glob("*.safetensors")} - {OPTIM}
+    name = module or ("policy" if "policy" in names else "model")
+    if name not in names:
+        raise ValueError(f"{folder} holds no module {name}: {sorted(names)}")
+    cfg = ModelConfig(**json.loads((folder / "config.json").read_text()))
+    stored = _Stored(folder, name)
+    model = empty_model(
+        cfg, dist, dtype or stored.pieces["embedding.weight"][0][:0].dtype, **sharding
+    )
+    wanted = module_tensors(model)
+    stored.check(wanted)
+    for key, tensor in wanted.items():
+        local(tensor).copy_(stored.read(key, tensor, dist))
+    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
+    return model, tokenizer, json.loads((folder / "state.json").read_text())
+
+
+def is_hf_folder(path: Path) -> bool:
+    """Return True for a folder in Hugging Face's layout, even one that is damaged."""
+    if (path / "COMMIT").exists():
+        return False
+    if any((path / f"model.safetensors{end}").exists() for end in ("", ".index.json")):
+        return True
+    text = config.read_bytes() if (config := path / "config.json").is_file() else b""
+    return b'"model_type"' in text or b'"architectures"' in text
+
+
+def _find(path: Path, dist: Dist) -> Path:
+    """Return the sound step folder that path means."""
+    if STEP_NAME.fullmatch(path.resolve().name) and path.is_dir():
+        if problem := _damage(path):
+            raise ValueError(f"checkpoint {path} is damaged: {problem}")
+        return path
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    folder = _newest_sound(root, dist)
+    if folder is None:
+        found = "and no Hugging Face model" if path.is_dir() else "for that is no folder"
+        raise FileNotFoundError(
+            f"no checkpoint under {path}, {found}; name the folder of a run or of a model, or make "
+            "a run with: bash speedrun.sh"
+        )
+    return folder
+
+
+def _warn(message: str) -> None:
+    print(f"nanomath: warning: {message}", file=sys.stderr, flush=True)

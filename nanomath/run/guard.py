@@ -1,0 +1,155 @@
+"""What ends a run early, on all ranks alike: one rank's error, a signal to stop.
+
+Left to others: collectives (dist.py), saving when asked to stop (loop.py), disks (checkpoint.py).
+
+    dist = setup(cfg.device, cfg.threads)
+    with raise_together(dist), StopSignal() as stop:
+        for step in ...:
+            ...
+            if stop.requested(dist):
+                save(...)
+                break
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+
+import torch.distributed as td
+
+from nanomath.dist import Dist, all_ok, barrier, cleanup
+
+POLL_S = 0.25  # how often a rank looks for another rank's error
+LAST_WORDS_S = 20  # after an error, a process that has not ended by itself is killed
+
+
+class ErrorWatch:
+    """Carry one rank's error to the others outside the collectives, which may be waiting for it.
+
+    A thread looks at the rendezvous store a few times a second; on an error it prints the message
+    and ends the process, wherever the main thread is stuck.
+    """
+
+    def __init__(self, rank: int, world_size: int, life: str):
+        self.rank, self.world_size = rank, world_size
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = td.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30))
+        self._store = td.PrefixStore(f"{life}-errors", store)
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def tell(self, message: str) -> bool:
+        """Publish this rank's error and wait until the others have it; False if not the first."""
+        self.stop()
+        text = f"rank {self.rank}: {message}"
+        with suppress(RuntimeError):  # the process that held the store may have gone already
+            first = self._store.compare_set("message", "", text).decode()
+            self._wait_until_seen()
+            return first == text
+        return True
+
+    def _wait_until_seen(self) -> None:
+        """Wait, not for long, until all know: the store ends with the process that holds it."""
+        self._store.add("seen", 1)
+        give_up = time.monotonic() + 5
+        while self._store.add("seen", 0) < self.world_size and time.monotonic() < give_up:
+            time.sleep(0.05)
+
+    def _watch(self) -> None:
+        message = None
+        while message is None:
+            if self._stopped.wait(POLL_S):
+                return
+            try:
+                if self._store.check(["message"]):
+                    message = self._store.get("message").decode()
+            except RuntimeError as error:
+                message = f"lost contact with the other ranks ({str(error).splitlines()[0]})"
+        print(f"nanomath: rank {self.rank} ends: {message}", file=sys.stderr, flush=True)
+        with suppress(RuntimeError):
+            self._wait_until_seen()
+        os._exit(1)
+
+
+@contextmanager
+def raise_together(dist: Dist) -> Iterator[None]:
+    """End all ranks when the body raises on one of them, each with that error's message.
+
+    The first rank to fail raises its exception; ranks that fail after it end silently with status
+    1, for theirs is mostly a lost connection; ranks that wait in a collective are ended by their
+    watch. Put it around everything after setup: the processes do not survive it.
+    The end of the body, or SystemExit with status 0 (a stop they agreed on), must come on all ranks
+    alike: they then leave the process group together.
+    """
+    watch = ErrorWatch(dist.rank, dist.world_size, dist.life) if dist.world_size > 1 else None
+    try:
+        yield
+        _leave(dist, watch)
+    except BaseException as error:
+        if isinstance(error, SystemExit) and error.code in (None, 0):
+            _leave(dist, watch)
+            raise
+        if watch is None:
+            raise
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(LAST_WORDS_S)  # leaving a broken NCCL group may hang
+        text = str(error) if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
+        if not watch.tell(text):
+            raise SystemExit(1) from None
+        raise
+
+
+def _leave(dist: Dist, watch: ErrorWatch | None) -> None:
+    if watch is not None:
+        barrier(dist)
+        watch.stop()
+    cleanup(dist)
+
+
+class StopSignal:
+    """Turn SIGTERM and SIGUSR1 into a question asked at the end of a step; a second one kills.
+
+        with StopSignal() as stop:
+            for step in ...:
+                ...
+                if stop.requested(dist):
+                    save(...); break
+
+    Schedulers and torchrun both forward a SIGTERM, so copies within a second count as one.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    SAME_SIGNAL_S = 1.0
+
+    def __init__(self):
+        self._first = math.inf  # when the first signal came
+
+    def _handle(self, number: int, frame: object) -> None:
+        if time.monotonic() - self._first > self.SAME_SIGNAL_S:
+            os._exit(128 + number)
+        self._first = min(self._first, time.monotonic())
+
+    def requested(self, dist: Dist) -> bool:
+        """Return True on all ranks if any rank was signalled. Call it at the same step on all."""
+        return not all_ok(self._first == math.inf, dist)
+
+    def __enter__(self) -> StopSignal:
+        self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,212 @@
+"""One training run: the loop over steps that resumes, logs, checkpoints, and stops when asked.
+
+    run = Run(cfg, dist, lock, {"model": model}, optimizer, tokenizer)
+    for step in run.steps(num_steps, desc="pretrain"):
+        run.log(step, supervised_update(run, cfg, step, batch))
+
+What every trainer owes its users is here; what its steps are about stays in the scripts.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from nanomath.base.config import RunConfig, lock_config, one_line_errors, to_json
+from nanomath.base.log import RunLog, progress
+from nanomath.data import TrainBatch
+from nanomath.dist import Dist, barrier, set_timeout, setup
+from nanomath.optim import SCHEDULES, supervised_step
+from nanomath.run import checkpoint
+from nanomath.run.guard import StopSignal, raise_together
+from nanomath.run.lock import RunInUse, RunLock, run_lock
+from nanomath.text.chat import use_template
+from nanomath.text.tokenizer import Tokenizer
+
+MAX_SKIPPED_STEPS = 10  # in a row, with a gradient that is not finite
+STEP_TIMEOUT_S = 900  # how long ranks wait for one another once the first step is done
+MAX_FAILED_SAVES = 3  # in a row; the run goes on in between, on the older checkpoints
+
+
+@contextmanager
+def open_run(cfg: RunConfig) -> Iterator[tuple[Dist, RunLock]]:
+    """Set up the processes and lock the run folder; clean up at the end.
+
+    Raises SystemExit with one line when the folder is in use.
+    """
+    with one_line_errors():
+        dist = setup(cfg.device, cfg.threads)
+    with raise_together(dist), ExitStack() as stack:
+        with one_line_errors():
+            lock = stack.enter_context(run_lock(cfg.run_dir, dist))
+        try:
+            yield dist, lock
+        except KeyboardInterrupt:
+            raise SystemExit(
+                f"interrupted: the same command continues {cfg.run_dir} from its last checkpoint"
+            ) from None
+
+
+def load_start(cfg: Any, dist: Dist) -> tuple[nn.Module, Tokenizer]:
+    """Return the model of --init, sharded, and its tokenizer with --chat_template set.
+
+    Raises ValueError where the folder holds no tokenizer.
+    """
+    model, tokenizer, _ = checkpoint.load_model(
+        cfg.init,
+        dist,
+        activation_checkpointing=cfg.activation_checkpointing,
+        compile=cfg.compile,
+    )
+    if tokenizer is None:
+        raise ValueError(f"--init {cfg.init} holds no tokenizer.json: texts cannot be encoded")
+    use_template(tokenizer, cfg.chat_template)
+    return model, tokenizer
+
+
+class Run:
+    """The state every trainer keeps beside its weights: step, seconds, skipped steps, logs."""
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        dist: Dist,
+        lock: RunLock,
+        modules: dict[str, nn.Module],  # "model", and what else a checkpoint must hold
+        optimizer: torch.optim.Optimizer,
+        tokenizer: Tokenizer | None,
+    ):
+        self.cfg, self.dist, self.lock = cfg, dist, lock
+        self.modules, self.optimizer, self.tokenizer = modules, optimizer, tokenizer
+        if dist.is_main:
+            lock_config(cfg, cfg.run_dir)  # not before set-up worked: a failed start binds nobody
+        barrier(dist)
+        state = checkpoint.load_latest(cfg.run_dir, modules=modules, optimizer=optimizer, dist=dist)
+        self.state: dict[str, Any] = state or {"step": 0, "seconds": 0.0, "skipped_in_a_row": 0}
+        self.failed_saves = 0
+        self.ends_with: str | None = None  # once set, the run ends with this line after its step
+        self._log = RunLog(
+            cfg.run_dir,
+            start_step=self.state["step"],
+            is_main=dist.is_main,
+            tensorboard=cfg.tensorboard,
+            wandb=to_json(cfg) if cfg.wandb else None,
+        )
+        self.samples = self._log.samples
+        self._shown: dict[str, str] = {}
+
+    def steps(self, num_steps: int, *, desc: str) -> Iterator[int]:
+        """Yield the steps still to do.
+
+        When the loop asks for the next step, this one is done: it is then saved, after each
+        interval, at the end, and when a signal or `ends_with` asks to stop, on all ranks alike.
+        """
+        first = self.state["step"]
+        if first >= num_steps:
+            self.say(f"{desc}: all {num_steps} steps are done ({self.cfg.run_dir})")
+            return
+        if first:
+            self.say(f"{desc}: continuing {self.cfg.run_dir} at step {first} of {num_steps}")
+        self.bar = progress(
+            total=num_steps, initial=first, desc=desc, unit="step", disable=not self.dist.is_main
+        )
+        # Warnings, such as those of rewards, go above the bar and not behind it.
+        with StopSignal() as signal, self.bar, logging_redirect_tqdm():
+            started = time.monotonic() - self.state["seconds"]
+            for step in range(first, num_steps):
+                yield step
+                self.bar.update()
+                if step == first:
+                    set_timeout(self.dist, STEP_TIMEOUT_S)
+                self.state.update(step=step + 1, seconds=time.monotonic() - started)
+                stop = signal.requested(self.dist) or self.ends_with is not None
+                if stop or step + 1 == num_steps or (step + 1) % self.cfg.checkpoint_interval == 0:
+                    self._save(must_succeed=stop or step + 1 == num_steps)
+                if stop and step + 1 < num_steps:
+                    if self.ends_with is not None:
+                        raise SystemExit(f"step {step}: {self.ends_with}")
+                    self.say(f"{desc}: stopped after step {step}; the same command continues")
+                    raise SystemExit(0)
+        self.say(f"{desc}: all {num_steps} steps are done ({self.cfg.run_dir})")
+
+    def log(
+        self,
+        step: int,
+        values: Mapping[str, float],
+        shown: tuple[str, ...] = (),
+        batch: tuple[str, Sequence[int]] = ("rows", ()),
+    ) -> None:
+        """Write one row of metrics, show some on the bar, and watch for skipped steps.
+
+        batch: what the step trained on, as a kind and numbers; a skipped step names it. Raises
+        SystemExit on all ranks after MAX_SKIPPED_STEPS in a row.
+        """
+        skipped = 0 if values.get("stepped", 1.0) else self.state["skipped_in_a_row"] + 1
+        self.state["skipped_in_a_row"] = skipped
+        kind, numbers = batch[0], [int(number) for number in batch[1]]
+        self._log.metrics(step, {**values, f"skipped_{kind}": numbers} if skipped else values)
+        self._shown |= {k: f"{values[k]:.4g}" for k in shown if k in values}
+        self.bar.set_postfix(self._shown, refresh=False)
+        if not skipped:
+            return
+        named = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+        text = f"step {step}: the gradient is not finite ({kind} {named})"
+        self.say(f"{text}: that update is skipped; all numbers in metrics.jsonl")
+        if skipped >= MAX_SKIPPED_STEPS:
+            raise SystemExit(f"{text}, {MAX_SKIPPED_STEPS} in a row: the run ends")
+
+    def _save(self, must_succeed: bool) -> None:
+        try:
+            checkpoint.agree(self._log.sync, self.dist)
+            checkpoint.save(
+                self.cfg.run_dir,
+                self.state["step"],
+                modules=self.modules,
+                optimizer=self.optimizer,
+                state=self.state,
+                model_cfg=self.modules["model"].cfg,
+                tokenizer=self.tokenizer,
+                dist=self.dist,
+                keep=self.cfg.keep_checkpoints,
+                lock=self.lock,
+            )
+            self.failed_saves = 0
+        except RunInUse as error:
+            raise SystemExit(str(error)) from None
+        except checkpoint.SaveFailed as error:
+            self.failed_saves += 1
+            self.say(f"warning: {error}")
+            if must_succeed or self.failed_saves >= MAX_FAILED_SAVES:
+                raise SystemExit(
+                    f"the run cannot be saved ({self.failed_saves} in a row failed): {error}"
+                ) from None
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar, once."""
+        if self.dist.is_main:
+            bar = getattr(self, "bar", None)
+            bar.write(text) if bar is not None else print(text, flush=True)
+
+    def close(self) -> None:
+        self._log.close()
+
+
+def supervised_update(run: Run, cfg: Any, step: int, batch: TrainBatch) -> dict[str, float]:
+    """Take a supervised step of a run at its schedule's rate; return what to log."""
+    lr = SCHEDULES[cfg.schedule](
+        step, num_steps=cfg.num_steps, peak=cfg.lr, warmup_steps=cfg.warmup_steps
+    )
+    metrics = supervised_step(
+        run.modules["model"],
+        run.optimizer,
+        batch,
+        lr=lr,
+        max_grad_norm=cfg.max_grad_norm,
+        micro_batch_size=cfg.micro_batch_size,
+        dist=run.dist,
+    )
+    return metrics | {"lr": lr}

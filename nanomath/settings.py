@@ -1,0 +1,228 @@
+"""The settings of train_grpo.py: each with its default, which is the paper's, and its presets.
+
+What a run costs by these names: nanomath/measure/plan.py. What the objective's settings change as formulas:
+the table in README.md.
+"""
+
+from dataclasses import dataclass
+
+from kernels.rows import KL_ESTIMATORS
+from nanomath.advantages import ADVANTAGES, LOSS_NORMS
+from nanomath.base.config import RunConfig, opt
+from nanomath.dist import Dist
+from nanomath.optim import SCHEDULES
+from nanomath.tasks import countdown
+from nanomath.text.chat import CHOICES
+
+
+@dataclass(frozen=True)
+class GRPOConfig(RunConfig):
+    run_dir: str = opt("runs/grpo", "folder of this run", may_change=True)
+    init: str = opt(
+        "runs/speedrun-cpu/sft",
+        "run folder, checkpoint or Hugging Face folder to start from",
+        may_change=True,
+    )
+    chat_template: str = opt(
+        "auto", "layout of a prompt, see chat.py; auto: as trained, else plain", choices=CHOICES
+    )
+    # Problems
+    problems: str | None = opt(
+        None,
+        "your own JSONL of question and answer, instead of Countdown; one in ten is held out; "
+        "needs --reward answer, or your own",
+    )
+    num_numbers: tuple[int, ...] = opt((3, 4), "numbers per Countdown problem", low=2, high=5)
+    max_number: int = opt(99, "largest given number", low=1)
+    max_target: int = opt(100, "largest target", low=1)
+    num_problems: int = opt(20_000, "training problems; of --problems, at most", low=1)
+    prompt_style: str = opt("short", "prompt wording", choices=countdown.STYLES)
+    # Algorithm 1
+    num_iterations: int = opt(1, "outer iterations I: reference <- policy at each", low=1)
+    num_steps: int = opt(144, "steps M per iteration (paper silent)", low=1)
+    batch_size: int = opt(16, "questions per step P over all ranks, Sec. 4.2: 1024 outputs", low=1)
+    group_size: int = opt(64, "outputs per question G, Sec. 4.2", low=2)
+    max_new_tokens: int = opt(1024, "tokens per output at most, Sec. 4.2", low=1)
+    temperature: float = opt(1.0, "sampling temperature (paper silent)", low=1e-3)
+    max_rows: int = opt(512, "outputs sampled at a time, per process", low=1, may_change=True)
+    cache_gb: float = opt(
+        0.0, "GB for keys and values, fewer rows if need be; 0: any", low=0.0, may_change=True
+    )
+    num_updates: int = opt(1, "passes mu over each batch, Sec. 4.2", low=1)
+    num_minibatches: int = opt(1, "optimizer steps per pass (paper silent)", low=1)
+    # Objective and optimizer
+    clip_eps: float = opt(0.2, "clip range eps of Eq. 3 (paper silent)", low=0.0)
+    clip_eps_high: float | None = opt(
+        None, "clip range above 1 (DAPO: 0.28); none: --clip_eps", low=0.0
+    )
+    kl_coef: float = opt(0.04, "weight beta of the KL to the reference, Sec. 4.2", low=0.0)
+    kl_estimator: str = opt("k3", "estimate of the KL; k3: Eq. 4", choices=KL_ESTIMATORS)
+    advantage: str = opt(
+        "std",
+        "reward less its group's mean; std: over its std, Sec. 4.1.2; leave_one_out: less the mean "
+        "of the others (RLOO)",
+        choices=ADVANTAGES,
+    )
+    loss_norm: str = opt(
+        "response",
+        "weight of a token; response: 1/|o_i|, Eq. 3; token: the same for all of a batch (DAPO); "
+        "constant: 1/--max_new_tokens (Dr. GRPO)",
+        choices=LOSS_NORMS,
+    )
+    mask_truncated: bool = opt(
+        False, "outputs without an end leave the loss, but not their group's mean, std and G"
+    )
+    drop_constant_groups: bool = opt(
+        False,
+        "groups of equal rewards leave the loss and P, instead of counting with advantage 0; no "
+        "other is drawn in their place",
+    )
+    lr: float = opt(1e-6, "learning rate, Sec. 4.2", low=0.0)
+    schedule: str = opt(
+        "constant", "learning rate over steps (paper silent)", choices=(*SCHEDULES,)
+    )
+    warmup_steps: int = opt(0, "steps of linear warm-up (paper silent)", low=0)
+    beta1: float = opt(0.9, "AdamW (paper silent: as in pretraining)", low=0.0, high=1.0)
+    beta2: float = opt(0.95, "AdamW (paper silent: as in pretraining)", low=0.0, high=1.0)
+    # Rewards
+    reward: tuple[str, ...] = opt(
+        ("format", "equation"),
+        "one or several, summed: format, equation, answer, my_file.py:my_function",
+    )
+    reward_weights: tuple[float, ...] = opt((), "a weight for each reward function; none: 1 each")
+    reward_seconds: float = opt(
+        10.0,
+        "time limit of a function of yours on one output; beyond it there is no reward",
+        low=0.1,
+        high=120.0,
+        may_change=True,
+    )
+    reward_workers: int = opt(
+        0,
+        "processes for functions of yours, per rank; 0: its share of the cores, at most 8",
+        low=0,
+        may_change=True,
+    )
+    # What is shown
+    eval_interval: int = opt(25, "steps between held-out evaluations", low=1)
+    num_eval_problems: int = opt(200, "problems of one held-out evaluation", low=1)
+    num_eval_samples: int = opt(
+        8, "samples K per held-out problem for Pass@K and Maj@K; 0: greedy answers only", low=0
+    )
+    eval_temperature: float = opt(0.7, "temperature of those samples, Sec. 5.2.2", low=1e-3)
+
+
+# GSM8K's training file, one question in ten held out. DEVIATION: Sec. 4.2 adds MATH's training set,
+# 144K questions in all. Rates, KL and batch are Sec. 4.2's, the defaults.
+_GSM8K = {"problems": "data/gsm8k_train.jsonl", "reward": ("answer",)}
+# From chat models, as in Sec. 4.2: they end their answers and box them before any training. What
+# the presets of real models need of a machine: nanomath/measure/plan.py, by the same names.
+_GSM8K_QWEN = {
+    **_GSM8K,
+    "chat_template": "chatml",
+    "max_new_tokens": 512,  # as verl's GSM8K runs of these models (docs/algo/baseline.md)
+    "num_steps": 417,  # once through the 6,676 questions
+}
+PRESETS = {
+    "gsm8k_qwen_0b5": {
+        **_GSM8K_QWEN,
+        "init": "models/Qwen2.5-0.5B-Instruct",
+        "micro_batch_size": 4,  # fits 24 GB
+    },
+    "gsm8k_qwen_1b5": {**_GSM8K_QWEN, "init": "models/Qwen2.5-1.5B-Instruct"},
+    "deepseekmath_7b": {  # Sec. 4.2 on 8 GPUs of 80 GB, or 16
+        **_GSM8K,
+        "init": "models/deepseek-math-7b-instruct",
+        "chat_template": "deepseekmath",
+        "activation_checkpointing": "full",
+        "cache_gb": 40.0,  # 78 of a GPU's 128 outputs at a time: all of them would take 65 GB
+    },
+    # The well-known Countdown run (philschmid.de/mini-deepseek-r1): 3 GPUs trained on one question
+    # each, 8 times per step, and a fourth sampled. Here all 4 do both.
+    "countdown_qwen_3b": {
+        "init": "models/Qwen2.5-3B-Instruct",
+        "chat_template": "chatml",
+        "num_numbers": (3, 4),
+        "prompt_style": "full",
+        "lr": 5e-7,
+        "schedule": "cosine",
+        "warmup_steps": 14,  # 3% of the steps
+        "num_steps": 450,
+        "kl_coef": 0.001,
+        "batch_size": 24,
+        "group_size": 8,
+        "max_new_tokens": 1024,
+        "micro_batch_size": 4,  # fits 80 GB
+    },
+    # DEVIATION: a small model takes a higher rate, fewer and shorter outputs; Countdown a smaller
+    # KL coefficient; preset cpu none, a lower temperature and no reward for the format.
+    "gpu": {
+        **countdown.RANGES["gpu"],
+        "max_new_tokens": 256,
+        "num_steps": 400,
+        "temperature": 0.7,  # this and the reward: as preset cpu
+        "reward": ("equation",),
+        "lr": 1e-4,
+        "kl_coef": 0.001,
+        "batch_size": 64,
+        "group_size": 32,
+        "micro_batch_size": 256,
+    },
+    "cpu": {
+        **countdown.RANGES["cpu"],
+        "num_problems": 10_000,
+        "max_new_tokens": 144,  # a search through nine attempts takes 131
+        "num_steps": 60,
+        # At 1 a small model slips in every other search; held-out samples are drawn so, too.
+        "temperature": 0.7,
+        # With a reward for the format alone, giving up pays more than being cut off.
+        "reward": ("equation",),
+        "lr": 1e-4,  # at 3e-4 it unlearns to calculate
+        "schedule": "cosine",
+        "warmup_steps": 5,
+        "beta2": 0.99,  # the gradient of 256 outputs is noisy
+        "kl_coef": 0.0,  # an exact judge cannot be fooled; no reference saves a sixth of the time
+        "batch_size": 32,
+        "group_size": 8,
+        "micro_batch_size": 32,  # stays in the cache: 128 takes 1.6 times as long
+        "checkpoint_interval": 20,
+        "eval_interval": 10,
+        "num_eval_samples": 4,
+    },
+    "smoke": {
+        **countdown.RANGES["smoke"],
+        "num_problems": 500,
+        "max_new_tokens": 96,
+        "num_steps": 6,
+        "lr": 3e-4,
+        "kl_coef": 0.001,
+        "batch_size": 4,
+        "group_size": 8,
+        "micro_batch_size": 32,
+        "checkpoint_interval": 3,
+        "eval_interval": 3,
+        "num_eval_problems": 50,
+    },
+}
+
+
+def loss_starts_at_0(cfg: GRPOConfig) -> bool:
+    """Tell whether every ratio is 1 and every question's weighted advantages sum to 0."""
+    is_one_update = cfg.num_updates * cfg.num_minibatches == 1
+    return is_one_update and cfg.loss_norm == "response" and not cfg.mask_truncated
+
+
+def check(cfg: GRPOConfig, dist: Dist) -> None:
+    """Refuse what would only fail in the middle of a step. Raises ValueError."""
+    if cfg.num_eval_samples == 1:
+        raise ValueError("--num_eval_samples is 1: give 0, or at least 2 for Pass@K and Maj@K")
+    if cfg.problems and "equation" in cfg.reward:
+        raise ValueError(
+            "--problems needs --reward answer, or one of your own: equation is Countdown's"
+        )
+    parts = cfg.num_minibatches * dist.world_size
+    if cfg.num_minibatches > 1 and cfg.batch_size % parts:
+        raise ValueError(
+            f"--batch_size {cfg.batch_size} must divide by --num_minibatches times the number of "
+            f"processes ({parts}): every optimizer step is a mean over equally many questions"
+        )

@@ -1,0 +1,343 @@
+"""Worker processes for the reward functions in users' files: one that fails costs one reward.
+
+The trainer holds `Workers`; each worker is this file run as a program, which never imports torch:
+
+    python -m nanomath.tasks.workers SECONDS PLACE my_file.py:my_function ...
+
+A request (which function, problem, completion) and its reply (reward or null, what failed or null)
+are one line of JSON each: nothing is unpickled. A function that raises or returns no number is
+caught in the worker. One that takes too long, or ends its process, costs the worker, which is
+replaced with whatever it had started itself. What functions print goes to the trainer's stderr,
+up to OUTPUT_BYTES a step.
+
+Workers outlive neither the trainer's end nor its death: an idle one sees its input end, and a busy
+one has a timer in C, which needs no lock of Python's, that writes where it hangs to the file
+descriptor PLACE and ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import faulthandler
+import importlib.util
+import inspect
+import json
+import os
+import re
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from nanomath.tasks import Problem
+
+RewardFunction = Callable[[Problem, str], float | None]
+Scored = tuple[float | None, str | None]  # a reward, or None and what failed (None: it declined)
+
+START_SECONDS = 300.0  # to load the files, which may load a model
+GRACE_SECONDS = 1.0  # beyond its limit, for a worker to end itself
+# For all completions of a step. Other ranks wait for this one: with a last start, and a completion
+# at --reward_seconds' bound, it is less than run.STEP_TIMEOUT_S.
+BATCH_SECONDS = 450.0
+OUTPUT_BYTES = 20_000
+LARGEST = 1e50  # of rewards and weights: squares of their sums are finite
+
+
+# --------------------------------------------------------------------------------- in the trainer
+
+
+class Workers:
+    """Processes that score completions by the functions of "/path/to/file.py:function" specs.
+
+    Raises ValueError where a file does not load or has no such function.
+    """
+
+    def __init__(self, specs: Sequence[str], *, num_workers: int, seconds: float):
+        self._specs, self._seconds = specs, seconds
+        # -u: prints show at once; -P: no file of the current folder hides a module.
+        program = [sys.executable, "-u", "-P", "-m", "nanomath.tasks.workers"]
+        self._command = [*program, str(seconds)]
+        self._places = [tempfile.TemporaryFile() for _ in range(num_workers)]
+        self._processes: list[asyncio.subprocess.Process | None] = [None] * num_workers
+        self._forwards: list[asyncio.Task | None] = [None] * num_workers
+        self._output_left = 0
+        self._runner: asyncio.Runner | None = asyncio.Runner()
+        errors = self._run(self._start_all())
+        if any(errors):
+            self.close()
+            raise ValueError(next(filter(None, errors)))
+
+    def score(self, tasks: Sequence[tuple[int, Problem, str]]) -> list[Scored]:
+        """Score (number of the function, problem, completion); which worker does so is no matter,
+        if functions depend on their arguments alone."""
+        return self._run(self._score(tasks))
+
+    def close(self) -> None:
+        """Kill the workers, and what they started."""
+        runner, self._runner = self._runner, None
+        if runner is not None:  # else Ctrl-C has closed them
+            with runner:
+                runner.run(self._end_all())
+            for place in self._places:
+                place.close()
+
+    def _run(self, work) -> Any:
+        try:
+            return self._runner.run(work)
+        except BaseException:  # Ctrl-C: replies are still on their way
+            self.close()
+            raise
+
+    async def _start_all(self) -> list[str | None]:
+        return await asyncio.gather(*map(self._start, range(len(self._processes))))
+
+    async def _end_all(self) -> None:
+        await asyncio.gather(*map(self._end, range(len(self._processes))))
+
+    async def _score(self, tasks: Sequence[tuple[int, Problem, str]]) -> list[Scored]:
+        results: list[Scored] = [(None, "no worker was left to score it")] * len(tasks)
+        pending = iter(enumerate(tasks))
+        give_up = time.monotonic() + BATCH_SECONDS
+        self._output_left = OUTPUT_BYTES
+        slots = range(len(self._processes))
+        await asyncio.gather(*(self._serve(slot, pending, results, give_up) for slot in slots))
+        return results
+
+    async def _serve(
+        self, slot: int, pending: Iterator, results: list[Scored], give_up: float
+    ) -> None:
+        """Let one worker take tasks until none is left; every worker does so at the same time."""
+        for index, (function, problem, completion) in pending:
+            if time.monotonic() > give_up:
+                results[index] = None, f"not scored: the step took {BATCH_SECONDS:.0f} s without it"
+                continue
+            if self._processes[slot] is None:
+                error = await self._start(slot)
+                if error:
+                    results[index] = None, error
+                    return
+            request = {
+                "function": function,
+                "problem": dataclasses.asdict(problem),
+                "completion": completion,
+            }
+            results[index] = await self._exchange(slot, request, self._seconds)
+
+    async def _start(self, slot: int) -> str | None:
+        """Start a worker; return why it cannot score, or None."""
+        root = str(Path(__file__).resolve().parent.parent)
+        environment = {
+            "OMP_NUM_THREADS": "1",  # many workers share the cores
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+            "PYTHONHASHSEED": "0",  # a set is in the same order in each of them
+        }
+        try:
+            self._places[slot].seek(0)
+            self._places[slot].truncate()
+            process = await asyncio.create_subprocess_exec(
+                *self._command,
+                str(self._places[slot].fileno()),
+                *self._specs,
+                pass_fds=(self._places[slot].fileno(),),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                start_new_session=True,  # no Ctrl-C of a terminal; one kill reaches its children
+                env=environment,
+            )
+        except OSError as error:  # no memory or process left
+            return f"no worker could be started: {error}"
+        self._processes[slot] = process
+        self._forwards[slot] = asyncio.create_task(self._forward(process.stderr))
+        _, error = await self._exchange(slot, None, START_SECONDS)
+        if error:
+            await self._end(slot)
+            return f"reward {', '.join(self._specs)} does not load: {error}"
+        return None
+
+    async def _exchange(self, slot: int, request: dict | None, seconds: float) -> Scored:
+        """Send a request and wait for the reply; without one, end the worker and say why."""
+        process = self._processes[slot]
+        start = time.monotonic()
+        with suppress(OSError, TimeoutError, ValueError):
+            async with asyncio.timeout(seconds + GRACE_SECONDS):
+                if request is not None:
+                    process.stdin.write(json.dumps(request).encode() + b"\n")
+                    await process.stdin.drain()
+                reward, failure = json.loads(await process.stdout.readline())
+                return reward, failure
+        late = time.monotonic() - start >= seconds
+        status = await self._end(slot, wait=0.0 if late else GRACE_SECONDS)
+        if late:
+            return None, f"it took more than {seconds:g} s{self._where(slot)}"
+        is_signal = status is not None and status < 0
+        ended = signal.strsignal(-status) if is_signal else f"exit status {status}"
+        return None, f"it ended its process ({ended})"
+
+    def _where(self, slot: int) -> str:
+        """Return which line of a user's file a worker hung in, as far as it could say."""
+        files = {spec.rpartition(":")[0] for spec in self._specs}
+        text = os.pread(self._places[slot].fileno(), 65536, 0).decode(errors="replace")
+        places = re.findall(r'File "(.*)", line (\d+)', text)  # the innermost call first
+        return next((_place(file, line) for file, line in places if file in files), "")
+
+    async def _end(self, slot: int, wait: float = 0.0) -> int | None:
+        """Kill a worker that has not ended by itself after `wait` seconds; return its status."""
+        process, self._processes[slot] = self._processes[slot], None
+        if process is None:
+            return None
+        await _until_ended(process, wait)
+        with suppress(ProcessLookupError):  # its session too: what its functions started
+            os.killpg(process.pid, signal.SIGKILL)
+        await _until_ended(process, 5.0)
+        await asyncio.wait([self._forwards[slot]], timeout=0.5)  # its last words
+        self._forwards[slot].cancel()
+        return process.returncode
+
+    async def _forward(self, stream: asyncio.StreamReader) -> None:
+        """Pass on what functions print, until it has been too much; go on reading."""
+        while chunk := await stream.read(65536):
+            if self._output_left > 0:
+                text = chunk[: self._output_left].decode(errors="replace")
+                self._output_left -= len(chunk)
+                if self._output_left <= 0:
+                    text += "\n(what else reward functions print in this step is not shown)\n"
+                with suppress(OSError, ValueError):  # nobody listens any more
+                    sys.stderr.write(text)
+
+
+async def _until_ended(process: asyncio.subprocess.Process, seconds: float) -> None:
+    give_up = time.monotonic() + seconds
+    while process.returncode is None and time.monotonic() < give_up:
+        await asyncio.sleep(0.01)  # not wait(): it may wait for whoever else holds the pipes
+
+
+def default_num_workers() -> int:
+    """Return the cores of this process, shared by the ranks of its machine: 1 to 8."""
+    is_linux = hasattr(os, "sched_getaffinity")
+    num_cores = len(os.sched_getaffinity(0)) if is_linux else os.cpu_count() or 1
+    return min(8, max(1, num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+# ---------------------------------------------------------------------------------- in the worker
+
+
+def main() -> None:
+    """Answer requests until the input ends."""
+    seconds, place, specs = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    requests, replies = _take_pipes()
+    pid = os.getpid()
+    _prepare_process()
+    faulthandler.dump_traceback_later(START_SECONDS, exit=True, file=place)
+    functions, error = [], None
+    try:
+        functions = [load_function(spec) for spec in specs]
+    except ValueError as problem:
+        error = str(problem)
+    faulthandler.cancel_dump_traceback_later()
+    replies.write(json.dumps([None, error]) + "\n")
+    replies.flush()
+    for line in requests:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=place)
+        request = json.loads(line)
+        function, problem = functions[request["function"]], Problem(**request["problem"])
+        try:
+            reply = score_one(function, problem, request["completion"])
+        except BaseException as error:  # sys.exit
+            reply = None, _one_line(error)
+        if os.getpid() != pid:
+            os._exit(0)  # a child that the function forked has come back here, without the timer
+        faulthandler.cancel_dump_traceback_later()
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+    os._exit(0)  # whatever threads the functions have left
+
+
+def _take_pipes():
+    """Return the pipes of requests and replies, and leave functions an empty stdin and stderr."""
+    requests = os.fdopen(os.dup(0), encoding="ascii")
+    replies = os.fdopen(os.dup(1), "w", encoding="ascii")
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(2, 1)
+    os.register_at_fork(after_in_child=lambda: (os.close(requests.fileno()), replies.detach()))
+    return requests, replies
+
+
+def _prepare_process() -> None:
+    # A scheduler's warning goes to every process; handlers, unlike SIG_IGN, are not inherited.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: None)
+    faulthandler.enable()  # a segfault prints where
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    with suppress(OSError):  # when memory runs out, Linux ends a worker before the trainer
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def load_function(spec: str) -> RewardFunction:
+    """Return the function of "path/to/file.py:function"; the file is run once, and may import what
+    lies beside it. Raises ValueError."""
+    file, _, name = spec.rpartition(":")
+    if file not in sys.modules:
+        module_spec = importlib.util.spec_from_file_location(file, file)
+        module = importlib.util.module_from_spec(module_spec)
+        sys.modules[file] = module  # dataclasses look there
+        sys.path.insert(0, str(Path(file).parent))
+        try:
+            module_spec.loader.exec_module(module)
+        except BaseException as error:
+            raise ValueError(_one_line(error)) from error
+    function = getattr(sys.modules[file], name, None)
+    if not callable(function):
+        functions = [key for key, value in vars(sys.modules[file]).items() if callable(value)]
+        raise ValueError(f"{file} has no function {name!r}; it has {', '.join(functions)}")
+    try:
+        inspect.signature(function).bind(None, "")
+    except TypeError as error:
+        raise ValueError(f"{name} is called with (problem, completion): {error}") from error
+    return function
+
+
+def score_one(function: RewardFunction, problem: Problem, completion: str) -> Scored:
+    """Return (reward, None), (None, None) where the function declines, or (None, what failed)."""
+    try:
+        reward = function(problem, completion)
+        if reward is None:
+            return None, None
+        if isinstance(reward, str | bytes):  # float() would read them
+            raise TypeError(f"a reward must be a number, not {type(reward).__name__}")
+        value = float(reward)
+    except Exception as error:  # whatever a user's function does must not end a run of hours
+        return None, _one_line(error)
+    if not abs(value) <= LARGEST:
+        return None, f"it returned {value}, not a number within {LARGEST:g}"
+    return value, None
+
+
+def _one_line(error: BaseException) -> str:
+    """Describe an error and the last line of a user's file that it came through; it may quote the
+    model's text, which must not drive a terminal."""
+    try:
+        text = str(error)
+    except BaseException:
+        text = "(an error without a text)"
+    tb = traceback.walk_tb(error.__traceback__)
+    lines = [(f.f_code.co_filename, n) for f, n in tb if f.f_code.co_filename in sys.modules]
+    text = f"{type(error).__name__}: {text}"[:300] + (_place(*lines[-1]) if lines else "")
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def _place(file: str, line: int | str) -> str:
+    return f" ({Path(file).name}, line {line})"
+
+
+if __name__ == "__main__":
+    main()

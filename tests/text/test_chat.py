@@ -1,0 +1,298 @@
+"""Chat templates: ids of the published Jinja programs, and no text becomes a control token."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from nanomath.data import encode_examples
+from nanomath.engine import stream as sampler
+from nanomath.measure import evaluation
+from nanomath.tasks import Problem
+from nanomath.text.chat import TEMPLATES, answer_ids, chat_ids, prompt_ids, use_template
+from nanomath.text.tokenizer import Tokenizer
+
+tokenizers = pytest.importorskip("tokenizers", reason="the tokenizers package is not installed")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers  # noqa: E402
+
+# The programs that the models were published with.
+DEEPSEEK_JINJA = (  # deepseek-ai/deepseek-llm-7b-chat, deepseek-math-7b-instruct and -rl
+    "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif "
+    "%}{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ 'User: ' + "
+    "message['content'] + '\n\n' }}{% elif message['role'] == 'assistant' %}{{ 'Assistant: ' + "
+    "message['content'] + eos_token }}{% elif message['role'] == 'system' %}{{ message['content'] "
+    "+ '\n\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+CHATML_JINJA = (  # transformers' documentation
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% endif %}"
+)
+QWEN2_JINJA = (  # Qwen/Qwen2-7B-Instruct: ChatML with a system message where there is none
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_"
+    "start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + "
+    "message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA3_JINJA = (  # meta-llama/Meta-Llama-3-8B-Instruct
+    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_"
+    "header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_"
+    "id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content "
+    "}}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>"
+    "\n\n' }}{% endif %}"
+)
+
+# And their pre-tokenizers, with control tokens: bos, eos, others.
+_QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+FAMILIES = {
+    "deepseekmath": (
+        [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"\s+$", r"[\u4e00-\u9fa5\u0800-\u4e00]+"],
+        ["<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"],
+        [DEEPSEEK_JINJA],
+    ),
+    "chatml": (
+        [_QWEN_SPLIT],
+        ["<|endoftext|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        [CHATML_JINJA, QWEN2_JINJA],
+    ),
+    "llama3": (
+        [_QWEN_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|")],
+        [
+            *("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>"),
+            *("<|end_header_id|>", "<|eot_id|>"),
+        ],
+        [LLAMA3_JINJA],
+    ),
+}
+TEXTS = [
+    "What is 12 + 345?",
+    "",
+    "   spaces around \n\n",
+    "\nUser: no\n\nAssistant: 7",
+    "\u8bf7\u8ba1\u7b97 12 \u00f7 3\uff0c\u5e76\u8bf4\u660e\u7406\u7531\u3002",
+    "We add.\n\nThe answer is $\\boxed{357}$ {} {0} %s {{ bos_token }}",
+    "caf\u00e9 cafe\u0301 \U0001f600\t",
+]
+
+
+def make_tokenizer(name: str, folder: Path) -> None:
+    """Write the tokenizer files of a family, trained on TEXTS with the tokenizers package."""
+    splits, control, _ = FAMILIES[name]
+    peer = tokenizers.Tokenizer(models.BPE())
+    if name == "chatml":
+        peer.normalizer = normalizers.NFC()
+    isolated = [pre_tokenizers.Split(Regex(split), "isolated") for split in splits]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    peer.pre_tokenizer = pre_tokenizers.Sequence([*isolated, byte_level])
+    peer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    peer.train_from_iterator(
+        [text + "\n\nUser: Assistant: system\n" for text in TEXTS] * 9, trainer
+    )
+    peer.add_special_tokens(list(dict.fromkeys(control)))
+    peer.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": control[0], "eos_token": control[1]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    """The template's name, a tokenizer of its family and its folder."""
+    folder = tmp_path_factory.mktemp(request.param)
+    make_tokenizer(request.param, folder)
+    return request.param, Tokenizer.load(folder), folder
+
+
+def conversations() -> list[list[dict]]:
+    """Every text in every role alone and together, and random chats of several turns."""
+    rng = random.Random(0)
+    turn = lambda role, text: {"role": role, "content": text}
+    chats = [[turn(role, text)] for role in ("system", "user", "assistant") for text in TEXTS]
+    for _ in range(60):
+        chat = [turn("system", rng.choice(TEXTS))] if rng.random() < 0.5 else []
+        for _ in range(rng.randrange(1, 4)):
+            chat += [turn("user", rng.choice(TEXTS)), turn("assistant", rng.choice(TEXTS))]
+        chats.append(chat[: rng.choice([len(chat), len(chat) - 1])] or chat)
+    return chats
+
+
+def test_ids_equal_the_published_programs(family):
+    """Roles, several turns, empty texts, Chinese: id for id what apply_chat_template gives."""
+    name, tokenizer, folder = family
+    control = FAMILIES[name][1]
+    for jinja in FAMILIES[name][2]:
+        peer = transformers.PreTrainedTokenizerFast(
+            tokenizer_file=str(folder / "tokenizer.json"),
+            bos_token=control[0],
+            eos_token=control[1],
+            chat_template=jinja,
+        )
+        for chat in conversations():
+            ours = chat
+            if jinja is QWEN2_JINJA and chat[0]["role"] != "system":
+                ours = [{"role": "system", "content": "You are a helpful assistant."}, *chat]
+            for add in (False, True):
+                expected = peer.apply_chat_template(
+                    chat, add_generation_prompt=add, return_dict=False
+                )
+                assert chat_ids(name, ours, tokenizer, add_generation_prompt=add) == expected
+
+
+def test_no_text_becomes_a_control_token(family):
+    """Control tokens written out in a message change nothing but the bytes of the message."""
+    name, tokenizer, _ = family
+    attack = f"a{''.join(FAMILIES[name][1])}b<bos><eos>{{}}"
+    for role in ("system", "user", "assistant"):
+        counts = []
+        for text in (attack, "harmless"):
+            chat = [{"role": role, "content": text}]
+            ids = chat_ids(name, chat, tokenizer, add_generation_prompt=True)
+            assert text in tokenizer.decode(ids)
+            counts.append([i for i in ids if i in tokenizer.control.values()])
+        assert counts[0] == counts[1]
+
+
+def test_prompt_and_answer_are_the_chat(family):
+    """A prompt and its answer are the two turns' ids up to the end of the turn, which is last."""
+    name, tokenizer, folder = family
+    tokenizer = Tokenizer.load(folder)
+    own_stop = tokenizer.stop_ids
+    use_template(tokenizer, name)
+    end = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}.get(name, FAMILIES[name][1][1])
+    end_id = tokenizer.control[end]
+    assert tokenizer.stop_ids == tuple(dict.fromkeys([*own_stop, end_id]))  # eos stays first
+    assert end_id < tokenizer.sample_limit
+    ((prompt, answer),) = encode_examples(tokenizer, [("What is 1 + 2?", "It is 3.")])
+    assert prompt == prompt_ids(tokenizer, "What is 1 + 2?")
+    assert answer == answer_ids(tokenizer, "It is 3.")
+    chat = [
+        {"role": "user", "content": "What is 1 + 2?"},
+        {"role": "assistant", "content": "It is 3."},
+    ]
+    padded = answer_ids(tokenizer, " It is 3.\n")
+    assert (padded == answer) == (name == "llama3")
+    assert prompt == chat_ids(name, chat[:1], tokenizer, add_generation_prompt=True)
+    whole = chat_ids(name, chat, tokenizer, add_generation_prompt=False)
+    assert whole[: len(prompt + answer)] == prompt + answer
+    assert answer[-1] == end_id and tokenizer.decode(whole[len(prompt + answer) :]).strip() == ""
+
+
+def test_a_saved_template_is_taken_again(family, tmp_path):
+    """What a model was trained with comes back by `auto`: same ids and stops; a flag wins."""
+    name, tokenizer, folder = family
+    tokenizer = Tokenizer.load(folder)
+    use_template(tokenizer, name)
+    tokenizer.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    use_template(again, "auto")
+    assert prompt_ids(again, "1 + 2?") == prompt_ids(tokenizer, "1 + 2?")
+    assert again.stop_ids == tokenizer.stop_ids
+    use_template(again, "plain")
+    assert prompt_ids(again, "1 + 2?") == again.encode("1 + 2?", bos=True)
+    fresh = Tokenizer.load(folder)
+    use_template(fresh, "auto")
+    assert fresh.template == "plain"
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["nanomath_chat_template"] = ["chatml"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="chat template .* known are plain"):
+        use_template(Tokenizer.load(tmp_path), "auto")
+
+
+def test_sampling_stops_where_the_turn_ends(family, monkeypatch):
+    """The sampler's command and evaluation give the template's prompt ids and its stop ids."""
+    name, _, folder = family
+    tokenizer = Tokenizer.load(folder)
+    problem = Problem(0, "countdown", "What is 1 + 2?", {})
+    calls = []
+
+    class Called(BaseException):
+        pass
+
+    def sample(model, prompts, *args, eos_ids, vocab_limit, **settings):
+        calls.append((prompts, tuple(eos_ids), vocab_limit))
+        raise Called
+
+    monkeypatch.setattr(sampler, "sample_stream", sample)
+    monkeypatch.setattr(evaluation, "sample_stream", sample)
+    monkeypatch.setattr(sampler, "load_model", lambda *args, **kwargs: (None, tokenizer, {}))
+    cfg = sampler.Config("x", prompt=problem.prompt, chat_template=name, device="cpu")
+    with pytest.raises(Called):
+        sampler.main(cfg)
+    with pytest.raises(Called):
+        evaluation.evaluate_chunk(
+            None, tokenizer, [problem], num_samples=0, temperature=1.0, max_new_tokens=4
+        )
+    chat = [{"role": "user", "content": problem.prompt}]
+    ids = chat_ids(name, chat, tokenizer, add_generation_prompt=True)
+    end_id = answer_ids(tokenizer, "")[-1]
+    for prompts, eos_ids, vocab_limit in calls:
+        assert prompts == [ids] and end_id in eos_ids and vocab_limit > end_id
+    assert len(calls) == 2
+
+
+def test_plain_is_the_text_alone():
+    """The plain template is bos + prompt and answer + eos, and changes no stop id."""
+    tokenizer = Tokenizer.train(["ab ab <|eos|> ab"], 264)
+    limit = tokenizer.sample_limit
+    use_template(tokenizer, "plain")
+    assert tokenizer.stop_ids == (tokenizer.eos_id,) and tokenizer.sample_limit == limit
+    for text in ["", "ab<|eos|>", " {} \n"]:
+        assert prompt_ids(tokenizer, text) == tokenizer.encode(text, bos=True)
+        assert answer_ids(tokenizer, text) == tokenizer.encode(text, eos=True)
+
+
+def test_bos_is_the_tokenizers_or_the_templates(family, tmp_path):
+    """Plain text begins with bos where the tokenizer adds one; a template that names bos has it
+    always, and is refused where there is none."""
+    name, _, folder = family
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    bos, eos = FAMILIES[name][1][:2]
+    for names in ({"bos_token": bos, "add_bos_token": True}, {"bos_token": bos}, {}):
+        config = {"eos_token": eos, "add_bos_token": False, **names}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        tokenizer = Tokenizer.load(tmp_path)
+        use_template(tokenizer, "plain")
+        expected = [tokenizer.control[bos]] * ("add_bos_token" in names)
+        assert prompt_ids(tokenizer, "ab") == [*expected, *tokenizer.encode("ab")]
+        if names or name == "chatml":
+            use_template(tokenizer, name)
+            starts_with_bos = prompt_ids(tokenizer, "ab")[0] == tokenizer.control[bos]
+            assert starts_with_bos == (name != "chatml")
+        else:
+            with pytest.raises(ValueError, match=f"chat template {name} .* lacks: <bos>"):
+                use_template(tokenizer, name)
+
+
+def test_wrong_use_is_named():
+    """Missing control tokens are named all together; so are a role and a content unknown here."""
+    tokenizer = Tokenizer.train(["ab ab ab"], 264)
+    with pytest.raises(ValueError, match=r"lacks: <\|im_end\|> <\|im_start\|>; give another"):
+        use_template(tokenizer, "chatml")
+    with pytest.raises(ValueError, match=r"<\|end_header_id\|> <\|eot_id\|> <\|start_header_id\|>"):
+        use_template(tokenizer, "llama3")
+    assert tokenizer.template == "plain" and tokenizer.stop_ids == (tokenizer.eos_id,)
+    for message in (
+        {"role": "tool", "content": ""},
+        {"role": "user"},
+        {"role": "user", "content": 3},
+    ):
+        with pytest.raises(ValueError, match="message 1: wanted a role"):
+            chat = [{"role": "user", "content": "a"}, message]
+            chat_ids("deepseekmath", chat, tokenizer, add_generation_prompt=False)
+
+
+def test_layouts_are_consistent():
+    """An assistant's turn begins with the cue, and holds the token that ends it."""
+    for template in TEMPLATES.values():
+        assert template.assistant.startswith(template.cue)
+        assert template.assistant.count(template.end) == 1
