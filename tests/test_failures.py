@@ -1,8 +1,8 @@
 """Runs that nothing can spoil: kills, disk errors and signals at every moment of a small real run.
 
-Each run here goes through nanomath.run.loop, as the trainers do, on a model of 3,000 weights. A fault is
-one moment of one call that touches the disk: before it, half-way through a write, or after it.
-Several processes: this file run as a script (`worker_*`), see nanomath/test_dist.py.
+Each run here goes through nanomath.run.loop, as the trainers do, on a model of 3,000 weights. A
+fault is one moment of one call that touches the disk: before it, half-way through a write, or after
+it. Several processes: this file run as a script (`worker_*`), see nanomath/test_dist.py.
 """
 
 import errno

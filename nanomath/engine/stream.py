@@ -1,8 +1,8 @@
 """The group sampler: G samples from each of P prompts, with the log-probability of every token.
 
 A prompt is run once and its keys and values are held once for its whole group (cache.py); each step
-then feeds one token per row (scheduler.py) and draws the next (draw.py). Rows that have ended leave,
-waiting samples take their places, and the batch steps down through a few sizes when none is
+then feeds one token per row (scheduler.py) and draws the next (draw.py). Rows that have ended
+leave, waiting samples take their places, and the batch steps down through a few sizes when none is
 waiting. A token's randomness is a hash of (seed, step, prompt id, sample index, position): a sample
 does not depend on its neighbours, on the batch layout or on the number of processes. This file
 never scores a given text; the losses do that. Look at samples from a checkpoint:

@@ -1,8 +1,8 @@
 """Table 1 in small: does the recalled corpus beat its seed, and both beat random pages?
 
     bash speedrun.sh --preset cpu --table1                    every step, the trainings included
-    python nanomath/measure/table1.py --run_dir RUN --write pages     three files of pages to train on
-    python nanomath/measure/table1.py --run_dir RUN --write table     table1.md and table1.json
+    python -m nanomath.measure.table1 --run_dir RUN --write pages     three files to train on
+    python -m nanomath.measure.table1 --run_dir RUN --write table     table1.md and table1.json
 
 speedrun.sh pretrains the same model on each file (as many tokens, same tokenizer, same seed) and
 tunes each on the same solutions. So that nothing differs but which pages were chosen,

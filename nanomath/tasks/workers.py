@@ -132,7 +132,7 @@ class Workers:
 
     async def _start(self, slot: int) -> str | None:
         """Start a worker; return why it cannot score, or None."""
-        root = str(Path(__file__).resolve().parent.parent)
+        root = str(Path(__file__).resolve().parents[2])
         environment = {
             "OMP_NUM_THREADS": "1",  # many workers share the cores
             **os.environ,
