@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from nanomath import sampler
 from nanomath.advantages import outcome_advantages, output_weights
 from nanomath.base.config import one_line_errors, parse
 from nanomath.data import epoch_order
@@ -28,7 +29,7 @@ from nanomath.dist import (
     make_replica,
     refresh_replica,
 )
-from nanomath.engine.stream import Rollouts, sample_groups, sample_stream
+from nanomath.engine.stream import sample_groups, sample_stream
 from nanomath.grpo import (
     Objective,
     RolloutBatch,
@@ -40,6 +41,7 @@ from nanomath.grpo import (
 from nanomath.model import Transformer
 from nanomath.optim import SCHEDULES, make_adamw
 from nanomath.rewards import Rewards
+from nanomath.rollouts import Rollouts
 from nanomath.run.checkpoint import load_model
 from nanomath.run.lock import RunLock
 from nanomath.run.loop import Run, load_start, open_run
@@ -185,18 +187,19 @@ def sample(
     dist: Dist,
 ) -> Rollouts:
     """Sample G outputs of each prompt (Alg. 1 l.7); places: where in the batch the prompts are."""
-    return sample_groups(
-        model,
-        prompts,
-        cfg.group_size,
-        eos_ids=tokenizer.stop_ids,
-        temperature=cfg.temperature,
-        seed=cfg.seed,
-        step=step,
-        prompt_ids=places,  # a question drawn twice makes two groups, not one group twice
-        vocab_limit=tokenizer.sample_limit,
-        **sampler_settings(cfg, dist),
-    )
+    how = {
+        "eos_ids": tokenizer.stop_ids,
+        "temperature": cfg.temperature,
+        "seed": cfg.seed,
+        "step": step,
+        "prompt_ids": places,  # a question drawn twice makes two groups, not one group twice
+        "vocab_limit": tokenizer.sample_limit,
+    }
+    if cfg.sampler == "plain":
+        how["max_new_tokens"] = cfg.max_new_tokens
+        return sampler.sample_groups(model, prompts, cfg.group_size, **how)
+    how |= sampler_settings(cfg, dist)
+    return sample_groups(model, prompts, cfg.group_size, **how)
 
 
 def judge(

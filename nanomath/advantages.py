@@ -8,7 +8,7 @@ anything is split, so that micro-batch size and world size never change the upda
 import torch
 
 from nanomath.dist import Dist, all_reduce_sum
-from nanomath.engine.stream import Rollouts
+from nanomath.rollouts import Rollouts
 
 ADVANTAGES = ("std", "mean", "leave_one_out")
 LOSS_NORMS = ("response", "token", "constant")

@@ -27,8 +27,8 @@ from kernels import (
     linear_token_logprobs,
 )
 from nanomath.dist import Dist, all_reduce_max, all_reduce_sum, reshard
-from nanomath.engine.stream import Rollouts
 from nanomath.optim import accumulate_gradients, optimizer_step, split_rows
+from nanomath.rollouts import Rollouts
 
 
 @dataclass

@@ -4,26 +4,33 @@ Pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU; Qwen2's bia
 and values and Qwen3's norm of queries and keys are switches. The order of the file is the order of
 a forward pass: configuration, norm, rotary, attention, feed-forward, block, Transformer. Parameter
 names map one to one to Llama's. What this file leaves to others: sharding (dist.py applies it from
-outside), losses (kernels, as `head_fn`), keys and values kept while sampling (cache.py, whose cache
-is passed in), choosing tokens (stream.py), reading weights (checkpoint.py, hf.py).
+outside), losses (kernels, as `head_fn`), keys and values kept while sampling (a `Cache`, passed
+in), choosing tokens (draw.py), reading weights (run/load.py). Next: sampler.py.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from nanomath.engine.cache import GroupCache
 
-SMALL_WEIGHT = 2**17  # numbers; on a CPU a product with a smaller one gains nothing from packing
+class Cache(Protocol):
+    """What a pass asks of the keys and values of earlier tokens: sampler.py has the plain one,
+    engine/cache.py the fast one."""
+
+    def positions(self, num_rows: int, num_tokens: int) -> Tensor:
+        """Return the positions [B, T] of the tokens of this pass."""
+
+    def attend(
+        self, layer: int, query_BTHE: Tensor, key_BTKE: Tensor, value_BTKE: Tensor
+    ) -> Tensor:
+        """Store the keys and values of `layer`; return the attention [B, T, H, E] to all it has."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +160,36 @@ def rotate(x_BTHE: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return x_BTHE * cos + x_BTHE.roll(x_BTHE.shape[-1] // 2, -1) * signed_sin
 
 
+def visible(query_position: Tensor, key_position: Tensor) -> Tensor:
+    """Who sees whom: a token sees itself and what came before it. Positions broadcast; bool.
+
+    The one place that says so: a full pass, packed segments, the plain sampler and the engine all
+    ask here. A sliding window is one more condition, `& (query_position - key_position < window)`,
+    and IS_CAUSAL = False.
+    """
+    return key_position <= query_position
+
+
+# True lets a full pass skip the mask: `visible` then is what SDPA itself calls causal, at half the
+# time. Set it to False with every change of `visible`.
+IS_CAUSAL = True
+
+
+def attention_mask(visible_BTS: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what is added to the scores, [B, 1, T, S]: 0 where a token is seen, else -inf.
+
+    A mask of numbers, made once a pass: from bools each layer would make, and keep, its own.
+    """
+    mask = torch.zeros_like(visible_BTS, dtype=dtype)
+    return mask.masked_fill_(~visible_BTS, float("-inf"))[:, None]
+
+
 def attend(query_BTHE: Tensor, key_BTKE: Tensor, value_BTKE: Tensor, mask: Tensor | None) -> Tensor:
-    """Causal attention, [B, T, H, E]; `mask` (0 sees, -inf not; [B, 1, T, T]) replaces causal."""
+    """Attention, [B, T, H, E], under a mask from `attention_mask`; None: of T tokens in order."""
+    if mask is None and not IS_CAUSAL:
+        place_T = torch.arange(query_BTHE.shape[1], device=query_BTHE.device)
+        seen_1TT = visible(place_T[:, None], place_T)[None]
+        mask = attention_mask(seen_1TT, query_BTHE.dtype)
     out_BHTE = F.scaled_dot_product_attention(
         query_BTHE.transpose(1, 2),
         key_BTKE.transpose(1, 2),
@@ -184,7 +219,7 @@ class Attention(nn.Module):
         x_BTD: Tensor,
         rope: tuple[Tensor, Tensor],
         mask: Tensor | None,
-        cache: GroupCache | None,
+        cache: Cache | None,
     ) -> Tensor:
         query_BTHE = self.q_proj(x_BTD).unflatten(-1, (-1, self.head_size))
         key_BTKE = self.k_proj(x_BTD).unflatten(-1, (-1, self.head_size))
@@ -256,7 +291,7 @@ class Transformer(nn.Module):
         head_fn: Callable[[Tensor, Tensor], object] | None = None,
         segments_BT: Tensor | None = None,
         positions_BT: Tensor | None = None,
-        cache: GroupCache | None = None,
+        cache: Cache | None = None,
     ):
         """Return logits [B, T, V], or what `head_fn(hidden_BTD, head_VD)` returns.
 
@@ -280,10 +315,10 @@ class Transformer(nn.Module):
         hidden_BTD = self.embedding(tokens_BT)
         mask = None
         if segments_BT is not None:
-            same = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
-            # A mask of numbers, made once: from bools each layer would make, and keep, its own.
-            mask = torch.zeros_like(same, dtype=hidden_BTD.dtype)
-            mask.masked_fill_(~same.tril(), float("-inf"))
+            place_T = torch.arange(num_tokens, device=tokens_BT.device)
+            same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
+            seen_BTT = same_BTT & visible(place_T[:, None], place_T)
+            mask = attention_mask(seen_BTT, hidden_BTD.dtype)
         rope = rotary_table(self.cfg, positions_BT, hidden_BTD.dtype)
         for block in self.blocks:
             hidden_BTD = block(hidden_BTD, rope, mask, cache)
@@ -291,30 +326,3 @@ class Transformer(nn.Module):
         if head_fn is None:
             return self.head(hidden_BTD)
         return head_fn(hidden_BTD, self.head.weight)
-
-
-class PackedLinear(nn.Module):
-    """A Linear whose weight oneDNN has laid out for its own products; without gradients."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        weight = linear.weight.detach()
-        self.bias, self.weight = linear.bias, torch.ops.mkldnn._reorder_linear_weight(weight, 128)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-def packed(model: Transformer) -> Transformer:
-    """Return the model; in fp32 on a CPU a twin that holds the large weights again, repacked."""
-    weight = model.embedding.weight
-    if weight.is_cuda or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-        return model
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    large = {name: m for name, m in linears.items() if m.weight.numel() > SMALL_WEIGHT}
-    if not large:
-        return model
-    twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    for name, linear in large.items():
-        twin.set_submodule(name, PackedLinear(linear))
-    return twin

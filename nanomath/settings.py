@@ -44,6 +44,12 @@ class GRPOConfig(RunConfig):
     group_size: int = opt(64, "outputs per question G, Sec. 4.2", low=2)
     max_new_tokens: int = opt(1024, "tokens per output at most, Sec. 4.2", low=1)
     temperature: float = opt(1.0, "sampling temperature (paper silent)", low=1e-3)
+    sampler: str = opt(
+        "engine",
+        "what draws the outputs: engine, or plain (sampler.py: the same tokens, a group at a time)",
+        choices=("engine", "plain"),
+        may_change=True,
+    )
     max_rows: int = opt(512, "outputs sampled at a time, per process", low=1, may_change=True)
     cache_gb: float = opt(
         0.0, "GB for keys and values, fewer rows if need be; 0: any", low=0.0, may_change=True

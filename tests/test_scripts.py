@@ -21,7 +21,7 @@ import torch
 import train_grpo
 import train_pretrain
 import train_sft
-from nanomath import activations, optim
+from nanomath import activations, algorithm1, optim
 from nanomath.base.config import parse
 from nanomath.base.log import read_metrics
 from nanomath.data import PackedExamples, TokenShards, epoch_order, write_shards
@@ -146,10 +146,11 @@ def test_run_folder_in_use_and_with_other_settings_is_refused(tmp_path, start, m
 # ------------------------------------------------------------------------------- Algorithm 1
 
 
-def plain_algorithm_1(cfg, start_dir, reward) -> torch.Tensor:
-    """Algorithm 1 as a plain loop over the reference loss, one row at a time: final weights.
+def plain_loop(cfg, start_dir, reward) -> torch.Tensor:
+    """Train with minibatches, a schedule and clipped gradients in a plain loop: final weights.
 
-    With loss_norm token: the other objective that is tested, whatever its flags' values.
+    algorithm1.py has none of these. With loss_norm token: the other objective that is tested,
+    whatever its flags' values.
     """
     is_paper = cfg.loss_norm == "response"
     policy, tokenizer, _ = checkpoint.load_model(start_dir, device="cpu")
@@ -245,8 +246,56 @@ OTHER_OBJECTIVE = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("sampler", ["engine", "plain"])
+def test_train_grpo_is_algorithm_1(tmp_path, tokenizer, monkeypatch, sampler):
+    """The weights equal nanomath/algorithm1.py's: two iterations of two steps, mu = 2, clipping."""
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.stop_ids = (*tokenizer.stop_ids, *range(0, 250, 6))  # so that some outputs end
+    start = save_start(tmp_path / "start", tokenizer, torch.float64)
+    argv = [
+        *SMALL_GRPO, "--num_iterations", "2", "--num_steps", "2", "--num_updates", "2",
+        "--batch_size", "4", "--kl_coef", "0.3", "--lr", "0.02", "--schedule", "constant",
+        "--temperature", "0.8", "--clip_eps", "0.1", "--sampler", sampler,
+        "--reward", reward_file(tmp_path), "--reward_weights", "1.0",
+        "--init", str(start), "--run_dir", str(tmp_path / "grpo"),
+    ]  # fmt: skip
+    run_script(train_grpo, argv, monkeypatch)
+    trained, _, _ = checkpoint.load_model(tmp_path / "grpo", device="cpu")
+    cfg = parse(train_grpo.GRPOConfig, train_grpo.PRESETS, argv)
+    policy, _, _ = checkpoint.load_model(start, device="cpu")
+    started = copy.deepcopy(policy)
+    problems, _ = train_grpo.problem_sets(cfg)
+    means = algorithm1.train(
+        policy,
+        [tokenizer.encode(problem.prompt, bos=True) for problem in problems],
+        lambda index, output: digits_reward(None, tokenizer.decode(output)),
+        eos_ids=tokenizer.stop_ids,
+        vocab_limit=tokenizer.sample_limit,
+        num_iterations=2,
+        num_steps=2,
+        num_updates=2,
+        batch_size=4,
+        group_size=cfg.group_size,
+        max_new_tokens=cfg.max_new_tokens,
+        temperature=0.8,
+        lr=0.02,
+        clip_eps=0.1,
+        kl_coef=0.3,
+        seed=cfg.seed,
+    )
+    rows = read_metrics(tmp_path / "grpo")
+    assert list(means) == pytest.approx([row["reward"] for row in rows], abs=1e-9)
+    expected, actual, before = (
+        torch.cat([p.detach().flatten() for p in model.parameters()])
+        for model in (policy, trained, started)
+    )
+    assert (expected - before).abs().max() > 0.05
+    assert (actual - expected).abs().max() < 1e-8
+    assert any(row["clip_low"] + row["clip_high"] > 0 for row in rows)
+
+
 @pytest.mark.parametrize("flags", [[], OTHER_OBJECTIVE], ids=["paper", "other"])
-def test_train_grpo_is_algorithm_1(tmp_path, tokenizer, monkeypatch, flags):
+def test_every_flag_of_the_objective_equals_a_plain_loop(tmp_path, tokenizer, monkeypatch, flags):
     """The weights equal a plain loop's: two iterations, mu = 2, minibatches, KL, clipping; by the
     paper's objective and, with mu = 1, every flag of the objective at another value."""
     tokenizer = copy.copy(tokenizer)
@@ -264,7 +313,7 @@ def test_train_grpo_is_algorithm_1(tmp_path, tokenizer, monkeypatch, flags):
     run_script(train_grpo, argv, monkeypatch)
     model, _, _ = checkpoint.load_model(tmp_path / "grpo", device="cpu")
     cfg = parse(train_grpo.GRPOConfig, train_grpo.PRESETS, argv)
-    expected = plain_algorithm_1(cfg, start, reward)
+    expected = plain_loop(cfg, start, reward)
     actual = torch.cat([p.detach().flatten() for p in model.parameters()])
     started, _, _ = checkpoint.load_model(start, device="cpu")
     moved = actual - torch.cat([p.detach().flatten() for p in started.parameters()])

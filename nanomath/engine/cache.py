@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from nanomath import model
 from nanomath.model import ModelConfig, attend
 
 
@@ -162,6 +163,10 @@ class GroupCache:
         column_W = torch.arange(self.shape[3] * self.block, device=own_R1.device)
         age_W = (self.column - column_W) % self.num_columns
         unseen_RW = torch.cat((prompt_W >= length_R1, age_W > own_R1), 1)
+        if not model.IS_CAUSAL:  # else all that is there came before
+            own_RW = length_R1 + own_R1 - age_W
+            key_RW = torch.cat((prompt_W.expand(len(own_RW), -1), own_RW), 1)
+            unseen_RW |= ~model.visible(length_R1 + own_R1, key_RW)
         bias_RW = self.own_keys[0].new_zeros(unseen_RW.shape)
         self._bias_R1W = bias_RW.masked_fill_(unseen_RW, float("-inf"))[:, None]
         return length_R1 + own_R1

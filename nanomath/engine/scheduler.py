@@ -28,7 +28,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nanomath.draw import choose_tokens, uniform_noise
 from nanomath.engine.cache import GroupCache
-from nanomath.model import Transformer, packed
+from nanomath.engine.packed import packed
+from nanomath.model import Transformer
 
 if TYPE_CHECKING:
     from nanomath.engine.stream import Settings

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from nanomath.base.config import one_line_errors, opt, parse
@@ -31,6 +30,7 @@ from nanomath.draw import stream_keys
 from nanomath.engine.cache import GroupCache, cache_bytes_per_token, fit_rows
 from nanomath.engine.scheduler import Batch, Row, Sample
 from nanomath.model import ModelConfig, Transformer
+from nanomath.rollouts import Rollouts
 from nanomath.run.checkpoint import load_model
 from nanomath.text.chat import CHOICES, prompt_ids, use_template
 from nanomath.text.tokenizer import Tokenizer
@@ -59,38 +59,16 @@ class Settings:
     static: bool | None = None
 
 
-@dataclass
-class Rollouts:
-    """Samples of P prompts, G each, on the CPU; T is the length of the longest one."""
-
-    tokens_PGT: Tensor  # int64, the sampled EOS included; 0 after the end, which lengths_PG tell
-    lengths_PG: Tensor  # int64, tokens in the sample
-    logp_PGT: Tensor  # fp32, under the full softmax at the sampling temperature; 0 after the end
-    finished_PG: Tensor  # bool, ended by an EOS or a stop string; False: truncated
-    from_policy: bool = True  # False: greedy, top-k or top-p; no training on those
-
-
 def sample_groups(
     model: Transformer, prompts: Sequence[Sequence[int]], group_size: int, **settings: Any
 ) -> Rollouts:
     """Collect what `sample_stream` yields, with its settings and its errors."""
     samples = list(sample_stream(model, prompts, group_size, **settings))
     samples.sort(key=lambda sample: (sample.prompt, sample.index))
-    how, shape = Settings(**settings), (len(prompts), group_size)
-
-    def padded(rows: list[Tensor], dtype: torch.dtype) -> Tensor:
-        # An empty row more, cut off again: there may be none.
-        rows = [*rows, torch.zeros(0, dtype=dtype)]
-        return pad_sequence(rows, batch_first=True)[:-1].unflatten(0, shape)
-
-    wide = torch.promote_types(model.embedding.weight.dtype, torch.float32)
-    lengths = [len(sample.tokens_T) for sample in samples]
-    finished = [sample.finished for sample in samples]
-    return Rollouts(
-        tokens_PGT=padded([sample.tokens_T for sample in samples], torch.long),
-        lengths_PG=torch.tensor(lengths, dtype=torch.long).view(shape),
-        logp_PGT=padded([sample.logp_T for sample in samples], wide),
-        finished_PG=torch.tensor(finished, dtype=torch.bool).view(shape),
+    how = Settings(**settings)
+    return Rollouts.of_rows(
+        [(sample.tokens_T, sample.logp_T, sample.finished) for sample in samples],
+        group_size,
         from_policy=how.temperature > 0 and how.top_k == 0 and how.top_p == 1.0,
     )
 

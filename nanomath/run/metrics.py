@@ -19,10 +19,10 @@ import torch
 from nanomath.advantages import constant_groups
 from nanomath.base.log import plot_metrics
 from nanomath.dist import Dist, all_reduce_sum, gather_json
-from nanomath.engine.stream import Rollouts
 from nanomath.grpo import RolloutBatch
 from nanomath.measure.evaluation import chunks, evaluate_chunk, maj_at_k, pass_at_k
 from nanomath.rewards import Rewards
+from nanomath.rollouts import Rollouts
 from nanomath.tasks import Problem
 
 # What differs from one run of the same command to the next; all else is the same to the last bit.

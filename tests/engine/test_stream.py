@@ -9,10 +9,10 @@ import weakref
 import pytest
 import torch
 
-from nanomath import model as models
 from nanomath.base.config import parse
 from nanomath.dist import setup
 from nanomath.draw import choose_tokens, stream_keys, uniform_noise
+from nanomath.engine import packed as packed_weights
 from nanomath.engine import scheduler as batch
 from nanomath.engine import stream as sampler
 from nanomath.engine.stream import sample_groups, sample_stream
@@ -87,14 +87,14 @@ def test_logp_equals_full_forward(dtype, tolerance, kv_heads, temperature):
 @pytest.mark.parametrize("change", [{}, {"qkv_bias": True}, {"tied_head": True}])
 def test_packed_weights_are_the_models(monkeypatch, change):
     """With every product repacked, logp stays the full pass's (1e-5); the model is untouched."""
-    monkeypatch.setattr(models, "SMALL_WEIGHT", 0)
+    monkeypatch.setattr(packed_weights, "SMALL_WEIGHT", 0)
     model = make_model(dataclasses.replace(CFG, **change), dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.data.normal_(generator=torch.Generator().manual_seed(0))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert {type(m) for m in models.packed(model).modules()} >= {models.PackedLinear}
-    assert not any(type(m) is torch.nn.Linear for m in models.packed(model).modules())
+    kinds = {type(m) for m in packed_weights.packed(model).modules()}
+    assert packed_weights.PackedLinear in kinds and torch.nn.Linear not in kinds
     prompts = make_prompts([3, 17, 1])
     for turn in range(2):
         rollouts = sample(model, prompts, seed=turn)
@@ -105,9 +105,9 @@ def test_packed_weights_are_the_models(monkeypatch, change):
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
         assert all(torch.equal(before[name], t) for name, t in model.state_dict().items()) or turn
         model.blocks[1].ffn.up_proj.weight.data.mul_(1.5)  # an update: the next call sees it
-    assert models.packed(model.double()) is model
+    assert packed_weights.packed(model.double()) is model
     monkeypatch.undo()
-    assert models.packed(model.float()) is model  # nothing in it is large
+    assert packed_weights.packed(model.float()) is model  # nothing in it is large
 
 
 def test_a_prompt_without_room_is_not_run(monkeypatch):

@@ -7,7 +7,7 @@ import torch
 
 from nanomath.advantages import constant_groups, outcome_advantages, output_weights
 from nanomath.dist import Dist
-from nanomath.engine.stream import Rollouts
+from nanomath.rollouts import Rollouts
 
 ALONE = Dist(0, 0, 1, torch.device("cpu"))
 NAN = float("nan")

@@ -11,7 +11,6 @@ from torch.distributed.tensor import DTensor
 
 from nanomath.advantages import outcome_advantages, output_weights
 from nanomath.dist import Dist, shard
-from nanomath.engine.stream import Rollouts
 from nanomath.grpo import (
     METRIC_SUMS,
     Objective,
@@ -24,6 +23,7 @@ from nanomath.grpo import (
     update_metrics,
 )
 from nanomath.model import ModelConfig, Transformer
+from nanomath.rollouts import Rollouts
 
 ALONE = Dist(0, 0, 1, torch.device("cpu"))
 CPU = torch.device("cpu")

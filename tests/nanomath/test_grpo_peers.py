@@ -5,9 +5,9 @@ import torch
 
 from nanomath.advantages import outcome_advantages, output_weights
 from nanomath.dist import Dist
-from nanomath.engine.stream import Rollouts
 from nanomath.grpo import METRIC_SUMS, Objective, make_batch, objective_of_rows, response_logprobs
 from nanomath.hub.hf import llama_name, load_hf
+from nanomath.rollouts import Rollouts
 
 pytestmark = [
     pytest.mark.peers,

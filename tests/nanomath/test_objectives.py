@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor
 
 from nanomath import dist as nd
 from nanomath.advantages import outcome_advantages, output_weights
-from nanomath.engine.stream import Rollouts
 from nanomath.grpo import (
     METRIC_MAXIMA,
     METRIC_SUMS,
@@ -29,6 +28,7 @@ from nanomath.grpo import (
     update_metrics,
 )
 from nanomath.model import Transformer
+from nanomath.rollouts import Rollouts
 
 
 def load_tests(name: str):

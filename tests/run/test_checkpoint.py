@@ -30,7 +30,7 @@ from nanomath.run.lock import RunInUse, run_lock
 from nanomath.text.tokenizer import Tokenizer
 
 spec = importlib.util.spec_from_file_location(
-    "dist_tests", Path(__file__).with_name("test_dist.py")
+    "dist_tests", Path(__file__).parents[1] / "nanomath" / "test_dist.py"
 )
 dist_tests = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(dist_tests)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nanomath.dist import Dist
-from nanomath.engine.stream import Rollouts
+from nanomath.rollouts import Rollouts
 from nanomath.run import metrics as monitor
 from nanomath.run.metrics import (
     Clock,
