@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 
-from nanomath.base.config import one_line_errors, opt, parse, to_json, write_json, write_text
+from nanomath.base.config import one_line_errors, opt, parse, to_json
+from nanomath.base.files import write_json, write_text
 from nanomath.base.log import printable, progress
 from nanomath.dist import Dist, barrier, setup
 from nanomath.measure.evaluation import (
@@ -38,9 +39,8 @@ from nanomath.measure.evaluation import (
     sample_problems,
     summarise,
 )
-from nanomath.run.checkpoint import load_model
-from nanomath.run.guard import raise_together
-from nanomath.run.lock import RunInUse, run_lock
+from nanomath.run.guard import RunInUse, raise_together, run_lock
+from nanomath.run.load import load_model
 from nanomath.tasks import Problem, benchmarks, countdown, encode_prompt
 from nanomath.text.chat import CHOICES, use_template
 

@@ -38,12 +38,13 @@ from nanomath.grpo import (
     response_logprobs,
     update_metrics,
 )
+from nanomath.measure.evaluation import heldout_metrics
 from nanomath.model import Transformer
 from nanomath.optim import SCHEDULES, make_adamw
 from nanomath.rewards import Rewards
 from nanomath.rollouts import Rollouts
-from nanomath.run.checkpoint import load_model
-from nanomath.run.lock import RunLock
+from nanomath.run.guard import RunLock
+from nanomath.run.load import load_model
 from nanomath.run.loop import Run, load_start, open_run
 from nanomath.run.metrics import (
     SHOWN,
@@ -51,7 +52,6 @@ from nanomath.run.metrics import (
     Clock,
     cost_metrics,
     draw_plots,
-    heldout_metrics,
     rollout_metrics,
     sample_lines,
 )

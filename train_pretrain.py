@@ -22,7 +22,7 @@ from nanomath.data import TokenShards, describe_source, epoch_order, write_shard
 from nanomath.dist import Dist, all_reduce_sum, shard
 from nanomath.model import ModelConfig, Transformer
 from nanomath.optim import SCHEDULES, make_adamw
-from nanomath.run.lock import RunLock
+from nanomath.run.guard import RunLock
 from nanomath.run.loop import Run, open_run, supervised_update
 from nanomath.text.tokenizer import Tokenizer
 

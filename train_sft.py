@@ -15,7 +15,7 @@ from nanomath.base.log import plot_metrics
 from nanomath.data import PackedExamples, encode_examples, epoch_order
 from nanomath.dist import Dist
 from nanomath.optim import SCHEDULES, make_adamw
-from nanomath.run.lock import RunLock
+from nanomath.run.guard import RunLock
 from nanomath.run.loop import Run, load_start, open_run, supervised_update
 from nanomath.text.chat import CHOICES
 

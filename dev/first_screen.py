@@ -13,7 +13,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanomath.base.config import one_line_errors, opt, parse, write_text
+from nanomath.base.config import one_line_errors, opt, parse
+from nanomath.base.files import write_text
 from nanomath.base.log import printable
 from nanomath.measure import report
 

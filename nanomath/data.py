@@ -7,7 +7,6 @@ tokens are global too: they sum to 1 over the batch before anyone slices it.
 Making text into ids is tokenizer.py's, building the corpus is corpus/'s, lines are files.py's.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from nanomath.base.files import file_sha256, fsync
 from nanomath.text.chat import answer_ids, prompt_ids
 
 INDEX_NAME = "index.json"
@@ -110,21 +110,6 @@ def write_shards(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return index
-
-
-def fsync(path: str | os.PathLike) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def file_sha256(path: str | os.PathLike) -> str:
-    """Return the sha256 of a file's bytes; reads about 1.5 GB a second."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe_source(

@@ -60,5 +60,5 @@ evaluate --checkpoint "$RUN" --compare "$RUN/before.json" --out "$RUN/after.json
 sealed=("$RUN"/checkpoints/step-*/COMMIT)
 if [ "${NODE:-0}" = 0 ] && [ ! "$RUN/exported" -nt "${sealed[-1]}" ]; then
     rm -rf "$RUN/exported"
-    python -m nanomath.hub.hf --checkpoint "$RUN" --out "$RUN/exported"
+    python -m nanomath.play.export --checkpoint "$RUN" --out "$RUN/exported"
 fi

@@ -18,7 +18,7 @@ from nanomath.engine import stream as sampler
 from nanomath.hub import hf
 from nanomath.measure import evaluation
 from nanomath.model import ModelConfig, Transformer
-from nanomath.run import checkpoint
+from nanomath.run import checkpoint, load
 from nanomath.tasks import benchmarks
 from nanomath.tasks.countdown import generate, split_of, worked_solution
 from nanomath.text.tokenizer import Tokenizer
@@ -320,7 +320,7 @@ def test_rows_that_grpo_trained_on_are_left_out(run_folder, benchmark_files):
 
 def test_hugging_face_folder(run_folder, benchmark_files, dist):
     """An exported model is evaluated from its folder, to the same figures as its run."""
-    model, tokenizer, _ = checkpoint.load_model(run_folder)
+    model, tokenizer, _ = load.load_model(run_folder)
     hf.save_hf(model, tokenizer, benchmark_files / "exported", dtype=torch.float32)
     cfg = config(run_folder, tasks=("math",), data=str(benchmark_files), few_shot=False)
     results = []

@@ -27,9 +27,10 @@ from nanomath import dist, optim
 from nanomath.base import log
 from nanomath.base.config import RunConfig
 from nanomath.data import PackedExamples, TrainBatch
+from nanomath.hub import weights
 from nanomath.model import Block, ModelConfig, Transformer
 from nanomath.optim import make_adamw, supervised_step
-from nanomath.run import checkpoint
+from nanomath.run import checkpoint, load
 from nanomath.run import metrics as monitor
 from nanomath.run.loop import Run, open_run
 from nanomath.text.tokenizer import Tokenizer
@@ -87,7 +88,7 @@ def files_of(run_dir, num_steps=NUM_STEPS):
     paths = [run_dir / "metrics.jsonl", run_dir / "samples.txt", *newest.glob("*.safetensors")]
     state = json.loads((newest / "state.json").read_text())
     assert (run_dir / "checkpoints" / "latest").read_text() == f"{newest.name}\n"
-    assert checkpoint._damage(newest) is None
+    assert checkpoint.damage(newest) is None
     return {path.name: path.read_bytes() for path in paths} | {"state": {**state, "seconds": 0}}
 
 
@@ -125,7 +126,7 @@ class Faults:
         for name in self.CALLS:
             patch.setattr(os, name, self.wrapped(name, getattr(os, name)))
         patch.setattr(pathlib.Path, "write_text", self.torn_text(pathlib.Path.write_text))
-        patch.setattr(checkpoint, "save_file", self.torn_tensors(checkpoint.save_file))
+        patch.setattr(weights, "save_file", self.torn_tensors(weights.save_file))
         patch.setattr(log._Lines, "_write", self.torn_line(log._Lines._write))
 
     def wrapped(self, name, real):
@@ -300,7 +301,7 @@ def failing(real, steps):
         def refuse(tensors, path):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        checkpoint.save_file = refuse if step in steps else real
+        weights.save_file = refuse if step in steps else real
 
     return each_step
 
@@ -308,8 +309,8 @@ def failing(real, steps):
 def test_saves_that_keep_failing_end_the_run(tmp_path, whole, capsys, monkeypatch):
     """Two failed saves are warnings, the third in a row ends the run with its message; what was
     saved before stays, and with room again the same command ends at the same bits."""
-    real = checkpoint.save_file
-    monkeypatch.setattr(checkpoint, "save_file", real)  # puts it back at the end
+    real = weights.save_file
+    monkeypatch.setattr(weights, "save_file", real)  # puts it back at the end
     with pytest.raises(SystemExit, match=r"cannot be saved \(3 in a row failed\): .*No space left"):
         train(tmp_path, num_steps=8, each_step=failing(real, range(1, 8)))
     assert capsys.readouterr().out.count("warning: could not save") == 3
@@ -320,8 +321,8 @@ def test_saves_that_keep_failing_end_the_run(tmp_path, whole, capsys, monkeypatc
 
 def test_only_failures_in_a_row_end_a_run(tmp_path, monkeypatch):
     """Two failed saves, a good one and two more do not end it."""
-    real = checkpoint.save_file
-    monkeypatch.setattr(checkpoint, "save_file", real)
+    real = weights.save_file
+    monkeypatch.setattr(weights, "save_file", real)
     train(tmp_path, num_steps=7, each_step=failing(real, {1, 2, 4, 5}))
     assert names_in(tmp_path) == {"latest", "step-000004", "step-000007"}
 
@@ -329,8 +330,8 @@ def test_only_failures_in_a_row_end_a_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("signalled", [False, True])
 def test_the_last_save_must_succeed(tmp_path, monkeypatch, signalled):
     """At the end of a run, or when asked to stop, one failed save is an error, not a warning."""
-    real = checkpoint.save_file
-    monkeypatch.setattr(checkpoint, "save_file", real)
+    real = weights.save_file
+    monkeypatch.setattr(weights, "save_file", real)
     fail = failing(real, {2})
 
     def each_step(run, step):
@@ -705,7 +706,7 @@ def test_other_numbers_of_ranks_continue_a_run(tmp_path, dtype, bound):
         statuses = launch("train", tmp_path, num_processes)
         assert [status for status, _ in statuses] == [0] * num_processes, statuses
     train(tmp_path / "one", num_steps=12, dtype=getattr(torch, dtype))
-    models = [checkpoint.load_model(tmp_path / name, device="cpu")[0] for name in ("run", "one")]
+    models = [load.load_model(tmp_path / name, device="cpu")[0] for name in ("run", "one")]
     pairs = zip(*(model.parameters() for model in models), strict=True)
     worst = max((left - right).abs().max().item() for left, right in pairs)
     assert worst < bound

@@ -24,7 +24,7 @@ import train_grpo
 from nanomath.base.config import parse
 from nanomath.base.log import read_metrics
 from nanomath.measure import plan
-from nanomath.run import checkpoint
+from nanomath.run import load
 from nanomath.tasks import benchmarks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,7 +153,7 @@ def folders(tmp_path_factory):
     """A model folder for each run, in the layout it is published in."""
     transformers = pytest.importorskip("transformers")
     spec = importlib.util.spec_from_file_location(
-        "chat_tests", ROOT / "tests" / "nanomath" / "test_chat.py"
+        "chat_tests", ROOT / "tests" / "text" / "test_chat.py"
     )
     chat_tests = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(chat_tests)
@@ -221,7 +221,7 @@ def check_run(name: str, start, run_dir) -> None:
         after = json.loads((run_dir / f"after{end}").read_text())
         assert after["task"] == task and after["difference"].keys() >= {"greedy", "pass@1"}
         assert (run_dir / f"before{end}").is_file()
-    ours, tokenizer, _ = checkpoint.load_model(run_dir, dtype=torch.bfloat16)
+    ours, tokenizer, _ = load.load_model(run_dir, dtype=torch.bfloat16)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         run_dir / "exported", dtype=torch.float32
     )
@@ -230,7 +230,7 @@ def check_run(name: str, start, run_dir) -> None:
     with torch.no_grad():
         logits_BTV = ours.float()(tokens_BT)
         assert torch.equal(logits_BTV, theirs.eval()(tokens_BT).logits)
-        before, _, _ = checkpoint.load_model(start)
+        before, _, _ = load.load_model(start)
         assert (before(tokens_BT) - logits_BTV).abs().max() > 0.01
     text = "What is 3 + 4?\nReason step by step."
     exported = transformers.AutoTokenizer.from_pretrained(run_dir / "exported")
@@ -279,7 +279,7 @@ def test_a_killed_run_continues(folders, questions, capfd, monkeypatch):
     flags = ["--preset", name, "--init", folders[name], "--run_dir", questions / "whole"]
     monkeypatch.setattr(sys, "argv", ["train_grpo.py", *map(str, [*flags, *argv[2:]])])
     train_grpo.main()
-    weights = [checkpoint.load_model(folder)[0] for folder in (run_dir, questions / "whole")]
+    weights = [load.load_model(folder)[0] for folder in (run_dir, questions / "whole")]
     pairs = zip(*(model.parameters() for model in weights), strict=True)
     assert all(torch.equal(left, right) for left, right in pairs)
 
@@ -316,7 +316,7 @@ def test_what_the_scripts_call(tmp_path, name):
         training = [line for line in lines if "train_grpo.py" in line]
         assert len(training) == 1 and training[0].endswith(" --num_steps 5")
         assert "--nnodes 2 --nproc_per_node 8" in training[0] and "first:29500" in training[0]
-        alone = ["nanomath.measure.plan", "nanomath.hub.hf"] if node == "0" else []
+        alone = ["nanomath.measure.plan", "nanomath.play.export"] if node == "0" else []
         assert [line.split()[2] for line in lines if line.startswith("python")] == alone
         assert sum("evaluate.py" in line for line in lines) == 2
 
@@ -338,7 +338,7 @@ def test_an_export_is_made_anew_after_more_training(tmp_path):
         newest = tmp_path / "run" / "checkpoints" / "step-000002" / "COMMIT"
         os.utime(newest, (time.time() - age,) * 2)
         subprocess.run(["bash", ROOT / "runs" / "gsm8k_qwen_0b5.sh"], env=env, check=True)
-        assert log.read_text().count("nanomath.hub.hf") == num_exports
+        assert log.read_text().count("nanomath.play.export") == num_exports
         assert (tmp_path / "run" / "exported").exists() == (num_exports == 0)
 
 

@@ -29,8 +29,8 @@ from nanomath.dist import Dist
 from nanomath.engine.stream import sample_groups
 from nanomath.model import ModelConfig, Transformer
 from nanomath.optim import cosine_lr
-from nanomath.run import checkpoint
-from nanomath.run.lock import run_lock
+from nanomath.run import checkpoint, load
+from nanomath.run.guard import run_lock
 from nanomath.run.loop import Run
 from nanomath.run.metrics import MEASURED, PANELS
 from nanomath.tasks import benchmarks, countdown
@@ -153,7 +153,7 @@ def plain_loop(cfg, start_dir, reward) -> torch.Tensor:
     whatever its flags' values.
     """
     is_paper = cfg.loss_norm == "response"
-    policy, tokenizer, _ = checkpoint.load_model(start_dir, device="cpu")
+    policy, tokenizer, _ = load.load_model(start_dir, device="cpu")
     problems, _ = train_grpo.problem_sets(cfg)
     optimizer = torch.optim.AdamW(
         policy.parameters(), betas=(cfg.beta1, cfg.beta2), weight_decay=0.0
@@ -260,9 +260,9 @@ def test_train_grpo_is_algorithm_1(tmp_path, tokenizer, monkeypatch, sampler):
         "--init", str(start), "--run_dir", str(tmp_path / "grpo"),
     ]  # fmt: skip
     run_script(train_grpo, argv, monkeypatch)
-    trained, _, _ = checkpoint.load_model(tmp_path / "grpo", device="cpu")
+    trained, _, _ = load.load_model(tmp_path / "grpo", device="cpu")
     cfg = parse(train_grpo.GRPOConfig, train_grpo.PRESETS, argv)
-    policy, _, _ = checkpoint.load_model(start, device="cpu")
+    policy, _, _ = load.load_model(start, device="cpu")
     started = copy.deepcopy(policy)
     problems, _ = train_grpo.problem_sets(cfg)
     means = algorithm1.train(
@@ -311,11 +311,11 @@ def test_every_flag_of_the_objective_equals_a_plain_loop(tmp_path, tokenizer, mo
         "--init", str(start), "--run_dir", str(tmp_path / "grpo"),
     ]  # fmt: skip
     run_script(train_grpo, argv, monkeypatch)
-    model, _, _ = checkpoint.load_model(tmp_path / "grpo", device="cpu")
+    model, _, _ = load.load_model(tmp_path / "grpo", device="cpu")
     cfg = parse(train_grpo.GRPOConfig, train_grpo.PRESETS, argv)
     expected = plain_loop(cfg, start, reward)
     actual = torch.cat([p.detach().flatten() for p in model.parameters()])
-    started, _, _ = checkpoint.load_model(start, device="cpu")
+    started, _, _ = load.load_model(start, device="cpu")
     moved = actual - torch.cat([p.detach().flatten() for p in started.parameters()])
     assert moved.abs().max() > 0.05
     assert (actual - expected).abs().max() < 1e-8
@@ -458,7 +458,7 @@ def test_two_processes_train_as_one_does(tmp_path, tokenizer, monkeypatch):
 
 
 def load_weights(run_dir):
-    return checkpoint.load_model(run_dir, device="cpu")[0].parameters()
+    return load.load_model(run_dir, device="cpu")[0].parameters()
 
 
 def test_what_would_fail_in_the_first_step_is_refused_before_it(
@@ -873,7 +873,10 @@ def test_readme_from_own_problems_and_reward_to_a_run(tmp_path, tokenizer):
     small = "--device cpu --threads 1 --max_new_tokens 8"
     extra = ["--batch_size 40 --group_size 4 --num_steps 1", "--num_samples 2"]
     commands[:2] = [f"{commands[i]} {small} {extra[i]}" for i in range(2)]
-    for command in ["python -m nanomath.hub.hf --checkpoint start --out models/qwen", *commands]:
+    for command in [
+        "python -m nanomath.play.export --checkpoint start --out models/qwen",
+        *commands,
+    ]:
         argv = [sys.executable, *command.split()[1:]]
         if argv[1].endswith(".py"):
             argv[1] = str(ROOT / argv[1])

@@ -28,6 +28,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from nanomath.base.files import write_json
+
 T = TypeVar("T")
 
 
@@ -231,20 +233,6 @@ def one_line_errors() -> Iterator[None]:
 def to_json(cfg: Any) -> dict[str, Any]:
     """Return the dataclass as plain JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(cfg)))
-
-
-def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write JSON as write_text does."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write by temporary file and rename, so that a reader never sees half of it."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    # Half a surrogate pair, from a user's file, is written as its escape, also JSON's.
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(temporary, path)
 
 
 def lock_config(cfg: Any, run_dir: str | os.PathLike) -> None:

@@ -1,6 +1,5 @@
 """Hugging Face folders, in and out: Llama, DeepSeek in Llama's layout, Qwen2 / 2.5, Qwen3 dense.
 
-    python -m nanomath.hub.hf --checkpoint runs/grpo --out exported
     model, tokenizer = load_hf("models/deepseek-math-7b-base")
 
 Every command that takes a checkpoint takes such a folder too (`checkpoint.load_model`). Reading is
@@ -19,7 +18,6 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,23 +25,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from nanomath.base.config import one_line_errors, opt, parse, write_json
+from nanomath.base.files import write_json
 from nanomath.dist import Dist, barrier, local
 from nanomath.hub.hf_config import make_config, read_config
+from nanomath.hub.weights import empty_model, module_tensors, read_rows, write_tensors
 from nanomath.model import Transformer
-from nanomath.run.checkpoint import (
-    empty_model,
-    fsync,
-    load_model,
-    module_tensors,
-    read_rows,
-    write_tensors,
-)
+from nanomath.run.checkpoint import fsync
 from nanomath.text.foreign import read_json
 from nanomath.text.tokenizer import Tokenizer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 # ---------------------------------------------------------------------------- weights
@@ -269,33 +260,3 @@ layers of width {width}, a vocabulary of {vocabulary}, a context of {context} to
 
 Made with nanomath, a small reproduction of DeepSeekMath (arXiv:2402.03300). {about}
 """
-
-
-# ---------------------------------------------------------------------------- command line
-
-
-@dataclass(frozen=True)
-class Config:
-    checkpoint: str = opt(
-        "", "needed: run folder, one step's folder or Hugging Face folder to export"
-    )
-    out: str = opt("", "needed: folder to write, in Hugging Face's layout; must not exist yet")
-    dtype: str = opt("bf16", "type of the weights; fp32 keeps every bit", choices=tuple(DTYPES))
-
-
-def main(cfg: Config) -> None:
-    """Export a checkpoint."""
-    for flag in ("checkpoint", "out"):
-        if not getattr(cfg, flag):
-            raise ValueError(f"--{flag} is needed: give a folder (see --help)")
-    if Path(cfg.out).exists():  # before the weights are read
-        raise FileExistsError(f"--out {cfg.out} exists; give a new folder, or remove that one")
-    model, tokenizer, state = load_model(cfg.checkpoint, dtype=DTYPES[cfg.dtype])
-    about = f"Step {state['step']} of its last stage." if "step" in state else ""
-    save_hf(model, tokenizer, cfg.out, dtype=DTYPES[cfg.dtype], about=about)
-    print(f"wrote {cfg.out}: {model.cfg.num_parameters:,} parameters")
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        main(parse(Config, description=__doc__))

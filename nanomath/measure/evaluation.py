@@ -10,6 +10,7 @@ into figures; `compare` takes the paired difference of two evaluations of the sa
 command is evaluate.py.
 """
 
+import math
 import operator
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,8 +23,9 @@ import numpy as np
 import torch
 
 from nanomath.base.log import new_figure, save_figure
+from nanomath.dist import Dist, gather_json
 from nanomath.engine.stream import sample_stream
-from nanomath.rewards import format_reward
+from nanomath.rewards import Rewards, format_reward
 from nanomath.tasks import Problem, benchmarks, countdown, encode_prompt
 
 # Each module has is_correct, answer_class and same_answer.
@@ -384,3 +386,52 @@ def draw_at_k(results: dict[str, dict[str, Any]], path: Path) -> None:
         axis.legend()
         axis.grid(alpha=0.3)
     save_figure(figure, path)
+
+
+def heldout_metrics(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    problems: Sequence[Problem],
+    *,
+    rewards: Rewards,
+    num_samples: int,
+    temperature: float,
+    max_new_tokens: int,
+    dist: Dist,
+    chunk_problems: int = 256,
+    **more: Any,
+) -> dict[str, float]:
+    """Return Pass@1 and mean reward of greedy answers; of K = num_samples samples Pass@K and Maj@K.
+
+    The ranks share the problems out and get the same figures; model is this rank's unsharded one.
+    Samples come from a random stream of their own: no training run and no number of ranks changes
+    them. num_samples 0: greedy answers only. more: further settings of the sampler.
+    """
+    if not problems:
+        raise ValueError("no problems to evaluate")
+    mine, records, rows = problems[dist.rank :: dist.world_size], [], []
+    for chunk in chunks(mine, chunk_problems):
+        records += evaluate_chunk(
+            model,
+            tokenizer,
+            chunk,
+            num_samples=num_samples,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            **more,
+        )
+    # All at once: one call is bounded by what other ranks wait (workers.py).
+    totals, _ = rewards.score(mine, [record["greedy"]["text"] for record in records])
+    for record, total in zip(records, totals, strict=True):
+        row = {"heldout_reward": total, "heldout_pass@1": float(record["greedy"]["correct"])}
+        if num_samples:
+            correct = [sample["correct"] for sample in record["samples"]]
+            classes = [sample["class"] for sample in record["samples"]]
+            k = num_samples
+            row[f"heldout_pass@{k}"] = pass_at_k(k, sum(correct), k)
+            row[f"heldout_maj@{k}"] = maj_at_k(classes, correct, k)
+        rows.append(row)
+    rows = [row for part in gather_json(rows, dist) for row in part]
+    columns = {name: [row[name] for row in rows if row[name] is not None] for name in rows[0]}
+    # fsum is exact: the order of the ranks' problems does not show.
+    return {name: math.fsum(known) / len(known) for name, known in columns.items() if known}

@@ -27,15 +27,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from build_corpus import CorpusConfig, benchmark_texts
-from nanomath.base.config import one_line_errors, opt, parse, write_json, write_text
-from nanomath.base.files import read_jsonl
+from nanomath.base.config import one_line_errors, opt, parse
+from nanomath.base.files import read_jsonl, write_json, write_text
 from nanomath.corpus import decontaminate, recall
 from nanomath.corpus.domains import RULES_FILE, UrlRules, host_of
+from nanomath.corpus.settings import CorpusConfig
+from nanomath.corpus.write import benchmark_texts
 from nanomath.data import TokenShards
 from nanomath.measure.evaluation import bootstrap_interval, compare, paired_difference
 from nanomath.measure.report import interval, markdown_table, read_json, signed
-from nanomath.run.checkpoint import load_model
+from nanomath.run.load import load_model
 from nanomath.text.tokenizer import Tokenizer
 
 NAMES = ("random", "seed", "recalled")  # of the files, and of folders under RUN/table1

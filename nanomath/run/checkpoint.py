@@ -32,15 +32,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nanomath.data import file_sha256, fsync
-from nanomath.dist import Dist, broadcast_json, gather_json, local, shard
-from nanomath.model import ModelConfig, Transformer
-from nanomath.run.lock import RunLock
+from nanomath.base.files import file_sha256, fsync
+from nanomath.dist import Dist, broadcast_json, gather_json, local
+from nanomath.hub.weights import StoredTensors, module_tensors, write_tensors
+from nanomath.model import ModelConfig
+from nanomath.run.guard import RunLock
 from nanomath.text.tokenizer import Tokenizer
 
 STEP_NAME = re.compile(r"step-\d+")
@@ -52,16 +52,6 @@ class SaveFailed(OSError):
 
 
 # ---------------------------------------------------------------------------- what is stored
-
-
-def module_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return sharded weights and persistent buffers by name; a tied weight once, by first name."""
-    tensors, seen = {}, set()
-    for name, tensor in module.state_dict(keep_vars=True).items():  # FSDP2 reshards in here
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            tensors[name] = tensor
-    return tensors
 
 
 def _trained(modules: dict[str, nn.Module], optimizer) -> dict[str, Tensor]:
@@ -84,51 +74,6 @@ def _optim_tensors(modules: dict[str, nn.Module], optimizer) -> dict[str, Tensor
         for index, values in optimizer.state_dict()["state"].items()
         for key, value in values.items()
     }
-
-
-class _Stored:
-    """The tensors of one module (or the optimizer) in a checkpoint, whatever ranks wrote them."""
-
-    def __init__(self, folder: Path, stem: str):
-        self.where = f"{folder}: {stem}"
-        self.pieces: dict[str, list] = {}  # name -> its rows in the order of ranks, not read yet
-        for path in sorted(folder.glob(f"{stem}-*.safetensors")):
-            file = safe_open(path, framework="pt")
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                self.pieces.setdefault(name, []).append(file.get_slice(name))
-
-    def shape(self, name: str) -> list[int]:
-        shapes = [piece.get_shape() for piece in self.pieces[name]]
-        return shapes[0] and [sum(shape[0] for shape in shapes), *shapes[0][1:]]
-
-    def read(self, name: str, like: Tensor, dist: Dist) -> Tensor:
-        """Return the rows that this rank holds of a tensor sharded as `like` is."""
-        return read_rows(self.pieces[name], like, dist)
-
-    def check(self, wanted: dict[str, Tensor]) -> None:
-        """Raise ValueError unless names and shapes are those wanted."""
-        for name in sorted(self.pieces.keys() | wanted.keys()):
-            stored = self.shape(name) if name in self.pieces else "none"
-            here = list(wanted[name].shape) if name in wanted else "none"
-            if stored != here:
-                raise ValueError(
-                    f"{self.where}/{name} has shape {stored} in the checkpoint but {here} in this "
-                    f"model; use the model settings of the checkpoint, or another --run_dir"
-                )
-
-
-def read_rows(pieces: list, like: Tensor, dist: Dist) -> Tensor:
-    """Return this rank's rows of a tensor sharded as `like` is, from its slices in files."""
-    if not pieces[0].get_shape():
-        return pieces[0][...].clone()  # a view would keep the whole file mapped
-    first, count = 0, len(local(like))
-    if isinstance(like, DTensor):  # FSDP2 cuts like torch.chunk, the last ranks get less
-        first = min(len(like), -(-len(like) // dist.world_size) * dist.rank)
-    parts = []
-    for piece in pieces:
-        parts.append(piece[max(first, 0) : max(first + count, 0)])
-        first -= piece.get_shape()[0]
-    return torch.cat(parts)
 
 
 # ---------------------------------------------------------------------------- writing
@@ -221,15 +166,6 @@ def _write_rows(folder: Path, modules: dict[str, nn.Module], optimizer, dist: Di
         write_tensors(mine, folder / f"{stem}-{dist.rank:05d}.safetensors")
 
 
-def write_tensors(tensors: dict[str, Tensor], path: Path, **options) -> None:
-    """Write a safetensors file that whoever may read the files beside it may read, too."""
-    path.touch()
-    mode = path.stat().st_mode  # what the umask leaves; save_file makes a file of its owner's alone
-    save_file(tensors, path, **options)
-    if path.stat().st_mode != mode:  # some file systems have one mode, and refuse to be asked
-        path.chmod(mode)
-
-
 def _write_json(path: Path, obj: object) -> None:
     path.write_text(json.dumps(obj, allow_nan=False, indent=1))
 
@@ -269,7 +205,7 @@ def _newest_first(root: Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
-def _damage(folder: Path, part: slice = slice(None)) -> str | None:
+def damage(folder: Path, part: slice = slice(None)) -> str | None:
     """Return what is wrong with (this rank's part of) the files of a checkpoint, or None.
 
     A file that is there and cannot be read (no rights, a disk or network error) proves nothing
@@ -287,7 +223,7 @@ def _damage(folder: Path, part: slice = slice(None)) -> str | None:
     return None
 
 
-def _newest_sound(root: Path, dist: Dist, set_aside: bool = False) -> Path | None:
+def newest_sound(root: Path, dist: Dist, set_aside: bool = False) -> Path | None:
     """Return the newest whole checkpoint, None if there is none; warn about those passed over.
 
     set_aside: also rename those, so that they no longer count. Raises ValueError if all are
@@ -296,7 +232,7 @@ def _newest_sound(root: Path, dist: Dist, set_aside: bool = False) -> Path | Non
     names = broadcast_json([path.name for path in _newest_first(root)], dist)
     for name in names:
         folder = root / name
-        answers = gather_json(_damage(folder, slice(dist.rank, None, dist.world_size)), dist)
+        answers = gather_json(damage(folder, slice(dist.rank, None, dist.world_size)), dist)
         problems = [problem for problem in answers if problem is not None]
         if not problems:
             return folder
@@ -327,18 +263,20 @@ def load_latest(
     if all are, or if the checkpoint is of another shape, raises ValueError before any weight
     changes. Any number of ranks may load what any other number saved; all must call it.
     """
-    folder = _newest_sound(Path(run_dir) / "checkpoints", dist, set_aside=True)
+    folder = newest_sound(Path(run_dir) / "checkpoints", dist, set_aside=True)
     if folder is None:
         return None
     if dist.is_main:
         _tidy(folder)  # a kill after its rename left this undone
-    stored = {name: _Stored(folder, name) for name in modules}
+    stored = {name: StoredTensors(folder, name) for name in modules}
     wanted = {name: module_tensors(module) for name, module in modules.items()}
     for name, module in modules.items():
         stored[name].check(wanted[name])
         _check_config(folder, name, module)
     if optimizer is not None:
-        _restore_optimizer(optimizer, _trained(modules, optimizer), _Stored(folder, OPTIM), dist)
+        _restore_optimizer(
+            optimizer, _trained(modules, optimizer), StoredTensors(folder, OPTIM), dist
+        )
     for name, tensors in wanted.items():
         for key, tensor in tensors.items():
             local(tensor).copy_(stored[name].read(key, tensor, dist))
@@ -357,7 +295,9 @@ def _check_config(folder: Path, name: str, module: nn.Module) -> None:
             )
 
 
-def _restore_optimizer(optimizer, trained: dict[str, Tensor], moments: _Stored, dist: Dist) -> None:
+def _restore_optimizer(
+    optimizer, trained: dict[str, Tensor], moments: StoredTensors, dist: Dist
+) -> None:
     """Put back moments, sharded like their parameters, and step counts."""
     state = {name: {} for name in trained}
     for key in moments.pieces:
@@ -371,91 +311,6 @@ def _restore_optimizer(optimizer, trained: dict[str, Tensor], moments: _Stored, 
         state[name][kind] = value
     numbered = {number: values for number, values in enumerate(state.values()) if values}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": numbered})
-
-
-def empty_model(cfg: ModelConfig, dist: Dist, dtype: torch.dtype, **sharding: str) -> Transformer:
-    """Build a model on dist's device, sharded over its ranks, whose weights hold no values yet.
-
-    No rank ever holds more than its own rows. sharding: options of `dist.shard`.
-    """
-    with torch.device("meta"):
-        model = Transformer(cfg).to(dtype)
-    if dist.mesh is None:
-        model.to_empty(device=dist.device)
-    model = shard(model, dist, **sharding)
-    if dist.mesh is not None:
-        model.to_empty(device=dist.device)
-    if cfg.tied_head:
-        model.head.weight = model.embedding.weight  # to_empty made two of one
-    return model
-
-
-@torch.no_grad()
-def load_model(
-    path: str | Path,
-    dist: Dist | None = None,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    module: str | None = None,
-    **sharding: str,
-) -> tuple[Transformer, Tokenizer | None, dict]:
-    """Build the model that a folder holds and its tokenizer; return them and the run's state.
-
-    path: a run folder (its newest sound checkpoint), a checkpoints folder, one step folder, or a
-    Hugging Face folder (hf.py; its state is {}). dist: shard over its ranks, all of which must
-    call, with the options `sharding` of `dist.shard`; None: the whole model on `device`. dtype: of
-    the weights; None = as stored, fp32 from a Hugging Face folder. module: which one, None =
-    policy, else model.
-    """
-    dist = dist or Dist(0, 0, 1, torch.device(device))
-    if is_hf_folder(path := Path(path)):
-        from nanomath.hub.hf import load_hf  # it reads and writes by the means of this file
-
-        return (*load_hf(path, dist, dtype=dtype or torch.float32, **sharding), {})
-    folder = _find(path, dist)
-    names = {file.name.rpartition("-")[0] for file in folder.glob("*.safetensors")} - {OPTIM}
-    name = module or ("policy" if "policy" in names else "model")
-    if name not in names:
-        raise ValueError(f"{folder} holds no module {name}: {sorted(names)}")
-    cfg = ModelConfig(**json.loads((folder / "config.json").read_text()))
-    stored = _Stored(folder, name)
-    model = empty_model(
-        cfg, dist, dtype or stored.pieces["embedding.weight"][0][:0].dtype, **sharding
-    )
-    wanted = module_tensors(model)
-    stored.check(wanted)
-    for key, tensor in wanted.items():
-        local(tensor).copy_(stored.read(key, tensor, dist))
-    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
-    return model, tokenizer, json.loads((folder / "state.json").read_text())
-
-
-def is_hf_folder(path: Path) -> bool:
-    """Return True for a folder in Hugging Face's layout, even one that is damaged."""
-    if (path / "COMMIT").exists():
-        return False
-    if any((path / f"model.safetensors{end}").exists() for end in ("", ".index.json")):
-        return True
-    text = config.read_bytes() if (config := path / "config.json").is_file() else b""
-    return b'"model_type"' in text or b'"architectures"' in text
-
-
-def _find(path: Path, dist: Dist) -> Path:
-    """Return the sound step folder that path means."""
-    if STEP_NAME.fullmatch(path.resolve().name) and path.is_dir():
-        if problem := _damage(path):
-            raise ValueError(f"checkpoint {path} is damaged: {problem}")
-        return path
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    folder = _newest_sound(root, dist)
-    if folder is None:
-        found = "and no Hugging Face model" if path.is_dir() else "for that is no folder"
-        raise FileNotFoundError(
-            f"no checkpoint under {path}, {found}; name the folder of a run or of a model, or make "
-            "a run with: bash speedrun.sh"
-        )
-    return folder
 
 
 def _warn(message: str) -> None:

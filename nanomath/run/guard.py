@@ -13,19 +13,23 @@ Left to others: collectives (dist.py), saving when asked to stop (loop.py), disk
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 
+import torch
 import torch.distributed as td
 
-from nanomath.dist import Dist, all_ok, barrier, cleanup
+from nanomath.dist import Dist, all_ok, barrier, broadcast_json, cleanup
 
 POLL_S = 0.25  # how often a rank looks for another rank's error
 LAST_WORDS_S = 20  # after an error, a process that has not ended by itself is killed
@@ -153,3 +157,66 @@ class StopSignal:
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+class RunInUse(ValueError):
+    """Another trainer holds the run folder, or took it from this one."""
+
+
+class RunLock:
+    """A held lock on a run folder (rank 0), or the knowledge that rank 0 holds it."""
+
+    def __init__(self, path: Path):
+        self.path, self._file = path, None
+
+    def take(self) -> str | None:
+        """Lock the file, or return a message that names folder and holder."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "a+", errors="replace")
+        # A lock lives as long as any copy of its handle: workers forked from here must not keep it.
+        os.register_at_fork(after_in_child=self._file.close)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = self._file.read(200).strip()
+            self._file.close()
+            return (
+                f"{self.path.parent} is in use by another trainer ({holder}); "
+                f"end that one first, or choose another --run_dir"
+            )
+        self._file.truncate(0)
+        print(f"pid {os.getpid()} on {socket.gethostname()}", file=self._file, flush=True)
+        return None
+
+    def check(self, dist: Dist) -> None:
+        """Raise RunInUse on every rank if the lock file is no longer the one locked here."""
+        held = self._file is None or (
+            self.path.exists() and os.path.samestat(self.path.stat(), os.fstat(self._file.fileno()))
+        )
+        if not all_ok(held, dist):
+            raise RunInUse(
+                f"{self.path} was removed or replaced while this trainer ran; another one may be "
+                f"writing to {self.path.parent}, so this one saves nothing more"
+            )
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+@contextmanager
+def run_lock(run_dir: str | Path, dist: Dist | None = None) -> Iterator[RunLock]:
+    """Hold a run folder for one trainer; raise RunInUse on every rank if another one has it.
+
+    The kernel drops the lock when the process ends, however it ends. Only rank 0 locks.
+    """
+    dist = dist or Dist(0, 0, 1, torch.device("cpu"))
+    lock = RunLock(Path(run_dir) / ".lock")
+    problem = broadcast_json(lock.take() if dist.is_main else None, dist)
+    if problem is not None:
+        raise RunInUse(problem)
+    try:
+        yield lock
+    finally:
+        lock.release()

@@ -21,9 +21,8 @@ from nanomath.base.log import RunLog, progress
 from nanomath.data import TrainBatch
 from nanomath.dist import Dist, barrier, set_timeout, setup
 from nanomath.optim import SCHEDULES, supervised_step
-from nanomath.run import checkpoint
-from nanomath.run.guard import StopSignal, raise_together
-from nanomath.run.lock import RunInUse, RunLock, run_lock
+from nanomath.run import checkpoint, load
+from nanomath.run.guard import RunInUse, RunLock, StopSignal, raise_together, run_lock
 from nanomath.text.chat import use_template
 from nanomath.text.tokenizer import Tokenizer
 
@@ -56,7 +55,7 @@ def load_start(cfg: Any, dist: Dist) -> tuple[nn.Module, Tokenizer]:
 
     Raises ValueError where the folder holds no tokenizer.
     """
-    model, tokenizer, _ = checkpoint.load_model(
+    model, tokenizer, _ = load.load_model(
         cfg.init,
         dist,
         activation_checkpointing=cfg.activation_checkpointing,

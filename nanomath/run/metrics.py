@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,8 +19,6 @@ from nanomath.advantages import constant_groups
 from nanomath.base.log import plot_metrics
 from nanomath.dist import Dist, all_reduce_sum, gather_json
 from nanomath.grpo import RolloutBatch
-from nanomath.measure.evaluation import chunks, evaluate_chunk, maj_at_k, pass_at_k
-from nanomath.rewards import Rewards
 from nanomath.rollouts import Rollouts
 from nanomath.tasks import Problem
 
@@ -141,55 +138,6 @@ def peak_gb(dist: Dist) -> float:
         return torch.cuda.max_memory_allocated(dist.device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def heldout_metrics(
-    model: torch.nn.Module,
-    tokenizer: Any,
-    problems: Sequence[Problem],
-    *,
-    rewards: Rewards,
-    num_samples: int,
-    temperature: float,
-    max_new_tokens: int,
-    dist: Dist,
-    chunk_problems: int = 256,
-    **more: Any,
-) -> dict[str, float]:
-    """Return Pass@1 and mean reward of greedy answers; of K = num_samples samples Pass@K and Maj@K.
-
-    The ranks share the problems out and get the same figures; model is this rank's unsharded one.
-    Samples come from a random stream of their own: no training run and no number of ranks changes
-    them. num_samples 0: greedy answers only. more: further settings of the sampler.
-    """
-    if not problems:
-        raise ValueError("no problems to evaluate")
-    mine, records, rows = problems[dist.rank :: dist.world_size], [], []
-    for chunk in chunks(mine, chunk_problems):
-        records += evaluate_chunk(
-            model,
-            tokenizer,
-            chunk,
-            num_samples=num_samples,
-            temperature=temperature,
-            max_new_tokens=max_new_tokens,
-            **more,
-        )
-    # All at once: one call is bounded by what other ranks wait (workers.py).
-    totals, _ = rewards.score(mine, [record["greedy"]["text"] for record in records])
-    for record, total in zip(records, totals, strict=True):
-        row = {"heldout_reward": total, "heldout_pass@1": float(record["greedy"]["correct"])}
-        if num_samples:
-            correct = [sample["correct"] for sample in record["samples"]]
-            classes = [sample["class"] for sample in record["samples"]]
-            k = num_samples
-            row[f"heldout_pass@{k}"] = pass_at_k(k, sum(correct), k)
-            row[f"heldout_maj@{k}"] = maj_at_k(classes, correct, k)
-        rows.append(row)
-    rows = [row for part in gather_json(rows, dist) for row in part]
-    columns = {name: [row[name] for row in rows if row[name] is not None] for name in rows[0]}
-    # fsum is exact: the order of the ranks' problems does not show.
-    return {name: math.fsum(known) / len(known) for name, known in columns.items() if known}
 
 
 def sample_lines(

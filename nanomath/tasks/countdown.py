@@ -32,7 +32,8 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
-from nanomath.base.config import one_line_errors, opt, parse, write_text
+from nanomath.base.config import one_line_errors, opt, parse
+from nanomath.base.files import write_text
 from nanomath.base.log import progress
 from nanomath.judge.equation import Reading, read_equation
 from nanomath.tasks import Problem

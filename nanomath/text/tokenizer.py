@@ -23,8 +23,8 @@ from pathlib import Path
 
 import tiktoken
 
-from nanomath.base.config import one_line_errors, opt, parse, write_json
-from nanomath.base.files import read_jsonl
+from nanomath.base.config import one_line_errors, opt, parse
+from nanomath.base.files import read_jsonl, write_json
 from nanomath.base.log import progress
 from nanomath.text.foreign import (
     BOS,

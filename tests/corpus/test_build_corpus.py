@@ -13,7 +13,7 @@ import pytest
 
 import build_corpus
 from nanomath.base.config import parse
-from nanomath.corpus import decontaminate, generated
+from nanomath.corpus import decontaminate, generated, write
 from nanomath.tasks import countdown
 
 ROOT = Path(build_corpus.__file__).parent
@@ -127,7 +127,7 @@ def test_heldout_countdown_is_its_numbers_and_target():
     """A held-out problem is found as a data set's row, never by numbers alone: its equation, its
     short prompt, a worked line or a counting list drops no page. Training rows pass."""
     cfg = parse(build_corpus.CorpusConfig, build_corpus.PRESETS, ["--preset", "cpu"])
-    index = decontaminate.Decontaminator(build_corpus.benchmark_texts(cfg))
+    index = decontaminate.Decontaminator(write.benchmark_texts(cfg))
     assert index.summary() == {"long": 0, "short": cfg.num_heldout, "unused": 0}
     for problem in countdown.generate(20, split="heldout", **countdown.RANGES["cpu"]):
         name, nums, target = f"countdown:{problem.id}", *problem.payload.values()

@@ -18,6 +18,7 @@ from nanomath.engine import stream as sampler
 from nanomath.engine.stream import sample_groups, sample_stream
 from nanomath.hub.hf import llama_name
 from nanomath.model import ModelConfig, Transformer
+from nanomath.play import sample as sample_module
 from nanomath.run.checkpoint import save
 from nanomath.text.tokenizer import Tokenizer
 
@@ -762,9 +763,9 @@ def test_nan_weights_are_an_error():
 def test_command_prints_samples_of_a_checkpoint(tmp_path, capsys):
     """The command shows each sample's length and mean logp; the text is the decoded tokens."""
     with pytest.raises(SystemExit, match="--checkpoint DIR is missing"):
-        sampler.main(sampler.Config())
+        sample_module.main(sample_module.Config())
     with pytest.raises(SystemExit, match="nowhere"):
-        sampler.main(sampler.Config(checkpoint=str(tmp_path / "nowhere")))
+        sample_module.main(sample_module.Config(checkpoint=str(tmp_path / "nowhere")))
     tokenizer = Tokenizer.train(["1 + 2 = 3, 4 - 3 = 1"] * 5, 280)
     cfg = dataclasses.replace(CFG, vocab_size=tokenizer.vocab_size + 8)
     model = make_model(cfg, dtype=torch.float32)
@@ -786,7 +787,7 @@ def test_command_prints_samples_of_a_checkpoint(tmp_path, capsys):
         ("--stop 1 = --temperature 0.5", {"stop": ("1", "="), "temperature": 0.5}),
     ):
         argv = f"--checkpoint {tmp_path} --prompt 1+ -n 3 --max_new_tokens 9 --device cpu {flags}"
-        sampler.main(parse(sampler.Config, argv=argv.split()))
+        sample_module.main(parse(sample_module.Config, argv=argv.split()))
         printed = capsys.readouterr().out
         expected = sample_groups(
             model,

@@ -22,12 +22,13 @@ import evaluate
 import train_sft
 from nanomath import dist as nd
 from nanomath.base.config import parse
-from nanomath.engine import stream as sampler
 from nanomath.engine.stream import sample_groups
 from nanomath.hub import hf
 from nanomath.hub.hf_config import make_config
 from nanomath.model import ModelConfig, Transformer
+from nanomath.play import export, sample
 from nanomath.run import checkpoint as ck
+from nanomath.run import load
 from nanomath.run.guard import raise_together
 from nanomath.text.tokenizer import Tokenizer
 
@@ -202,7 +203,7 @@ def test_export_equals_transformers(family, tmp_path, max_file_bytes):
     assert type(again) is type(theirs) and again.dtype == torch.float32
     for ids in (tokens(2, 100, ours.cfg.vocab_size), tokens(1, 3, ours.cfg.vocab_size, seed=3)):
         assert torch.equal(again(ids).logits, theirs(ids).logits)
-    back, _, state = ck.load_model(out)
+    back, _, state = load.load_model(out)
     assert state == {} and back.cfg == ours.cfg
     for name, parameter in back.named_parameters():
         assert torch.equal(parameter, ours.get_parameter(name)), name
@@ -277,7 +278,7 @@ def test_export_from_the_command_line_is_complete(tmp_path, tokenizer, monkeypat
         tokenizer=tokenizer, dist=dist_tests.ALONE,
     )  # fmt: skip
     argv = ["--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
-    hf.main(parse(hf.Config, argv=argv))
+    export.main(parse(export.Config, argv=argv))
     assert "wrote" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "README.md",
@@ -303,7 +304,7 @@ def test_export_from_the_command_line_is_complete(tmp_path, tokenizer, monkeypat
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"{CFG.num_parameters:,}" in card and "Qwen2ForCausalLM" in card and "Step 7" in card
     with pytest.raises(FileExistsError, match="out exists"):
-        hf.main(parse(hf.Config, argv=argv))
+        export.main(parse(export.Config, argv=argv))
 
 
 def test_every_command_takes_a_folder(folder, tmp_path, monkeypatch, capsys):
@@ -322,9 +323,9 @@ def test_every_command_takes_a_folder(folder, tmp_path, monkeypatch, capsys):
     ]
     monkeypatch.setattr(sys, "argv", [*map(str, argv)])
     train_sft.main()
-    trained, tokenizer, state = ck.load_model(tmp_path / "run")
+    trained, tokenizer, state = load.load_model(tmp_path / "run")
     assert state["step"] == 2 and trained.cfg == CFG and tokenizer is not None
-    start, _, _ = ck.load_model(folder)
+    start, _, _ = load.load_model(folder)
     biases = [(a - b).abs().max() for a, b in zip(trained.parameters(), start.parameters())]
     assert min(biases) > 0  # every tensor is trained, biases too
     cfg = parse(
@@ -333,8 +334,8 @@ def test_every_command_takes_a_folder(folder, tmp_path, monkeypatch, capsys):
     model = evaluate.prepare(cfg, dist_tests.ALONE)[0]
     assert torch.equal(model(tokens(1, 9, 300)), start(tokens(1, 9, 300)))
     capsys.readouterr()
-    sampler.main(
-        sampler.Config(str(folder), prompt="1 2", max_new_tokens=3, num_samples=2, device="cpu")
+    sample.main(
+        sample.Config(str(folder), prompt="1 2", max_new_tokens=3, num_samples=2, device="cpu")
     )
     assert capsys.readouterr().out.count("--- sample") == 2
 
@@ -473,7 +474,7 @@ def test_configs_that_are_refused(folder, key):
     }.get(key, {})
     edit(folder / "config.json", lambda config: config.update({key.strip(): value} | others))
     with pytest.raises(ValueError, match=words) as error:
-        ck.load_model(folder)
+        load.load_model(folder)
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -555,7 +556,7 @@ def test_files_that_are_refused(folder, case):
     spoil, words = FILE_CASES[case]
     spoil(folder)
     with pytest.raises((ValueError, OSError), match=words) as error:
-        ck.load_model(folder)
+        load.load_model(folder)
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -577,7 +578,7 @@ def test_weights_of_any_float_type_are_read(tmp_path, stored):
     model = random_model()
     hf.save_hf(model, None, tmp_path / "hf", dtype=stored)
     for dtype in (torch.float32, torch.bfloat16):
-        again = ck.load_model(tmp_path / "hf", dtype=dtype)[0]
+        again = load.load_model(tmp_path / "hf", dtype=dtype)[0]
         for name, parameter in again.named_parameters():
             assert parameter.dtype == dtype
             assert torch.equal(parameter, model.get_parameter(name).to(stored).to(dtype)), name
@@ -725,7 +726,7 @@ def worker_shards(out):
     with raise_together(dist):
         facts = {}
         for name in ("untied", "tied"):
-            model, _, _ = ck.load_model(out / name, dist)
+            model, _, _ = load.load_model(out / name, dist)
             facts[name] = sum(nd.local(p).numel() for p in model.parameters())
             logits = model(tokens(2, 30, 301))
             hf.save_hf(model, None, out / f"{name}-again", dist, dtype=torch.float32)

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from build_corpus import CorpusConfig
-from nanomath.base.config import to_json, write_json
+from nanomath.base.config import to_json
+from nanomath.base.files import write_json
 from nanomath.corpus import decontaminate, recall
+from nanomath.corpus.settings import CorpusConfig
 from nanomath.measure import table1
 from nanomath.model import ModelConfig, Transformer
 from nanomath.text.tokenizer import Tokenizer

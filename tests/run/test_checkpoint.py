@@ -23,10 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nanomath import dist as nd
+from nanomath.hub import weights as weights_module
 from nanomath.model import ModelConfig, Transformer
 from nanomath.run import checkpoint as ck
 from nanomath.run import guard as failures
-from nanomath.run.lock import RunInUse, run_lock
+from nanomath.run import load as load_module
+from nanomath.run.guard import RunInUse, run_lock
 from nanomath.text.tokenizer import Tokenizer
 
 spec = importlib.util.spec_from_file_location(
@@ -93,7 +95,10 @@ class Run:
         """Return all weights and moments, whole, by name."""
         found = ck._optim_tensors(self.modules, self.optimizer)
         for name, module in self.modules.items():
-            found |= {f"{name}/{key}": value for key, value in ck.module_tensors(module).items()}
+            found |= {
+                f"{name}/{key}": value
+                for key, value in weights_module.module_tensors(module).items()
+            }
         return {name: full(value) for name, value in found.items()}
 
 
@@ -286,9 +291,9 @@ def test_every_byte_of_commit_counts(run):
     raw = path.read_bytes()
     for position in range(len(raw)):
         flip(path, position)
-        assert ck._damage(path.parent) is not None, position
+        assert ck.damage(path.parent) is not None, position
         path.write_bytes(raw)
-    assert ck._damage(path.parent) is None
+    assert ck.damage(path.parent) is None
 
 
 def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(run, monkeypatch):
@@ -430,15 +435,15 @@ def test_load_model_from_every_kind_of_path(run, capsys):
     run.load()
     expected = run.modules["policy"](tokens)
     for path in (run.run_dir, str(run.run_dir / "checkpoints"), folder_of(run, 4)):
-        model, tokenizer, state = ck.load_model(path, device="cpu")
+        model, tokenizer, state = load_module.load_model(path, device="cpu")
         assert torch.equal(model(tokens), expected)
         assert tokenizer is None and state["step"] == 4 and model.cfg == CFG
-    wide = ck.load_model(run.run_dir, device="cpu", dtype=torch.float64)[0]
+    wide = load_module.load_model(run.run_dir, device="cpu", dtype=torch.float64)[0]
     torch.testing.assert_close(wide(tokens), expected.double(), rtol=1e-4, atol=1e-5)
-    reference = ck.load_model(run.run_dir, device="cpu", module="reference")[0]
+    reference = load_module.load_model(run.run_dir, device="cpu", module="reference")[0]
     assert torch.equal(reference(tokens), run.modules["reference"](tokens))
     flip(folder_of(run, 4) / "policy-00000.safetensors", 5000)
-    assert ck.load_model(run.run_dir, device="cpu")[2]["step"] == 2
+    assert load_module.load_model(run.run_dir, device="cpu")[2]["step"] == 2
     assert "step-000004 is damaged" in capsys.readouterr().err
 
 
@@ -447,12 +452,12 @@ def test_load_model_says_what_is_wrong(run, tmp_path):
     (tmp_path / "empty").mkdir()
     for name, found in (("nowhere", "that is no folder"), ("empty", "and no Hugging Face model")):
         with pytest.raises(FileNotFoundError, match=f"no checkpoint under .*{found}; .*: bash"):
-            ck.load_model(tmp_path / name, device="cpu")
+            load_module.load_model(tmp_path / name, device="cpu")
     with pytest.raises(ValueError, match="holds no module critic: .*'policy', 'reference'"):
-        ck.load_model(run.run_dir, device="cpu", module="critic")
+        load_module.load_model(run.run_dir, device="cpu", module="critic")
     flip(folder_of(run, 4) / "COMMIT", 9)
     with pytest.raises(ValueError, match="step-000004 is damaged: .*COMMIT"):
-        ck.load_model(folder_of(run, 4), device="cpu")
+        load_module.load_model(folder_of(run, 4), device="cpu")
 
 
 def test_tied_model_and_tokenizer(tmp_path):
@@ -464,14 +469,14 @@ def test_tied_model_and_tokenizer(tmp_path):
     options = {"optimizer": None, "state": {}, "model_cfg": cfg, "tokenizer": tokenizer}
     folder = ck.save(tmp_path, 1, modules={"model": model}, dist=ALONE, **options)
     assert "head.weight" not in load_file(folder / "model-00000.safetensors")
-    loaded, again, _ = ck.load_model(tmp_path, device="cpu")
+    loaded, again, _ = load_module.load_model(tmp_path, device="cpu")
     assert loaded.head.weight is loaded.embedding.weight
     assert torch.equal(loaded.head.weight, model.embedding.weight)
     assert again.encode("3 + 4 = 7") == tokenizer.encode("3 + 4 = 7")
     for name in ("tokenizer_config.json", "tokenizer.json"):
         flip(folder / name, 30)
         with pytest.raises(ValueError, match=f"{name} does not match"):
-            ck.load_model(folder, device="cpu")
+            load_module.load_model(folder, device="cpu")
         flip(folder / name, 30)
 
 

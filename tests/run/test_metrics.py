@@ -13,16 +13,11 @@ import pytest
 import torch
 
 from nanomath.dist import Dist
+from nanomath.measure import evaluation
+from nanomath.measure.evaluation import heldout_metrics
 from nanomath.rollouts import Rollouts
 from nanomath.run import metrics as monitor
-from nanomath.run.metrics import (
-    Clock,
-    cost_metrics,
-    draw_plots,
-    heldout_metrics,
-    rollout_metrics,
-    sample_lines,
-)
+from nanomath.run.metrics import Clock, cost_metrics, draw_plots, rollout_metrics, sample_lines
 from nanomath.tasks import Problem
 
 CPU = torch.device("cpu")
@@ -47,7 +42,9 @@ def on_ranks(monkeypatch, world_size, function):
         return {name: sum(part[name] for part in parts) for name in values}
 
     monkeypatch.setattr(monitor, "gather_json", gather_json)
+    monkeypatch.setattr(evaluation, "gather_json", gather_json)
     monkeypatch.setattr(monitor, "all_reduce_sum", all_reduce_sum)
+
     with ThreadPoolExecutor(world_size) as pool:
         return list(pool.map(function, [Dist(r, r, world_size, CPU) for r in range(world_size)]))
 
@@ -139,7 +136,7 @@ def test_heldout_metrics_by_hand_on_any_number_of_ranks(monkeypatch, world_size)
     those there are; the ranks share the problems, and all get the very same figures, also one that
     has no problem."""
     calls = []
-    monkeypatch.setattr(monitor, "evaluate_chunk", judged_chunk(calls))
+    monkeypatch.setattr(evaluation, "evaluate_chunk", judged_chunk(calls))
     settings = {"temperature": 0.7, "max_new_tokens": 9}
 
     def metrics(dist, num_samples=4):

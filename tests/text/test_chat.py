@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from nanomath.data import encode_examples
-from nanomath.engine import stream as sampler
 from nanomath.measure import evaluation
 from nanomath.tasks import Problem
 from nanomath.text.chat import TEMPLATES, answer_ids, chat_ids, prompt_ids, use_template
@@ -16,6 +15,8 @@ from nanomath.text.tokenizer import Tokenizer
 tokenizers = pytest.importorskip("tokenizers", reason="the tokenizers package is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers  # noqa: E402
+
+from nanomath.play import sample as sample_module  # noqa: E402
 
 # The programs that the models were published with.
 DEEPSEEK_JINJA = (  # deepseek-ai/deepseek-llm-7b-chat, deepseek-math-7b-instruct and -rl
@@ -222,12 +223,12 @@ def test_sampling_stops_where_the_turn_ends(family, monkeypatch):
         calls.append((prompts, tuple(eos_ids), vocab_limit))
         raise Called
 
-    monkeypatch.setattr(sampler, "sample_stream", sample)
+    monkeypatch.setattr(sample_module, "sample_stream", sample)
     monkeypatch.setattr(evaluation, "sample_stream", sample)
-    monkeypatch.setattr(sampler, "load_model", lambda *args, **kwargs: (None, tokenizer, {}))
-    cfg = sampler.Config("x", prompt=problem.prompt, chat_template=name, device="cpu")
+    monkeypatch.setattr(sample_module, "load_model", lambda *args, **kwargs: (None, tokenizer, {}))
+    cfg = sample_module.Config("x", prompt=problem.prompt, chat_template=name, device="cpu")
     with pytest.raises(Called):
-        sampler.main(cfg)
+        sample_module.main(cfg)
     with pytest.raises(Called):
         evaluation.evaluate_chunk(
             None, tokenizer, [problem], num_samples=0, temperature=1.0, max_new_tokens=4
