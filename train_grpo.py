@@ -187,19 +187,21 @@ def sample(
     dist: Dist,
 ) -> Rollouts:
     """Sample G outputs of each prompt (Alg. 1 l.7); places: where in the batch the prompts are."""
-    how = {
-        "eos_ids": tokenizer.stop_ids,
-        "temperature": cfg.temperature,
-        "seed": cfg.seed,
-        "step": step,
-        "prompt_ids": places,  # a question drawn twice makes two groups, not one group twice
-        "vocab_limit": tokenizer.sample_limit,
-    }
+    draw, limits = sample_groups, sampler_settings(cfg, dist)
     if cfg.sampler == "plain":
-        how["max_new_tokens"] = cfg.max_new_tokens
-        return sampler.sample_groups(model, prompts, cfg.group_size, **how)
-    how |= sampler_settings(cfg, dist)
-    return sample_groups(model, prompts, cfg.group_size, **how)
+        draw, limits = sampler.sample_groups, {"max_new_tokens": cfg.max_new_tokens}
+    return draw(
+        model,
+        prompts,
+        cfg.group_size,
+        eos_ids=tokenizer.stop_ids,
+        temperature=cfg.temperature,
+        seed=cfg.seed,
+        step=step,
+        prompt_ids=places,  # a question drawn twice makes two groups, not one group twice
+        vocab_limit=tokenizer.sample_limit,
+        **limits,
+    )
 
 
 def judge(

@@ -21,7 +21,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from nanomath.judge.answers import is_readable
 from nanomath.tasks import Problem, benchmarks, countdown
 from nanomath.tasks.workers import (
     LARGEST,
@@ -61,8 +60,7 @@ def equation_reward(problem: Problem, completion: str) -> float | None:
 def answer_reward(problem: Problem, completion: str) -> float | None:
     """Return 1.0 if the completion's answer equals the reference (judge/answers.py), else 0.0;
     None where there is no reference, or none that is read."""
-    gold = problem.payload.get("answer")
-    if not isinstance(gold, str) or not is_readable(gold):
+    if not benchmarks.can_judge(problem):
         return None
     return float(benchmarks.is_correct(problem, completion))
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -23,33 +22,9 @@ from torch import Tensor
 from nanomath.base.log import progress as progress_bar
 from nanomath.draw import stream_keys
 from nanomath.engine.cache import GroupCache, cache_bytes_per_token, fit_rows
-from nanomath.engine.scheduler import Batch, Row, Sample
+from nanomath.engine.scheduler import Batch, Row, Sample, Settings
 from nanomath.model import ModelConfig, Transformer
 from nanomath.rollouts import Rollouts
-from nanomath.text.tokenizer import Tokenizer
-
-
-@dataclass
-class Settings:
-    """How to sample: the keyword arguments of `sample_groups` and `sample_stream`."""
-
-    max_new_tokens: int
-    eos_ids: Sequence[int]  # each ends a sample, and is kept and counted
-    temperature: float = 1.0  # 0: greedy
-    top_k: int = 0  # keep the k most likely ids; 0: all
-    top_p: float = 1.0  # then the fewest ids that hold this share of what is left
-    stop: Sequence[str] = ()  # the token that completes one ends a sample, and is kept and counted
-    tokenizer: Tokenizer | None = None  # reads for `stop`
-    seed: int = 0
-    step: int = 0
-    prompt_ids: Sequence[int] | None = None  # in the random stream; equal ids share it; 0, 1, ...
-    vocab_limit: int | None = None  # ids from here on are never sampled
-    max_rows: int = 512  # sampled at a time
-    cache_gb: float = math.inf  # 10^9 bytes of keys and values at most: maybe fewer rows
-    progress: float | None = None  # seconds before a bar appears
-    # Batches of few shapes, at fixed addresses, and a look at who has ended only every few steps:
-    # on a GPU, where it is the default, each shape is a CUDA graph.
-    static: bool | None = None
 
 
 def sample_groups(

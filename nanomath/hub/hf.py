@@ -2,7 +2,7 @@
 
     model, tokenizer = load_hf("models/deepseek-math-7b-base")
 
-Every command that takes a checkpoint takes such a folder too (`checkpoint.load_model`). Reading is
+Every command that takes a checkpoint takes such a folder too (run/load.py). Reading is
 exact or refused: every tensor is used once, and a setting that `model.py` does not have is an error
 that names file and field, raised before any weight is read. Files of code (.py) and pickles (.bin)
 are never opened. Weights stream tensor by tensor, each rank reads only its own rows.
@@ -25,12 +25,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from nanomath.base.files import write_json
+from nanomath.base.files import fsync, write_json
 from nanomath.dist import Dist, barrier, local
 from nanomath.hub.hf_config import make_config, read_config
 from nanomath.hub.weights import empty_model, module_tensors, read_rows, write_tensors
 from nanomath.model import Transformer
-from nanomath.run.checkpoint import fsync
 from nanomath.text.foreign import read_json
 from nanomath.text.tokenizer import Tokenizer
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanomath.base.files import read_jsonl
-from nanomath.judge.answers import extract_answer, is_equivalent, is_strict, same_value
+from nanomath.judge.answers import extract_answer, is_equivalent, is_readable, is_strict, same_value
 from nanomath.judge.reader import Value, read_value
 from nanomath.tasks import Problem
 
@@ -226,6 +226,12 @@ def find_answer(completion: str) -> str | None:
     for stop in STOPS:
         completion = completion.partition(stop)[0]
     return extract_answer(completion).answer or None
+
+
+def can_judge(problem: Problem) -> bool:
+    """Say whether the problem has a reference that the judge can read."""
+    reference = problem.payload.get("answer")
+    return isinstance(reference, str) and is_readable(reference)
 
 
 def is_correct(problem: Problem, completion: str) -> bool:
