@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from kernels import Objective
 from nanomath import sampler
 from nanomath.advantages import outcome_advantages, output_weights
 from nanomath.base.config import one_line_errors, parse
@@ -31,7 +32,6 @@ from nanomath.dist import (
 )
 from nanomath.engine.stream import sample_groups, sample_stream
 from nanomath.grpo import (
-    Objective,
     RolloutBatch,
     make_batch,
     policy_update,

@@ -30,11 +30,12 @@ from pathlib import Path
 import torch
 from common import peak_bytes, record, save
 
+from kernels import Objective
 from nanomath.advantages import outcome_advantages, output_weights
 from nanomath.base.config import opt, parse, to_json
 from nanomath.dist import cleanup, make_replica, refresh_replica, setup, shard
 from nanomath.engine.stream import sample_groups
-from nanomath.grpo import Objective, make_batch, policy_update, response_logprobs
+from nanomath.grpo import make_batch, policy_update, response_logprobs
 from nanomath.hub.hf import load_hf, save_hf
 from nanomath.measure.plan import flops_per_token
 from nanomath.model import MODEL_PRESETS, ModelConfig, Transformer

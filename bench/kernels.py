@@ -32,9 +32,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import kernels
-from kernels import reference
+from kernels import Objective, reference
 
-SETTINGS = {"clip_eps_low": 0.2, "clip_eps_high": 0.2, "kl_coef": 0.04}
+OBJECTIVE = Objective(clip_eps_low=0.2, clip_eps_high=0.2, kl_coef=0.04)
 ENTROPY = 1.5  # nats
 NUM_INPUTS = 3  # input sets that rotate
 CHECKED_ROWS = 256  # rows of float64 at a time
@@ -86,11 +86,11 @@ def make_inputs(args, table: str, seed: int) -> Inputs:
 def loss_from_logp(logp_N: Tensor, rows: dict[str, Tensor]) -> Tensor:
     """The loss as the peers without a fused one compute it, by autograd."""
     ratio_N = (logp_N - rows["old_logp_N"]).exp()
-    low, high = 1 - SETTINGS["clip_eps_low"], 1 + SETTINGS["clip_eps_high"]
+    low, high = 1 - OBJECTIVE.clip_eps_low, 1 + OBJECTIVE.clip_eps_high
     advantages_N = rows["advantages_N"]
     loss_N = -torch.minimum(ratio_N * advantages_N, ratio_N.clamp(low, high) * advantages_N)
     log_ref_N = rows["ref_logp_N"] - logp_N
-    loss_N = loss_N + SETTINGS["kl_coef"] * (log_ref_N.exp() - log_ref_N - 1)
+    loss_N = loss_N + OBJECTIVE.kl_coef * (log_ref_N.exp() - log_ref_N - 1)
     return (loss_N * rows["weights_N"]).sum()
 
 
@@ -109,7 +109,7 @@ def torch_linear_loss(hidden_ND, head_VD, targets_N, rows):
 def logits_nanomath(inputs: Inputs, logits_NV: Tensor) -> Tensor:
     overwritten_NV = logits_NV.view_as(logits_NV)  # a leaf itself may not be
     return kernels.policy_loss(
-        overwritten_NV, inputs.targets_N, **inputs.rows, **SETTINGS, inplace=True
+        overwritten_NV, inputs.targets_N, **inputs.rows, objective=OBJECTIVE, inplace=True
     ).loss
 
 
@@ -127,8 +127,8 @@ def logits_liger(inputs: Inputs, logits_BTV: Tensor) -> Tensor:
     return triton_grpo_loss(
         logits_BTV, old_logp_BT, ref_logp_BT, inputs.targets_N.view(-1, inputs.sequence),
         inputs.by_sequence("advantages_N")[:, 0].contiguous(), temperature=1.0,
-        beta=SETTINGS["kl_coef"], eps_low=SETTINGS["clip_eps_low"],
-        eps_high=SETTINGS["clip_eps_high"], loss_type="grpo", inplace=True, reduce=True,
+        beta=OBJECTIVE.kl_coef, eps_low=OBJECTIVE.clip_eps_low,
+        eps_high=OBJECTIVE.clip_eps_high, loss_type="grpo", inplace=True, reduce=True,
     )[0]  # fmt: skip
 
 
@@ -147,7 +147,7 @@ def logprobs_liger(inputs: Inputs, logits_BTV: Tensor) -> Tensor:
 
 def hidden_nanomath(inputs: Inputs, hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
     return kernels.linear_policy_loss(
-        hidden_ND, head_VD, inputs.targets_N, **inputs.rows, **SETTINGS
+        hidden_ND, head_VD, inputs.targets_N, **inputs.rows, objective=OBJECTIVE
     ).loss
 
 
@@ -164,8 +164,8 @@ def hidden_liger(inputs: Inputs, hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     loss = LigerFusedLinearGRPOLoss(
-        beta=SETTINGS["kl_coef"], epsilon_low=SETTINGS["clip_eps_low"],
-        epsilon_high=SETTINGS["clip_eps_high"], loss_type="grpo",
+        beta=OBJECTIVE.kl_coef, epsilon_low=OBJECTIVE.clip_eps_low,
+        epsilon_high=OBJECTIVE.clip_eps_high, loss_type="grpo",
     )  # fmt: skip
     targets_BT = inputs.targets_N.view(-1, inputs.sequence)
     return loss(
@@ -278,7 +278,9 @@ def exact_results(table: str, inputs: Inputs) -> list[Tensor]:
             firsts.append(reference.token_logprobs(first, inputs.targets_N[span])[0])
             continue
         loss = reference.linear_policy_loss if table == "hidden" else reference.policy_loss
-        loss(first, *leaves, inputs.targets_N[span], **arguments, **SETTINGS).loss.backward()
+        loss(
+            first, *leaves, inputs.targets_N[span], **arguments, objective=OBJECTIVE
+        ).loss.backward()
         firsts.append(first.grad)
     return [torch.cat(firsts), *(leaf.grad for leaf in leaves)]
 

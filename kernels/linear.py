@@ -11,16 +11,18 @@ gives zero gradients, so a rank without rows still takes part. On a GPU, droppin
 device once (their number must be known); nothing else does.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from kernels.policy_loss import hand_out, new_status, run_rows, weighted_sum
+from kernels.policy_loss import NOTHING, hand_out, new_status, run_rows, weighted_sum
+from kernels.reference import Objective, PolicyLossOutput
 from kernels.rows import (
-    LossSettings,
-    PolicyLossOutput,
     Rows,
     RowStats,
     check_head,
+    check_reference,
     check_rows,
 )
 
@@ -35,16 +37,12 @@ def linear_policy_loss(
     hidden_ND: Tensor,
     head_VD: Tensor,
     targets_N: Tensor,
+    objective: Objective,
     *,
     weights_N: Tensor,
     advantages_N: Tensor,
     old_logp_N: Tensor | None = None,
     ref_logp_N: Tensor | None = None,
-    clip_eps_low: float = 0.2,
-    clip_eps_high: float = 0.2,
-    kl_coef: float = 0.0,
-    temperature: float = 1.0,
-    kl_estimator: str = "k3",
     chunk_rows: int | None = None,
     status: Tensor | None = None,
 ) -> PolicyLossOutput:
@@ -55,8 +53,7 @@ def linear_policy_loss(
     The other arguments, `status` and the errors are policy_loss's.
     """
     rows = Rows(targets_N, weights_N, advantages_N, old_logp_N, ref_logp_N)
-    settings = LossSettings(clip_eps_low, clip_eps_high, kl_coef, temperature, kl_estimator)
-    return _from_hidden(hidden_ND, head_VD, rows, settings, chunk_rows, status)
+    return _from_hidden(hidden_ND, head_VD, rows, objective, chunk_rows, status)
 
 
 def linear_cross_entropy(
@@ -70,7 +67,7 @@ def linear_cross_entropy(
 ) -> PolicyLossOutput:
     """Compute sum_n w_n * -logp_n from hidden states and head; otherwise as linear_policy_loss."""
     rows = Rows(targets_N, weights_N)
-    return _from_hidden(hidden_ND, head_VD, rows, LossSettings(), chunk_rows, status)
+    return _from_hidden(hidden_ND, head_VD, rows, NOTHING, chunk_rows, status)
 
 
 @torch.no_grad()
@@ -89,15 +86,15 @@ def linear_token_logprobs(
     """
     check_head(hidden_ND, head_VD)
     rows = check_rows(Rows(targets_N), hidden_ND)
-    settings = LossSettings(temperature=temperature).check(has_ref=True)
+    objective = replace(NOTHING, temperature=temperature)
     stats = RowStats.new(hidden_ND, hidden_ND.shape[0], has_loss=False)
-    _run_chunks(hidden_ND, head_VD, rows, settings, stats, None, None, chunk_rows, status)
+    _run_chunks(hidden_ND, head_VD, rows, objective, stats, None, None, chunk_rows, status)
     return stats.logp_N, stats.entropy_N
 
 
 class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, head_VD, rows, settings, needs_grads, chunk_rows, status):
+    def forward(ctx, hidden_ND, head_VD, rows, objective, needs_grads, chunk_rows, status):
         hidden_ND, head_VD = hidden_ND.detach(), head_VD.detach()
         num_rows = hidden_ND.shape[0]
         index_M = rows.weights_N.nonzero()[:, 0]  # the one wait for the device
@@ -111,7 +108,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         grad_head_VD = _new_head_grad(head_VD) if needs_grads[1] else None
         stats = RowStats.new(hidden_MD, len(index_M), has_loss=True)
         _run_chunks(
-            hidden_MD, head_VD, rows, settings, stats, grad_hidden_MD, grad_head_VD,
+            hidden_MD, head_VD, rows, objective, stats, grad_hidden_MD, grad_head_VD,
             chunk_rows, status,
         )  # fmt: skip
         loss = weighted_sum(stats, rows.weights_N)
@@ -131,15 +128,15 @@ class _LinearPolicyLoss(torch.autograd.Function):
         return *hand_out(ctx, upstream), None, None, None, None, None
 
 
-def _from_hidden(hidden_ND, head_VD, rows, settings, chunk_rows, status) -> PolicyLossOutput:
+def _from_hidden(hidden_ND, head_VD, rows, objective, chunk_rows, status) -> PolicyLossOutput:
     check_head(hidden_ND, head_VD)
     rows = check_rows(rows, hidden_ND)
-    settings.check(rows.ref_logp_N is not None)
+    check_reference(objective, rows)
     grad_mode = torch.is_grad_enabled()
     needs_grads = (grad_mode and hidden_ND.requires_grad, grad_mode and head_VD.requires_grad)
     status = new_status(hidden_ND) if status is None else status
     loss, *stats = _LinearPolicyLoss.apply(
-        hidden_ND, head_VD, rows, settings, needs_grads, chunk_rows, status
+        hidden_ND, head_VD, rows, objective, needs_grads, chunk_rows, status
     )
     stats = RowStats(*stats)
     return PolicyLossOutput(loss, **stats._asdict(), status=status)
@@ -149,7 +146,7 @@ def _run_chunks(
     hidden_ND: Tensor,
     head_VD: Tensor,
     rows: Rows,
-    settings: LossSettings,
+    objective: Objective,
     stats: RowStats,
     grad_hidden_ND: Tensor | None,
     grad_head_VD: Tensor | None,
@@ -177,7 +174,7 @@ def _run_chunks(
         hidden_CD, logits_CV = hidden_ND[span], buffer_CV[: span.stop - start]
         torch.mm(hidden_CD, head_VD.t(), out=logits_CV)
         grad_CV = logits_CV if wants_grad else None
-        run_rows(logits_CV, _numbered(rows, span), settings, stats.take(span), grad_CV, status)
+        run_rows(logits_CV, _numbered(rows, span), objective, stats.take(span), grad_CV, status)
         if grad_hidden_ND is not None:
             _mm_into(grad_hidden_ND[span], logits_CV, head_VD)
         if grad_head_VD is not None:

@@ -12,34 +12,34 @@ hold [N, V].
 """
 
 import os
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from kernels import policy_loss_torch
+from kernels.reference import Objective, PolicyLossOutput
 from kernels.rows import (
-    LossSettings,
-    PolicyLossOutput,
     Rows,
     RowStats,
     check_logits,
+    check_reference,
     check_rows,
 )
+
+# The log-probability alone, without clip or KL.
+NOTHING = Objective(clip_eps_low=0.0, clip_eps_high=0.0, kl_coef=0.0)
 
 
 def policy_loss(
     logits_NV: Tensor,
     targets_N: Tensor,
+    objective: Objective,
     *,
     weights_N: Tensor,
     advantages_N: Tensor,
     old_logp_N: Tensor | None = None,
     ref_logp_N: Tensor | None = None,
-    clip_eps_low: float = 0.2,
-    clip_eps_high: float = 0.2,
-    kl_coef: float = 0.0,
-    temperature: float = 1.0,
-    kl_estimator: str = "k3",
     inplace: bool = False,
     status: Tensor | None = None,
 ) -> PolicyLossOutput:
@@ -48,14 +48,12 @@ def policy_loss(
     logits_NV bf16, fp16, fp32 or fp64; targets_N int64 or int32; the rest fp32 or fp64, constants
     of the loss. old_logp_N None: the policy is its own old policy, rho = 1 with its gradient (one
     update per batch of rollouts). Rows of weight 0 are skipped and hold 0 in every output.
-    kl_estimator: k3 (Eq. 4), k1 or k2; reference.py has their gradients.
     inplace: the gradient overwrites the logits (no second [N, V]); for logits nobody reads later.
     status: on a GPU, a word (int64 [1], zeros) to share among calls; see check_status.
     Raises ValueError for a shape, dtype or setting that does not fit, and on a CPU for bad values.
     """
     rows = Rows(targets_N, weights_N, advantages_N, old_logp_N, ref_logp_N)
-    settings = LossSettings(clip_eps_low, clip_eps_high, kl_coef, temperature, kl_estimator)
-    return _from_logits(logits_NV, rows, settings, inplace, status)
+    return _from_logits(logits_NV, rows, objective, inplace, status)
 
 
 def cross_entropy(
@@ -68,7 +66,7 @@ def cross_entropy(
 ) -> PolicyLossOutput:
     """Compute sum_n w_n * -logp_n; arguments and errors as in policy_loss (SFT in Sec. 5.2)."""
     rows = Rows(targets_N, weights_N)
-    return _from_logits(logits_NV, rows, LossSettings(), inplace, status)
+    return _from_logits(logits_NV, rows, NOTHING, inplace, status)
 
 
 @torch.no_grad()
@@ -85,16 +83,16 @@ def token_logprobs(
     """
     check_logits(logits_NV)
     rows = check_rows(Rows(targets_N), logits_NV)
-    settings = LossSettings(temperature=temperature).check(has_ref=True)
+    objective = replace(NOTHING, temperature=temperature)
     stats = RowStats.new(logits_NV, logits_NV.shape[0], has_loss=False)
-    run_rows(logits_NV.detach(), rows, settings, stats, None, status)
+    run_rows(logits_NV.detach(), rows, objective, stats, None, status)
     return stats.logp_N, stats.entropy_N
 
 
 def run_rows(
     logits_NV: Tensor,
     rows: Rows,
-    settings: LossSettings,
+    objective: Objective,
     stats: RowStats,
     grad_NV: Tensor | None,
     status: Tensor | None,
@@ -110,9 +108,9 @@ def run_rows(
         word = (torch.int64, (1,), logits_NV.device)
         if status is not None and (status.dtype, status.shape, status.device) != word:
             raise ValueError(f"status must be int64 [1] on {logits_NV.device}: see check_status")
-        launch_rows(logits_NV, rows, settings, stats, grad_NV, status)
+        launch_rows(logits_NV, rows, objective, stats, grad_NV, status)
     else:
-        policy_loss_torch.run_rows(logits_NV, rows, settings, stats, grad_NV)
+        policy_loss_torch.run_rows(logits_NV, rows, objective, stats, grad_NV)
 
 
 def uses_triton(tensor: Tensor) -> bool:
@@ -165,7 +163,7 @@ def hand_out(ctx, upstream: Tensor) -> list[Tensor | None]:
 
 class _PolicyLossFromLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_NV, rows, settings, needs_grad, inplace, status):
+    def forward(ctx, logits_NV, rows, objective, needs_grad, inplace, status):
         logits_NV = logits_NV.detach()
         grad_NV = None
         if needs_grad:
@@ -175,9 +173,9 @@ class _PolicyLossFromLogits(torch.autograd.Function):
         # The Triton kernel skips rows of weight 0 itself: finding them here would wait for it.
         index_M = None if uses_triton(logits_NV) else rows.weights_N.nonzero()[:, 0]
         if index_M is None or len(index_M) == logits_NV.shape[0]:
-            run_rows(logits_NV, rows, settings, stats, grad_NV, status)
+            run_rows(logits_NV, rows, objective, stats, grad_NV, status)
         else:
-            stats = _run_kept_rows(logits_NV, rows, index_M, settings, grad_NV)
+            stats = _run_kept_rows(logits_NV, rows, index_M, objective, grad_NV)
         if inplace and needs_grad:
             torch.autograd.graph.increment_version(logits_NV)  # the kernel's writes are not seen
         ctx.grads = [grad_NV]
@@ -189,28 +187,28 @@ class _PolicyLossFromLogits(torch.autograd.Function):
         return hand_out(ctx, upstream)[0], None, None, None, None, None
 
 
-def _run_kept_rows(logits_NV, rows, index_M, settings, grad_NV) -> RowStats:
+def _run_kept_rows(logits_NV, rows, index_M, objective, grad_NV) -> RowStats:
     ids_N = torch.arange(len(rows.targets_N), device=logits_NV.device)
     rows_M = rows._replace(ids_N=ids_N).take(index_M)
     logits_MV = logits_NV[index_M]  # a copy, so the gradient may go over it
     stats_M = RowStats.new(logits_MV, len(index_M), has_loss=True)
     grad_MV = None if grad_NV is None else logits_MV
-    run_rows(logits_MV, rows_M, settings, stats_M, grad_MV, None)
+    run_rows(logits_MV, rows_M, objective, stats_M, grad_MV, None)
     if grad_NV is not None:
         grad_NV.zero_().index_copy_(0, index_M, logits_MV)
     return stats_M.spread(index_M, len(rows.targets_N))
 
 
-def _from_logits(logits_NV, rows, settings, inplace, status) -> PolicyLossOutput:
+def _from_logits(logits_NV, rows, objective, inplace, status) -> PolicyLossOutput:
     check_logits(logits_NV)
     rows = check_rows(rows, logits_NV)
-    settings.check(rows.ref_logp_N is not None)
+    check_reference(objective, rows)
     needs_grad = logits_NV.requires_grad and torch.is_grad_enabled()
     if inplace and needs_grad and (logits_NV.is_leaf or logits_NV.stride(1) != 1):
         raise ValueError("logits_NV: inplace needs the contiguous output of a layer, not a leaf")
     status = new_status(logits_NV) if status is None else status
     loss, *stats = _PolicyLossFromLogits.apply(
-        logits_NV, rows, settings, needs_grad, inplace, status
+        logits_NV, rows, objective, needs_grad, inplace, status
     )
     stats = RowStats(*stats)
     return PolicyLossOutput(loss, **stats._asdict(), status=status)

@@ -8,13 +8,14 @@ it costs nothing there. Bad values raise at once. Also runs float64 logits on an
 import torch
 from torch import Tensor
 
-from kernels.rows import LossSettings, Rows, RowStats, bad_row_error
+from kernels.reference import Objective
+from kernels.rows import Rows, RowStats, bad_row_error
 
 BLOCK_ELEMENTS = 2**19  # logits a thread: 2 MiB in fp32, so that its buffers stay in the cache
 
 
 def run_rows(
-    logits_NV: Tensor, rows: Rows, settings: LossSettings, stats: RowStats, grad_NV: Tensor | None
+    logits_NV: Tensor, rows: Rows, objective: Objective, stats: RowStats, grad_NV: Tensor | None
 ) -> None:
     """Fill stats, and grad_NV (which may be logits_NV) with d(sum w loss)/dlogits if given."""
     num_rows, vocab_size = logits_NV.shape
@@ -31,7 +32,7 @@ def run_rows(
         size = span.stop - start
         exps_BV = grad_NV[span] if direct else exps[:size]
         slope_B, sum_B = _run_block(
-            logits_NV[span], rows.take(span), settings, stats.take(span), centred[:size], exps_BV
+            logits_NV[span], rows.take(span), objective, stats.take(span), centred[:size], exps_BV
         )
         if grad_NV is None:
             continue
@@ -44,7 +45,7 @@ def run_rows(
 def _run_block(
     logits_BV: Tensor,
     rows: Rows,
-    settings: LossSettings,
+    objective: Objective,
     stats: RowStats,
     centred_BV: Tensor,
     exps_BV: Tensor,
@@ -54,10 +55,10 @@ def _run_block(
     max_B1 = logits_BV.amax(1, keepdim=True).to(centred_BV.dtype)
     # The target's difference in float64: two fp32 logits 160 apart would give it 8e-6 wrong.
     target_B1 = logits_BV.gather(1, rows.targets_N[:, None]).double() - max_B1
-    target_B = target_B1[:, 0] / settings.temperature
+    target_B = target_B1[:, 0] / objective.temperature
     torch.sub(logits_BV, max_B1, out=centred_BV)
-    if settings.temperature != 1.0:
-        centred_BV.mul_(1.0 / settings.temperature)
+    if objective.temperature != 1.0:
+        centred_BV.mul_(1.0 / objective.temperature)
     torch.exp(centred_BV, out=exps_BV)
     sum_B = exps_BV.sum(1).double()
     moment_B = centred_BV.mul_(exps_BV).nansum(1).double()  # an entry of -inf makes 0 * -inf: 0
@@ -69,11 +70,11 @@ def _run_block(
     stats.entropy_N.copy_(log_sum_B - moment_B / sum_B)
     if rows.weights_N is None:
         return None, sum_B
-    slope_B = _loss_and_slope(logp_B, rows, settings, stats)
-    return slope_B * rows.weights_N / settings.temperature, sum_B
+    slope_B = _loss_and_slope(logp_B, rows, objective, stats)
+    return slope_B * rows.weights_N / objective.temperature, sum_B
 
 
-def _loss_and_slope(logp_B: Tensor, rows: Rows, settings: LossSettings, stats: RowStats) -> Tensor:
+def _loss_and_slope(logp_B: Tensor, rows: Rows, objective: Objective, stats: RowStats) -> Tensor:
     """Write loss, KL, ratio and clip flag of each row; return dloss/dlogp (float64)."""
     if rows.advantages_N is None:  # cross entropy: A = 1, rho = 1, and the loss reads as -logp
         stats.loss_N.copy_(-logp_B)
@@ -84,16 +85,16 @@ def _loss_and_slope(logp_B: Tensor, rows: Rows, settings: LossSettings, stats: R
         ratio_B = torch.ones_like(logp_B)
     else:
         ratio_B = (logp_B - rows.old_logp_N).exp()
-    low_B = (ratio_B < 1.0 - settings.clip_eps_low) & (advantages_B < 0)
-    high_B = (ratio_B > 1.0 + settings.clip_eps_high) & (advantages_B > 0)
-    bounded_B = ratio_B.clamp(1.0 - settings.clip_eps_low, 1.0 + settings.clip_eps_high)
+    low_B = (ratio_B < 1.0 - objective.clip_eps_low) & (advantages_B < 0)
+    high_B = (ratio_B > 1.0 + objective.clip_eps_high) & (advantages_B > 0)
+    bounded_B = ratio_B.clamp(1.0 - objective.clip_eps_low, 1.0 + objective.clip_eps_high)
     loss_B = -torch.minimum(ratio_B * advantages_B, bounded_B * advantages_B)  # Eq. 3
     slope_B = (-ratio_B * advantages_B).masked_fill_(low_B | high_B, 0.0)
     if rows.ref_logp_N is not None:
-        kl_B, pull_B = _kl_and_pull(rows.ref_logp_N - logp_B, settings.kl_estimator)
+        kl_B, pull_B = _kl_and_pull(rows.ref_logp_N - logp_B, objective.kl_estimator)
         stats.kl_N.copy_(kl_B)
-        loss_B += settings.kl_coef * kl_B
-        slope_B -= settings.kl_coef * pull_B
+        loss_B += objective.kl_coef * kl_B
+        slope_B -= objective.kl_coef * pull_B
     stats.loss_N.copy_(loss_B)
     stats.ratio_N.copy_(ratio_B)
     stats.clipped_N.copy_(high_B.to(torch.int8) - low_B.to(torch.int8))

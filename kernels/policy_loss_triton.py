@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.rows import LossSettings, Rows, RowStats
+from kernels.reference import Objective
+from kernels.rows import Rows, RowStats
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 # Stands for -inf where 0 * -inf would be NaN. A row without a logit above it counts as all -inf.
@@ -260,7 +261,7 @@ def scale_kernel(
 def launch_rows(
     logits_NV: Tensor,
     rows: Rows,
-    settings: LossSettings,
+    objective: Objective,
     stats: RowStats,
     grad_NV: Tensor | None,
     status: Tensor | None,
@@ -273,8 +274,8 @@ def launch_rows(
     with torch.cuda.device_of(logits_NV):  # Triton launches on the current one
         policy_loss_kernel[(num_rows,)](
             logits_NV, grad_NV, *rows, *stats, status, *strides, vocab_size,
-            1.0 / settings.temperature, settings.clip_eps_low, settings.clip_eps_high,
-            settings.kl_coef, KL=settings.kl_estimator, THREADS=32 * warps, num_warps=warps,
+            1.0 / objective.temperature, objective.clip_eps_low, objective.clip_eps_high,
+            objective.kl_coef, KL=objective.kl_estimator, THREADS=32 * warps, num_warps=warps,
         )  # fmt: skip
 
 

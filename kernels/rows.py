@@ -10,48 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
-class PolicyLossOutput(NamedTuple):
-    """The loss and, detached, what each row had: fp32, or fp64 where the logits are fp64.
-
-    logp_N is fp64 always: against log-probabilities of the same weights, kept so, each ratio is
-    exactly 1 and each KL exactly 0. Rows of weight 0 hold 0 everywhere: they are never computed,
-    their targets never read.
-    """
-
-    loss: Tensor  # scalar, differentiable: sum_n weights_N * loss_N
-    loss_N: Tensor  # -[min(rho A, clip(rho) A) - kl_coef * kl], or -logp for cross entropy
-    logp_N: Tensor  # log-probability of the target at the temperature
-    entropy_N: Tensor  # nats
-    kl_N: Tensor  # the estimator's value, k3 in Eq. 4; 0 without reference log-probabilities
-    ratio_N: Tensor  # rho; 1 without old log-probabilities
-    clipped_N: Tensor  # int8: -1 held back by the low side of the clip, +1 by the high one, else 0
-    status: Tensor | None = None  # GPU only: the device word that check_status reads
-
-
-KL_ESTIMATORS = ("k1", "k2", "k3")  # of KL(pi || pi_ref); k3 is Eq. 4, see reference.py
-
-
-class LossSettings(NamedTuple):
-    """The settings of Eq. 3; of these only the KL's estimator makes a kernel compile again."""
-
-    clip_eps_low: float = 0.2
-    clip_eps_high: float = 0.2
-    kl_coef: float = 0.0
-    temperature: float = 1.0
-    kl_estimator: str = "k3"
-
-    def check(self, has_ref: bool) -> "LossSettings":
-        if not 0.0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature must be finite and above 0, got {self.temperature}")
-        for name in ("clip_eps_low", "clip_eps_high", "kl_coef"):
-            if not 0.0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
-        if self.kl_coef > 0 and not has_ref:
-            raise ValueError("kl_coef > 0 needs ref_logp_N: the KL is against the reference")
-        if self.kl_estimator not in KL_ESTIMATORS:
-            raise ValueError(f"kl_estimator must be of {KL_ESTIMATORS}, got {self.kl_estimator}")
-        return self
+from kernels.reference import Objective
 
 
 class Rows(NamedTuple):
@@ -140,6 +99,11 @@ def check_head(hidden_ND: Tensor, head_VD: Tensor) -> None:
             f"head_VD ({head_VD.dtype}, {head_VD.device}) and hidden_ND ({hidden_ND.dtype}, "
             f"{hidden_ND.device}) must have one dtype and device"
         )
+
+
+def check_reference(objective: Objective, rows: Rows) -> None:
+    if objective.kl_coef > 0 and rows.ref_logp_N is None:
+        raise ValueError("kl_coef > 0 needs ref_logp_N: the KL is against the reference")
 
 
 def check_rows(rows: Rows, like_N: Tensor) -> Rows:

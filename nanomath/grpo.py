@@ -14,13 +14,14 @@ without padding. Masks come from lengths, never from token ids.
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from kernels import (
+    Objective,
     PolicyLossOutput,
     check_status,
     linear_policy_loss,
@@ -174,17 +175,6 @@ def response_logprobs(
     return logp_N
 
 
-@dataclass(frozen=True)
-class Objective:
-    """The constants of Eq. 3: clip range, KL coefficient beta, and the sampling temperature."""
-
-    clip_eps_low: float
-    clip_eps_high: float
-    kl_coef: float
-    temperature: float
-    kl_estimator: str = "k3"
-
-
 PER_TOKEN = ("kl", "kl_old", "entropy", "clip_low", "clip_high", "sampler_gap")
 METRIC_SUMS = ("loss", "kl_weighted", "tokens", *PER_TOKEN)  # tokens: those in the loss
 METRIC_MAXIMA = ("ratio_max", "sampler_gap_max")
@@ -220,12 +210,12 @@ def objective_of_rows(
             hidden_BTD.flatten(0, 1)[predicted_N],
             head_VD,
             targets_N,
+            objective,
             weights_N=weights_N,
             advantages_N=advantages_N,
             old_logp_N=packed(batch.old_logp_N),
             ref_logp_N=packed(batch.ref_logp_N),
             status=status,
-            **asdict(objective),
         )
 
     out = model(tokens_BT, head_fn=head_fn)

@@ -6,7 +6,7 @@ formulas: the table in README.md.
 
 from dataclasses import dataclass
 
-from kernels.rows import KL_ESTIMATORS
+from kernels.reference import KL_ESTIMATORS
 from nanomath.advantages import ADVANTAGES, LOSS_NORMS
 from nanomath.base.config import RunConfig, opt
 from nanomath.dist import Dist

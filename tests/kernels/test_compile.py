@@ -20,7 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 from kernels import policy_loss_triton as source
-from kernels.rows import LossSettings, Rows, RowStats
+from kernels.reference import Objective
+from kernels.rows import Rows, RowStats
 
 class Driver:
     get_current_target = lambda self: GPUTarget("cuda", 90, 32)
@@ -32,7 +33,7 @@ driver.set_active(Driver())
 for kernel in (source.policy_loss_kernel, source.scale_kernel):
     kernel.run = lambda *args, run=kernel.run, **kwargs: run(*args, **kwargs | {"warmup": True})
 
-def launch(kind, num_rows, vocab_size, settings, dtype=torch.bfloat16, stride=None, first=0):
+def launch(kind, num_rows, vocab_size, objective, dtype=torch.bfloat16, stride=None, first=0):
     logits_NV = torch.zeros(num_rows, stride or vocab_size, dtype=dtype)[:, :vocab_size]
     ones_N, ids_N = torch.ones(first + num_rows), torch.zeros(first + num_rows, dtype=torch.int64)
     ones_N, ids_N = ones_N[first:], ids_N[first:]
@@ -45,7 +46,7 @@ def launch(kind, num_rows, vocab_size, settings, dtype=torch.bfloat16, stride=No
     stats = stats.take(slice(first, None))
     grad_NV = None if rows.weights_N is None else logits_NV
     status = torch.zeros(1, dtype=torch.int64)
-    source.launch_rows(logits_NV, rows, settings, stats, grad_NV, status)
+    source.launch_rows(logits_NV, rows, objective, stats, grad_NV, status)
 
 def compiled(kernel):
     return list(kernel.device_caches[0][0].values())
@@ -79,22 +80,22 @@ rows = []
 for kind in ("policy_loss", "cross_entropy", "token_logprobs"):
     for vocab_size in (1024, 102400, 151936):
         source.policy_loss_kernel.device_caches.clear()
-        launch(kind, 4, vocab_size, LossSettings())
+        launch(kind, 4, vocab_size, Objective(0.2, 0.2, 0.0))
         rows.append({"kind": kind, "vocab_size": vocab_size, **report(source.policy_loss_kernel)})
 for estimator in ("k1", "k2"):
     source.policy_loss_kernel.device_caches.clear()
-    launch("policy_loss", 4, 1024, LossSettings(kl_estimator=estimator))
+    launch("policy_loss", 4, 1024, Objective(0.2, 0.2, 0.0, kl_estimator=estimator))
     rows.append({"kind": estimator, "vocab_size": 1024, **report(source.policy_loss_kernel)})
 print(json.dumps(rows))
 
 source.policy_loss_kernel.device_caches.clear()
 for num_rows in (1, 3, 16, 257):
     for settings in [(0.2, 0.2, 0.0, 1.0), (0.1, 0.28, 0.04, 0.7), (0.0, 1.0, 1.0, 2.0)]:
-        launch("policy_loss", num_rows, 102400, LossSettings(*settings))
-launch("policy_loss", 2, 51200, LossSettings())
-launch("policy_loss", 2, 51200, LossSettings(), stride=51216)
+        launch("policy_loss", num_rows, 102400, Objective(*settings))
+launch("policy_loss", 2, 51200, Objective(0.2, 0.2, 0.0))
+launch("policy_loss", 2, 51200, Objective(0.2, 0.2, 0.0), stride=51216)
 for first in (1, 2, 4, 8):
-    launch("policy_loss", 2, 102400, LossSettings(), first=first)
+    launch("policy_loss", 2, 102400, Objective(0.2, 0.2, 0.0), first=first)
 for num_rows in (2, 48, 100):
     source.launch_scale(torch.zeros(num_rows, 4096), torch.ones(()))
 print(len(compiled(source.policy_loss_kernel)), len(compiled(source.scale_kernel)))

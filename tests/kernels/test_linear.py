@@ -14,9 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from kernels import linear, reference
+from kernels import Objective, linear, reference
 
-SETTINGS = {"clip_eps_low": 0.2, "clip_eps_high": 0.28, "kl_coef": 0.04}
+OBJECTIVE = Objective(clip_eps_low=0.2, clip_eps_high=0.28, kl_coef=0.04)
 WIDTH = 24
 
 
@@ -72,11 +72,11 @@ def test_equals_float64_reference(device, make_hidden_case, num_rows, vocab_size
     on_device = case.to(device)
     output, grad_ND, grad_VD = run(
         kernels.linear_policy_loss, hidden_ND.to(device), head_VD.to(device), on_device.targets_N,
-        **on_device.rows(), **SETTINGS, chunk_rows=chunk_rows,
+        **on_device.rows(), objective=OBJECTIVE, chunk_rows=chunk_rows,
     )  # fmt: skip
     exact, exact_ND, exact_VD = run(
         reference.linear_policy_loss, hidden_ND.double(), head_VD.double(), case.targets_N,
-        **case.double().rows(), **SETTINGS,
+        **case.double().rows(), objective=OBJECTIVE,
     )  # fmt: skip
     for name in ("loss_N", "logp_N", "entropy_N", "kl_N", "ratio_N"):
         value_N, exact_N = getattr(output, name).cpu().double(), getattr(exact, name)
@@ -99,12 +99,12 @@ def test_other_dtypes(make_hidden_case, dtype):
     hidden_ND, head_VD, case = make_hidden_case(40, 300, seed=2, dtype=dtype)
     rows = (case.double() if dtype == torch.float64 else case).rows()
     output, grad_ND, grad_VD = run(
-        kernels.linear_policy_loss, hidden_ND, head_VD, case.targets_N, **rows, **SETTINGS,
+        kernels.linear_policy_loss, hidden_ND, head_VD, case.targets_N, **rows, objective=OBJECTIVE,
         chunk_rows=9,
     )  # fmt: skip
     exact, exact_ND, exact_VD = run(
         reference.linear_policy_loss, hidden_ND.double(), head_VD.double(), case.targets_N,
-        **case.double().rows(), **SETTINGS,
+        **case.double().rows(), objective=OBJECTIVE,
     )  # fmt: skip
     tolerance = 1e-12 if dtype == torch.float64 else 4e-3
     assert grad_ND.dtype == grad_VD.dtype == dtype
@@ -168,11 +168,11 @@ def test_row_order_and_chunks_do_not_matter(make_hidden_case):
     order = torch.randperm(57, generator=torch.Generator().manual_seed(0))
     shuffled = type(case)(*(field[order] for field in case))
     _, grad_ND, grad_VD = run(
-        kernels.linear_policy_loss, hidden_ND, head_VD, case.targets_N, **case.rows(), **SETTINGS
+        kernels.linear_policy_loss, hidden_ND, head_VD, case.targets_N, OBJECTIVE, **case.rows()
     )
     _, other_ND, other_VD = run(
         kernels.linear_policy_loss, hidden_ND[order], head_VD, shuffled.targets_N,
-        **shuffled.rows(), **SETTINGS, chunk_rows=10,
+        **shuffled.rows(), objective=OBJECTIVE, chunk_rows=10,
     )  # fmt: skip
     assert_near(other_ND, grad_ND[order].double(), 2e-6)
     assert_near(other_VD, grad_VD.double(), 2e-6)
@@ -203,7 +203,7 @@ def test_frozen_inputs_and_upstream(device, make_hidden_case):
     """Only the wanted gradients are made; another upstream gradient scales both; twice raises."""
     hidden_ND, head_VD, case = make_hidden_case(9, 40, seed=6)
     hidden_ND, head_VD, case = hidden_ND.to(device), head_VD.to(device), case.to(device)
-    arguments = {**case.rows(), **SETTINGS}
+    arguments = {**case.rows(), "objective": OBJECTIVE}
     _, grad_ND, grad_VD = run(
         kernels.linear_policy_loss, hidden_ND, head_VD, case.targets_N, **arguments
     )

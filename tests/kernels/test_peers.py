@@ -3,20 +3,21 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import kernels
-from kernels import reference
+from kernels import Objective, reference
 
 pytestmark = [
     pytest.mark.peers,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
-SETTINGS = {"clip_eps_low": 0.2, "clip_eps_high": 0.28, "kl_coef": 0.04}
+OBJECTIVE = Objective(clip_eps_low=0.2, clip_eps_high=0.28, kl_coef=0.04)
 NUM_SEQUENCES, LENGTH, VOCAB, WIDTH = 4, 8, 300, 24
 
 
@@ -36,7 +37,7 @@ def batch():
         "old_logp_N": logp_N + 0.4 * torch.randn(num_rows, generator=generator),
         "ref_logp_N": logp_N + 0.5 * torch.randn(num_rows, generator=generator),
     }
-    exact = reference.linear_policy_loss(hidden_ND, head_VD, targets_N, **rows, **SETTINGS)
+    exact = reference.linear_policy_loss(hidden_ND, head_VD, targets_N, **rows, objective=OBJECTIVE)
     assert set(exact.clipped_N.tolist()) == {-1, 0, 1}
     return hidden_ND, head_VD, targets_N, rows
 
@@ -54,10 +55,10 @@ def test_equals_liger_fused_linear_grpo(batch):
     liger = pytest.importorskip("liger_kernel.chunked_loss", reason="needs the extra [peers]")
     hidden_ND, head_VD, targets_N, rows = batch
     leaves = hidden_ND.requires_grad_(), head_VD.requires_grad_()
-    ours = kernels.linear_policy_loss(*leaves, targets_N, **rows, **SETTINGS).loss
+    ours = kernels.linear_policy_loss(*leaves, targets_N, **rows, objective=OBJECTIVE).loss
     loss = liger.LigerFusedLinearGRPOLoss(
-        beta=SETTINGS["kl_coef"], epsilon_low=SETTINGS["clip_eps_low"],
-        epsilon_high=SETTINGS["clip_eps_high"], loss_type="grpo", compiled=False,
+        beta=OBJECTIVE.kl_coef, epsilon_low=OBJECTIVE.clip_eps_low,
+        epsilon_high=OBJECTIVE.clip_eps_high, loss_type="grpo", compiled=False,
     )  # fmt: skip
     theirs, *_ = loss(
         hidden_ND.view(NUM_SEQUENCES, LENGTH, WIDTH), head_VD, by_sequence(targets_N),
@@ -78,7 +79,7 @@ def test_equals_trl_chunked_logprob(batch, temperature):
     hidden_ND, head_VD, targets_N, rows = batch
     leaves = hidden_ND.requires_grad_(), head_VD.requires_grad_()
     ours = kernels.linear_policy_loss(
-        *leaves, targets_N, **rows, **SETTINGS, temperature=temperature
+        *leaves, targets_N, **rows, objective=replace(OBJECTIVE, temperature=temperature)
     )
     logp_N, entropy_N, *_ = trl.ChunkedLogProbFunction.apply(
         *leaves, None, targets_N, temperature, 128, None, 1.0, ("log_probs", "entropy")
@@ -99,7 +100,7 @@ def test_liger_triton_kernel_in_the_interpreter(batch, tmp_path):
     pytest.importorskip("liger_kernel", reason="needs the extra [peers]")
     hidden_ND, head_VD, targets_N, rows = batch
     logits_NV = (hidden_ND @ head_VD.T).requires_grad_()
-    ours = kernels.policy_loss(logits_NV, targets_N, **rows, **SETTINGS).loss
+    ours = kernels.policy_loss(logits_NV, targets_N, **rows, objective=OBJECTIVE).loss
     ours.backward()
     arguments = {"logits": logits_NV.detach(), "targets": targets_N, **rows}
     save_file(arguments, tmp_path / "arguments")

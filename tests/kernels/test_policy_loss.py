@@ -4,13 +4,14 @@ import re
 import subprocess
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
-from kernels import reference
+from kernels import Objective, reference
 from kernels.policy_loss import uses_triton
 from kernels.rows import BAD_ROW_REASONS
 
@@ -19,26 +20,26 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
 ]
-SETTINGS = {"clip_eps_low": 0.2, "clip_eps_high": 0.28, "kl_coef": 0.04}
+OBJECTIVE = Objective(clip_eps_low=0.2, clip_eps_high=0.28, kl_coef=0.04)
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3}  # of the gradient, in its row's scale
 VALUES = ("loss_N", "logp_N", "entropy_N", "kl_N", "ratio_N")
 
 
-def run(module, case, **kwargs):
+def run(module, case, objective=OBJECTIVE):
     """(output, gradient by the logits) of policy_loss in `module`."""
     logits_NV = case.logits_NV.clone().requires_grad_()
-    output = module.policy_loss(logits_NV, case.targets_N, **case.rows(), **kwargs)
+    output = module.policy_loss(logits_NV, case.targets_N, objective, **case.rows())
     output.loss.backward()
     return output, logits_NV.grad
 
 
-def assert_equal_to_reference(case, device, **kwargs):
+def assert_equal_to_reference(case, device, objective=OBJECTIVE):
     grad_tolerance = TOLERANCE[case.logits_NV.dtype]
     if case.logits_NV.dtype == torch.bfloat16 and uses_triton(case.logits_NV):
         # The interpreter cuts off where a GPU rounds (test_compile.py sees cvt.rn): 2^-7, not 2^-8.
         grad_tolerance *= 2
-    output, grad_NV = run(kernels, case.to(device), **kwargs)
-    exact, exact_grad_NV = run(reference, case.double(), **kwargs)
+    output, grad_NV = run(kernels, case.to(device), objective)
+    exact, exact_grad_NV = run(reference, case.double(), objective)
     for name in VALUES:
         value_N, exact_N = getattr(output, name).cpu().double(), getattr(exact, name)
         error_N = (value_N - exact_N).abs() / exact_N.abs().clamp(min=1.0)
@@ -46,12 +47,10 @@ def assert_equal_to_reference(case, device, **kwargs):
     assert torch.equal(output.clipped_N.cpu(), exact.clipped_N)
     assert abs(output.loss.item() - exact.loss.item()) <= 2e-6 * max(1.0, abs(exact.loss.item()))
     coefficient_N = reference.gradient_coefficient(
-        exact.logp_N, *(x.double() for x in list(case.rows().values())[1:]),
-        kwargs["clip_eps_low"], kwargs["clip_eps_high"], kwargs["kl_coef"],
-        kwargs.get("kl_estimator", "k3"),
-    )  # fmt: skip
+        exact.logp_N, *(x.double() for x in list(case.rows().values())[1:]), objective
+    )
     scale_N = case.weights_N.double() * coefficient_N[case.weights_N != 0].abs().max()
-    scale_N = scale_N / kwargs.get("temperature", 1.0)
+    scale_N = scale_N / objective.temperature
     error_N = (grad_NV.cpu().double() - exact_grad_NV).abs().amax(1)
     assert bool((error_N <= grad_tolerance * scale_N).all()), ("grad", (error_N / scale_N).max())
     return exact
@@ -64,7 +63,7 @@ def test_equals_float64_reference(device, make_case, num_rows, vocab_size, dtype
     """Every output within 2e-6 and the gradient within 2e-6 (bf16: 4e-3) of its row's scale, on all
     kinds of rows; the four clip cases, the inside and both KL signs do occur."""
     case = make_case(num_rows, vocab_size, seed=num_rows + vocab_size, dtype=dtype)
-    exact = assert_equal_to_reference(case, device, **SETTINGS)
+    exact = assert_equal_to_reference(case, device)
     if num_rows < 257:
         return
     kept_NV = case.logits_NV[case.weights_N != 0].float()
@@ -87,10 +86,11 @@ def test_other_kl_estimators_equal_float64_reference(device, make_case, kl_estim
     """Value and gradient with k1 or k2 in place of k3, on all kinds of rows; they differ from k3's
     by far more than the tolerance."""
     case = make_case(60, 100, seed=3)
-    settings = SETTINGS | {"kl_coef": 0.5}
-    exact = assert_equal_to_reference(case, device, **settings, kl_estimator=kl_estimator)
-    k3, k3_grad_NV = run(reference, case.double(), **settings)
-    _, grad_NV = run(reference, case.double(), **settings, kl_estimator=kl_estimator)
+    k3_objective = replace(OBJECTIVE, kl_coef=0.5)
+    objective = replace(k3_objective, kl_estimator=kl_estimator)
+    exact = assert_equal_to_reference(case, device, objective)
+    k3, k3_grad_NV = run(reference, case.double(), k3_objective)
+    _, grad_NV = run(reference, case.double(), objective)
     assert (exact.kl_N - k3.kl_N).abs().max() > 0.1
     assert (grad_NV - k3_grad_NV).abs().max() > 0.1 * k3_grad_NV.abs().max()
 
@@ -100,7 +100,7 @@ def test_other_kl_estimators_equal_float64_reference(device, make_case, kl_estim
 def test_equals_reference_at_full_vocabulary(device, make_case, num_rows, vocab_size, dtype):
     """Rows longer than one block, at the vocabularies of DeepSeek and Qwen."""
     case = make_case(num_rows, vocab_size, seed=5, dtype=dtype)
-    assert_equal_to_reference(case, device, **SETTINGS)
+    assert_equal_to_reference(case, device)
 
 
 def test_offsets_beyond_32_bits(interpreted):
@@ -150,7 +150,7 @@ def test_nothing_waits_for_the_device(monkeypatch, make_case):
     monkeypatch.setattr(sys.modules["kernels.policy_loss"], "uses_triton", lambda _: True)
     logits_NV = case.logits_NV.clone().requires_grad_()
     with Waits() as waits:
-        output = kernels.policy_loss(logits_NV, case.targets_N, **case.rows(), **SETTINGS)
+        output = kernels.policy_loss(logits_NV, case.targets_N, **case.rows(), objective=OBJECTIVE)
         output.loss.backward()
         kernels.token_logprobs(logits_NV, case.targets_N)
     assert waits.seen == [] and launched == ["rows", "scale", "rows"]
@@ -158,7 +158,7 @@ def test_nothing_waits_for_the_device(monkeypatch, make_case):
     head_VD = torch.randn(100, 8, requires_grad=True)
     with Waits() as waits:
         kernels.linear_policy_loss(
-            hidden_ND, head_VD, case.targets_N, **case.rows(), **SETTINGS
+            hidden_ND, head_VD, case.targets_N, **case.rows(), objective=OBJECTIVE
         ).loss.backward()
         kernels.linear_token_logprobs(hidden_ND, head_VD, case.targets_N)
     assert waits.seen == ["nonzero"]
@@ -171,10 +171,10 @@ def test_cuda_finds_no_synchronisation(make_case):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     case = make_case(23, 100, seed=6).to("cuda")
-    run(kernels, case, **SETTINGS)  # compiles
+    run(kernels, case)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        output, _ = run(kernels, case, **SETTINGS)
+        output, _ = run(kernels, case)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     kernels.check_status(output.status)
@@ -189,7 +189,7 @@ def test_interpreter_and_compiler_in_one_process(interpreted, make_case):
     case = make_case(3, 20, seed=1)
     for _ in range(2):
         with interpreted():
-            assert_equal_to_reference(case, "cpu", **SETTINGS)
+            assert_equal_to_reference(case, "cpu")
             assert sys.modules["triton"] is not triton
         assert sys.modules["triton"] is triton
         assert sys.modules["kernels.policy_loss_triton"] is policy_loss_triton
@@ -200,15 +200,15 @@ def test_interpreter_and_compiler_in_one_process(interpreted, make_case):
 def test_temperature_divides_the_logits(device, make_case, temperature):
     """Values and gradient at another sampling temperature, rows longer than a thread's share."""
     case = make_case(33, 700, seed=3, temperature=temperature)
-    assert_equal_to_reference(case, device, temperature=temperature, **SETTINGS)
+    assert_equal_to_reference(case, device, replace(OBJECTIVE, temperature=temperature))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_keep_fp32_values(device, make_case, dtype):
     """bf16 and fp16 logits give values as exact as fp32 ones, and a gradient of their own dtype."""
     case = make_case(33, 700, seed=4, dtype=dtype)
-    output, grad_NV = run(kernels, case.to(device), **SETTINGS)
-    exact, _ = run(reference, case.double(), **SETTINGS)
+    output, grad_NV = run(kernels, case.to(device))
+    exact, _ = run(reference, case.double())
     torch.testing.assert_close(output.logp_N.cpu().double(), exact.logp_N, rtol=2e-6, atol=2e-6)
     assert output.loss_N.dtype == torch.float32 and grad_NV.dtype == dtype
 
@@ -216,8 +216,8 @@ def test_half_precision_logits_keep_fp32_values(device, make_case, dtype):
 def test_float64_is_exact(make_case):
     """float64 logits run in float64: everything within 1e-12."""
     case = make_case(33, 700, seed=4).double()
-    output, grad_NV = run(kernels, case, **SETTINGS)
-    exact, exact_grad_NV = run(reference, case, **SETTINGS)
+    output, grad_NV = run(kernels, case)
+    exact, exact_grad_NV = run(reference, case)
     for name in VALUES:
         torch.testing.assert_close(
             getattr(output, name), getattr(exact, name), rtol=1e-12, atol=1e-12
@@ -234,10 +234,16 @@ def test_terms_switch_off(device, make_case):
     logits_NV = case.logits_NV.to(device).detach().requires_grad_()
     exact_NV = case.logits_NV.double().detach().requires_grad_()
     output = kernels.policy_loss(
-        logits_NV, case.targets_N.to(device), **{k: v.to(device) for k, v in rows.items()}
+        logits_NV,
+        case.targets_N.to(device),
+        Objective(0.2, 0.2, 0.0),
+        **{k: v.to(device) for k, v in rows.items()},
     )
     exact = reference.policy_loss(
-        exact_NV, case.targets_N, **{k: v.double() for k, v in rows.items()}
+        exact_NV,
+        case.targets_N,
+        Objective(0.2, 0.2, 0.0),
+        **{k: v.double() for k, v in rows.items()},
     )
     output.loss.backward()
     exact.loss.backward()
@@ -298,7 +304,7 @@ def test_own_log_probabilities_give_ratio_1_and_kl_0(device, make_case, vocab_si
         output = kernels.policy_loss(
             logits_NV, case.targets_N, weights_N=case.weights_N,
             advantages_N=torch.zeros_like(case.advantages_N), old_logp_N=logp_N, ref_logp_N=logp_N,
-            **SETTINGS, temperature=0.8, kl_estimator=estimator,
+            objective=replace(OBJECTIVE, temperature=0.8, kl_estimator=estimator),
         )  # fmt: skip
         assert torch.equal(output.ratio_N, kept_N.to(output.ratio_N.dtype))
         assert not output.kl_N.any() and output.loss == 0.0
@@ -310,7 +316,7 @@ def test_own_log_probabilities_give_ratio_1_and_kl_0(device, make_case, vocab_si
 @pytest.mark.parametrize("vocab_size", [1, 17, 1000, 102_400, 151_936])
 def test_no_rows(make_case, vocab_size, dtype):
     """N = 0 gives loss 0 and an empty gradient."""
-    output, grad_NV = run(kernels, make_case(0, vocab_size, dtype=dtype), **SETTINGS)
+    output, grad_NV = run(kernels, make_case(0, vocab_size, dtype=dtype))
     assert output.loss.item() == 0.0 and all(len(getattr(output, name)) == 0 for name in VALUES)
     assert grad_NV.shape == (0, vocab_size)
 
@@ -319,7 +325,7 @@ def test_all_rows_dropped(device, make_case):
     """Only weights of 0 give loss 0 and a gradient of zeros, also over memory that held others."""
     case = make_case(5, 1000).to(device)
     case.weights_N.zero_()
-    output, grad_NV = run(kernels, case, **SETTINGS)
+    output, grad_NV = run(kernels, case)
     assert output.loss.item() == 0.0
     assert all(getattr(output, name).tolist() == [0.0] * 5 for name in VALUES)
     assert grad_NV.shape == (5, 1000) and not grad_NV.any()
@@ -336,7 +342,8 @@ def test_gradient_at_ratio_one(device):
     for old_N in (None, logp_N):
         output = kernels.policy_loss(
             logits_NV, targets_N, weights_N=torch.full_like(advantages_N, weight),
-            advantages_N=advantages_N, old_logp_N=old_N, ref_logp_N=ref_N, kl_coef=beta,
+            advantages_N=advantages_N, old_logp_N=old_N, ref_logp_N=ref_N,
+            objective=Objective(0.2, 0.2, beta),
         )  # fmt: skip
         (grad_NV,) = torch.autograd.grad(output.loss, logits_NV)
         dlogp_N = (advantages_N + beta * (torch.exp(ref_N - logp_N) - 1)) * weight
@@ -358,7 +365,8 @@ def test_loss_is_beta_times_kl_though_the_gradient_is_not_zero(device):
     targets_N = torch.randint(40, (sum(lengths),)).to(device)
     ref_N, _ = kernels.token_logprobs(logits_NV + 0.3 * torch.randn(40).to(device), targets_N)
     output = kernels.policy_loss(
-        logits_NV, targets_N, weights_N=weights_N.to(device), ref_logp_N=ref_N, kl_coef=0.04,
+        logits_NV, targets_N, weights_N=weights_N.to(device), ref_logp_N=ref_N,
+        objective=Objective(0.2, 0.2, 0.04),
         advantages_N=advantages_G.repeat_interleave(torch.tensor(lengths)).to(device),
     )  # fmt: skip
     output.loss.backward()
@@ -371,10 +379,10 @@ def test_loss_is_beta_times_kl_though_the_gradient_is_not_zero(device):
 def test_upstream_gradient_is_applied(device, make_case):
     """Another upstream gradient (loss * 0.5, two losses added) scales the gradient exactly."""
     case = make_case(7, 100, seed=9).to(device)
-    _, once_NV = run(kernels, case, **SETTINGS)
+    _, once_NV = run(kernels, case)
     logits_NV = case.logits_NV.clone().requires_grad_()
     losses = [
-        kernels.policy_loss(logits_NV, case.targets_N, **case.rows(), **SETTINGS).loss
+        kernels.policy_loss(logits_NV, case.targets_N, **case.rows(), objective=OBJECTIVE).loss
         for _ in range(2)
     ]
     (0.5 * losses[0] + 2.0 * losses[1]).backward()
@@ -407,7 +415,7 @@ def test_gradient_is_handed_out_once(device, make_case):
     """A second backward and a double backward raise instead of giving a wrong number."""
     case = make_case(7, 100, seed=9).to(device)
     logits_NV = case.logits_NV.clone().requires_grad_()
-    loss = kernels.policy_loss(logits_NV, case.targets_N, **case.rows(), **SETTINGS).loss
+    loss = kernels.policy_loss(logits_NV, case.targets_N, **case.rows(), objective=OBJECTIVE).loss
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(loss, logits_NV, create_graph=True)
     torch.autograd.grad(loss, logits_NV, retain_graph=True)
@@ -419,15 +427,15 @@ def test_inplace_writes_the_gradient_over_the_logits(device, make_case):
     """With inplace the gradient is the logits' own memory and equal; misuse is an error."""
     case = make_case(24, 100, seed=10).to(device)
     leaf_NV = case.logits_NV.clone().requires_grad_()
-    expected, expected_NV = run(kernels, case, **SETTINGS)
+    expected, expected_NV = run(kernels, case)
     logits_NV = leaf_NV * 1.0  # a layer that does not need its output in backward
-    output = kernels.policy_loss(logits_NV, case.targets_N, **case.rows(), inplace=True, **SETTINGS)
+    output = kernels.policy_loss(logits_NV, case.targets_N, OBJECTIVE, **case.rows(), inplace=True)
     torch.testing.assert_close(logits_NV.detach(), expected_NV, rtol=0, atol=0)
     assert output.loss.item() == expected.loss.item()
     output.loss.backward()
     torch.testing.assert_close(leaf_NV.grad, expected_NV, rtol=0, atol=0)
     with pytest.raises(ValueError, match="logits_NV: inplace"):
-        kernels.policy_loss(leaf_NV, case.targets_N, **case.rows(), inplace=True)
+        kernels.policy_loss(leaf_NV, case.targets_N, OBJECTIVE, **case.rows(), inplace=True)
     needed_NV = leaf_NV.clamp(-50, 50).sigmoid()  # keeps its output for backward
     loss = kernels.cross_entropy(
         needed_NV, case.targets_N, weights_N=case.weights_N, inplace=True
@@ -464,11 +472,11 @@ def test_bad_row_is_never_a_number(device, make_case, kind, request):
     getattr(bad, field)[index] = value
     if "torch" in request.node.callspec.id:
         with pytest.raises(ValueError, match=message):
-            run(kernels, bad, **SETTINGS)
+            run(kernels, bad)
         return
-    good, good_NV = run(kernels, case.to(device), **SETTINGS)
+    good, good_NV = run(kernels, case.to(device))
     kernels.check_status(good.status)
-    output, grad_NV = run(kernels, bad.to(device), **SETTINGS)
+    output, grad_NV = run(kernels, bad.to(device))
     others_N = torch.arange(9, device=device) != 5
     assert output.loss.isnan() and grad_NV[5].isnan().all()
     for name in VALUES:
@@ -499,17 +507,29 @@ def test_bad_row_in_token_logprobs(make_case):
         ({"advantages_N": torch.zeros(9).bfloat16()}, "advantages_N must be torch.float32"),
         ({"old_logp_N": torch.zeros(9, requires_grad=True)}, "old_logp_N is a constant"),
         ({"ref_logp_N": None}, "kl_coef > 0 needs ref_logp_N"),
-        ({"temperature": 0.0}, "temperature must be"),
-        ({"clip_eps_high": -0.1}, "clip_eps_high must be"),
-        ({"kl_coef": float("nan")}, "kl_coef must be"),
-        ({"kl_estimator": "k4"}, "kl_estimator must be"),
     ],
 )
 def test_misfit_names_the_argument(make_case, change, message):
     """A wrong shape, dtype or setting raises ValueError with the argument's name."""
-    arguments = make_case(9, 100)._asdict() | SETTINGS | change
+    arguments = make_case(9, 100)._asdict() | {"objective": OBJECTIVE} | change
     with pytest.raises(ValueError, match=message):
         kernels.policy_loss(arguments.pop("logits_NV"), arguments.pop("targets_N"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("temperature", value) for value in (0.0, -1.0, float("nan"), float("inf"))],
+        *[("clip_eps_low", value) for value in (-0.1, float("nan"), float("inf"))],
+        *[("clip_eps_high", value) for value in (-0.1, float("nan"), float("inf"))],
+        *[("kl_coef", value) for value in (-0.1, float("nan"), float("inf"))],
+        ("kl_estimator", "k4"),
+    ],
+)
+def test_an_objective_that_cannot_be_is_refused_by_name(name, value):
+    """Each constant of Eq. 3 has its range; one outside is named."""
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        replace(OBJECTIVE, **{name: value})
 
 
 @pytest.mark.parametrize(

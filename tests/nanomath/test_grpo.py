@@ -9,11 +9,11 @@ import torch.distributed as td
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from kernels import Objective
 from nanomath.advantages import outcome_advantages, output_weights
 from nanomath.dist import Dist, shard
 from nanomath.grpo import (
     METRIC_SUMS,
-    Objective,
     RolloutBatch,
     make_batch,
     objective_of_rows,

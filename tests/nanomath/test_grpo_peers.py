@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from kernels import Objective
 from nanomath.advantages import outcome_advantages, output_weights
 from nanomath.dist import Dist
-from nanomath.grpo import METRIC_SUMS, Objective, make_batch, objective_of_rows, response_logprobs
+from nanomath.grpo import METRIC_SUMS, make_batch, objective_of_rows, response_logprobs
 from nanomath.hub.hf import llama_name, load_hf
 from nanomath.rollouts import Rollouts
 

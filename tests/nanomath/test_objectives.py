@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
+from kernels import Objective
 from nanomath import dist as nd
 from nanomath.advantages import outcome_advantages, output_weights
 from nanomath.grpo import (
     METRIC_MAXIMA,
     METRIC_SUMS,
-    Objective,
     make_batch,
     objective_of_rows,
     policy_update,
