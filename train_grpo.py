@@ -31,18 +31,12 @@ from nanomath.dist import (
     refresh_replica,
 )
 from nanomath.engine.stream import sample_groups, sample_stream
-from nanomath.grpo import (
-    RolloutBatch,
-    make_batch,
-    policy_update,
-    response_logprobs,
-    update_metrics,
-)
+from nanomath.grpo import policy_update, response_logprobs, update_metrics
 from nanomath.measure.evaluation import heldout_metrics
 from nanomath.model import Transformer
 from nanomath.optim import SCHEDULES, make_adamw
 from nanomath.rewards import Rewards
-from nanomath.rollouts import Rollouts
+from nanomath.rollouts import RolloutBatch, Rollouts, make_batch
 from nanomath.run.guard import RunLock
 from nanomath.run.load import load_model
 from nanomath.run.loop import Run, load_start, open_run

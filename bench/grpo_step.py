@@ -35,11 +35,12 @@ from nanomath.advantages import outcome_advantages, output_weights
 from nanomath.base.config import opt, parse, to_json
 from nanomath.dist import cleanup, make_replica, refresh_replica, setup, shard
 from nanomath.engine.stream import sample_groups
-from nanomath.grpo import make_batch, policy_update, response_logprobs
+from nanomath.grpo import policy_update, response_logprobs
 from nanomath.hub.hf import load_hf, save_hf
 from nanomath.measure.plan import flops_per_token
 from nanomath.model import MODEL_PRESETS, ModelConfig, Transformer
 from nanomath.optim import make_adamw
+from nanomath.rollouts import make_batch
 from nanomath.run.metrics import Clock
 
 LR, BETAS, MAX_GRAD_NORM, CLIP_EPS, KL_COEF = 1e-6, (0.9, 0.95), 1.0, 0.2, 0.04

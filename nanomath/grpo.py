@@ -12,9 +12,7 @@ without padding. Masks come from lengths, never from token ids.
 """
 
 import itertools
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -28,90 +26,8 @@ from kernels import (
     linear_token_logprobs,
 )
 from nanomath.dist import Dist, all_reduce_max, all_reduce_sum, reshard
-from nanomath.optim import accumulate_gradients, optimizer_step, split_rows
-from nanomath.rollouts import Rollouts
-
-
-@dataclass
-class RolloutBatch:
-    """This rank's sampled outputs as training rows; B = its questions times G.
-
-    sequences: per output, prompt and response token ids in one list.
-    prompt_lengths, response_lengths: B ints each; the sampled EOS is part of the response.
-    advantages_B, weights_B: float64 [B], the same for all tokens of an output (output_weights).
-    num_rows_longest: the largest B of any rank. All ranks run as many passes as that takes, some
-        without rows, because sharded ranks must run each pass together.
-    sampler_logp_N, ref_logp_N, old_logp_N: packed over response tokens, fp32 or wider; the last two
-        as response_logprobs gives them.
-    """
-
-    sequences: list[list[int]]
-    prompt_lengths: list[int]
-    response_lengths: list[int]
-    advantages_B: torch.Tensor
-    weights_B: torch.Tensor
-    num_rows_longest: int
-    sampler_logp_N: torch.Tensor
-    ref_logp_N: torch.Tensor | None = None
-    old_logp_N: torch.Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.sequences)
-
-    def micro_batches(self, size: int, part: int = 0, num_parts: int = 1) -> list[list[int]]:
-        """Return the rows of one part of the batch, `size` at a time.
-
-        Rows of weight 0 are left out. Rows of similar length share a micro-batch, so that little of
-        it is padding. Scoring and updating split alike, so that the first ratio is 1 to the last
-        bit.
-        """
-        first, end = (len(self) * k // num_parts for k in (part, part + 1))
-        rows = [row for row in range(first, end) if self.weights_B[row] > 0]
-        rows.sort(key=lambda row: len(self.sequences[row]))
-        return split_rows(rows, self.num_rows_longest // num_parts, size)
-
-    def token_positions(self, rows: Sequence[int]) -> torch.Tensor:
-        """Return the positions on the packed axis N of the response tokens of `rows`."""
-        ends = torch.tensor(self.response_lengths, dtype=torch.int64).cumsum(0)
-        parts = [torch.arange(ends[row] - self.response_lengths[row], ends[row]) for row in rows]
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
-
-
-def make_batch(
-    prompts: Sequence[Sequence[int]],
-    rollouts: Rollouts,
-    advantages_PG: torch.Tensor,
-    weights_PG: torch.Tensor,
-    *,
-    num_prompts: int,
-    world_size: int,
-) -> RolloutBatch:
-    """Lay out rollouts of this rank's prompts as rows; num_prompts, of world_size ranks, is all.
-
-    Raises ValueError for outputs that greedy, top-k or top-p choice took from another distribution.
-    """
-    if not rollouts.from_policy:
-        raise ValueError("outputs drawn greedily, by top-k or by top-p are not the policy's own")
-    sequences, prompt_lengths, response_lengths, logp = [], [], [], []
-    group_size = rollouts.lengths_PG.shape[1]
-    lengths_PG = rollouts.lengths_PG.tolist()
-    tokens_PGT, logp_PGT = rollouts.tokens_PGT.cpu(), rollouts.logp_PGT.cpu()
-    for p, prompt in enumerate(prompts):
-        for g in range(group_size):
-            length = lengths_PG[p][g]
-            sequences.append(list(prompt) + tokens_PGT[p, g, :length].tolist())
-            prompt_lengths.append(len(prompt))
-            response_lengths.append(length)
-            logp.append(logp_PGT[p, g, :length])
-    return RolloutBatch(
-        sequences=sequences,
-        prompt_lengths=prompt_lengths,
-        response_lengths=response_lengths,
-        advantages_B=advantages_PG.flatten(),
-        weights_B=weights_PG.flatten(),
-        num_rows_longest=math.ceil(num_prompts / world_size) * group_size,
-        sampler_logp_N=torch.cat(logp) if logp else torch.zeros(0),
-    )
+from nanomath.optim import accumulate_gradients, optimizer_step
+from nanomath.rollouts import RolloutBatch
 
 
 def pad_rows(
@@ -198,9 +114,7 @@ def objective_of_rows(
     """
     tokens_BT, predicted_N, targets_N = pad_rows(batch, rows, device)
     positions_N = batch.token_positions(rows)
-    lengths = torch.tensor([batch.response_lengths[row] for row in rows], dtype=torch.int64)
-    weights_N = (batch.weights_B[rows] * weight_scale).repeat_interleave(lengths).to(device)
-    advantages_N = batch.advantages_B[rows].repeat_interleave(lengths).to(device)
+    weights_N = batch.weights_N[positions_N].to(device) * weight_scale
 
     def packed(values_N: torch.Tensor | None) -> torch.Tensor | None:
         return None if values_N is None else values_N[positions_N].to(device)
@@ -212,7 +126,7 @@ def objective_of_rows(
             targets_N,
             objective,
             weights_N=weights_N,
-            advantages_N=advantages_N,
+            advantages_N=packed(batch.advantages_N),
             old_logp_N=packed(batch.old_logp_N),
             ref_logp_N=packed(batch.ref_logp_N),
             status=status,

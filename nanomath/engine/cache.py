@@ -35,9 +35,9 @@ def fit_rows(
     for num_rows in range(max(1, min(max_rows, num_prompts * group_size)), 0, -1):
         # The last rows of a group keep its prompt while later groups already run: three times the
         # prompts that would fill the batch let every row be used at lengths of a third.
-        num_places = min(num_prompts, num_rows, 3 * math.ceil(num_rows / group_size))
-        if num_rows * row_bytes + num_places * prompt_bytes <= cache_gb * 1e9:
-            return num_rows, num_places
+        num_slots = min(num_prompts, num_rows, 3 * math.ceil(num_rows / group_size))
+        if num_rows * row_bytes + num_slots * prompt_bytes <= cache_gb * 1e9:
+            return num_rows, num_slots
     raise ValueError(
         f"sample_groups: cache_gb {cache_gb:g} holds no single sample; it needs "
         f"{(row_bytes + prompt_bytes) / 1e9:.3g} at this prompt length and max_new_tokens"
@@ -45,13 +45,13 @@ def fit_rows(
 
 
 class GroupCache:
-    """Room for prompts and rows: a place holds a prompt, a row is a sample that continues it.
+    """Room for prompts and rows: a slot holds a prompt, a row is a sample that continues it.
 
     All rows write a pass's token into the same column, and the columns are used in a circle: a row
     with n tokens of its own sees the last n. Once round, a pass reads every column, whatever the
     rows' lengths. A row's next token is at position prompt_length + n, so nothing depends on
-    padding, on the age of other rows or on where in the batch a row is. Suffixes: A places, R rows,
-    W columns (a prompt's, then the rows' own), C cells (see `arrange`).
+    padding, on the age of other rows or on where in the batch a row is. Suffixes: A slots, R rows,
+    W columns (a prompt's, then the rows' own), C padded places (see `set_layout`).
     """
 
     def __init__(
@@ -59,17 +59,17 @@ class GroupCache:
         cfg: ModelConfig,
         like: Tensor,
         num_rows: int,
-        num_places: int,
-        per_place: int,
+        num_slots: int,
+        per_slot: int,
         prompt_width: int,
         num_blocks: int,
         block: int,
         static: bool,
     ):
-        self.per_place, self.block, self.num_columns = per_place, block, num_blocks * block
+        self.per_slot, self.block, self.num_columns = per_slot, block, num_blocks * block
         heads, width, layers = cfg.num_kv_heads, cfg.head_size, range(cfg.num_layers)
         # Zeros, not garbage: what is masked has weight 0, and 0 times NaN is NaN.
-        prompts = num_places, heads
+        prompts = num_slots, heads
         self.prompt_keys = [like.new_zeros(*prompts, width, prompt_width) for _ in layers]
         self.prompt_values = [like.new_zeros(*prompts, prompt_width, width) for _ in layers]
         # Blocks of columns, each block of all rows in one piece: on a CPU a product that skips
@@ -77,75 +77,75 @@ class GroupCache:
         own = num_blocks, num_rows, heads, block, width
         self.own_keys = [like.new_empty(own) for _ in layers]
         self.own_values = [like.new_empty(own) for _ in layers]
-        self.num_clean_B = [0] * num_blocks  # rows that `arrange` has zeroed, by block
+        self.num_clean_B = [0] * num_blocks  # rows that `set_layout` has zeroed, by block
 
         counts = partial(torch.zeros, dtype=torch.long, device=like.device)
         # Of the pass to come: on the device where a graph replays it, else as a plain number, by
         # which storing takes a quarter of the time.
         self.column = counts(1) if static else 0
-        self.prompt_length_A = counts(num_places)
-        self.place_R = counts(num_rows) - 1  # -1: idle
+        self.prompt_length_S = counts(num_slots)
+        self.slot_R = counts(num_rows) - 1  # -1: idle
         self.length_R = counts(num_rows) + 1  # tokens drawn; the newest is for the pass to store
-        self.cell_of_row_C = counts(num_rows * heads)
-        self.row_of_cell_C = counts(num_places * heads * per_place + 1)
-        self.shape = (0, 0, 0, 0)  # rows, places, rows per place, blocks
-        self.stale = True  # rows or prompts came or moved: `arrange` is due
+        self.padded_of_row_C = counts(num_rows * heads)
+        self.row_of_padded_C = counts(num_slots * heads * per_slot + 1)
+        self.shape = (0, 0, 0, 0)  # rows, slots, rows per slot, blocks
+        self.layout_is_stale = True  # rows or prompts came or moved: `set_layout` is due
 
-    def load(self, places_P: Tensor, lengths_P: Tensor) -> PromptPass:
-        """Return the cache of a pass that fills these places: P prompts, padded on the right."""
-        self.prompt_length_A[places_P] = lengths_P
-        return PromptPass(self, places_P)
+    def load(self, slots_P: Tensor, lengths_P: Tensor) -> PromptPass:
+        """Return the cache of a pass that fills these slots: P prompts, padded on the right."""
+        self.prompt_length_S[slots_P] = lengths_P
+        return PromptPass(self, slots_P)
 
-    def open(self, rows: Tensor, places: Tensor) -> None:
-        """Begin rows, without tokens of their own yet, on the prompts of `places`."""
-        self.place_R[rows], self.length_R[rows] = places, 0
-        self.stale = True
+    def open(self, rows: Tensor, slots: Tensor) -> None:
+        """Begin rows, without tokens of their own yet, on the prompts of `slots`."""
+        self.slot_R[rows], self.length_R[rows] = slots, 0
+        self.layout_is_stale = True
 
     def move_rows(self, source: Tensor, target: Tensor) -> None:
         """Copy rows over others, whose tokens are lost, and leave them idle."""
         for cache in (*self.own_keys, *self.own_values):
             cache[: self.shape[3], target] = cache[: self.shape[3], source]
-        self.place_R[target], self.length_R[target] = self.place_R[source], self.length_R[source]
-        self.place_R[source], self.stale = -1, True
+        self.slot_R[target], self.length_R[target] = self.slot_R[source], self.length_R[source]
+        self.slot_R[source], self.layout_is_stale = -1, True
 
     def move_prompts(self, source: Tensor, target: Tensor) -> None:
-        """Copy prompts to other places; their rows follow."""
-        for tensor in (*self.prompt_keys, *self.prompt_values, self.prompt_length_A):
+        """Copy prompts to other slots; their rows follow."""
+        for tensor in (*self.prompt_keys, *self.prompt_values, self.prompt_length_S):
             tensor[target] = tensor[source]
-        new_place_A = torch.arange(len(self.prompt_length_A), device=source.device)
-        new_place_A[source] = target
-        self.place_R.copy_(torch.where(self.place_R < 0, -1, new_place_A[self.place_R]))
-        self.stale = True
+        new_slot_S = torch.arange(len(self.prompt_length_S), device=source.device)
+        new_slot_S[source] = target
+        self.slot_R.copy_(torch.where(self.slot_R < 0, -1, new_slot_S[self.slot_R]))
+        self.layout_is_stale = True
 
-    def arrange(self, num_rows: int, num_places: int, per_place: int, num_blocks: int) -> None:
-        """Set the shape of the next passes: the first rows, places and blocks.
+    def set_layout(self, num_rows: int, num_slots: int, per_slot: int, num_blocks: int) -> None:
+        """Set the shape of the next passes: the first rows, slots and blocks.
 
-        All queries of a place meet its prompt in one product: cells [place, head, at most
-        `per_place` rows] lay it out. The blocks must hold every column written so far and those of
+        All queries of a slot meet its prompt in one product: padded places [slot, head, at most
+        `per_slot` rows] lay it out. The blocks must hold every column written so far and those of
         the passes.
         """
-        self.shape, self.stale = (num_rows, num_places, per_place, num_blocks), False
+        self.shape, self.layout_is_stale = (num_rows, num_slots, per_slot, num_blocks), False
         # Zeroed when first used: touching fresh memory is a visible part of a small model's time.
         for block, num_clean in enumerate(self.num_clean_B[:num_blocks]):
             for cache in (*self.own_keys, *self.own_values):
                 cache[block, num_clean:num_rows] = 0
             self.num_clean_B[block] = max(num_clean, num_rows)
-        place_R1, num_kv = self.place_R[:num_rows, None], self.prompt_keys[0].shape[1]
-        device, num_cells = place_R1.device, num_places * num_kv * per_place
-        in_place_RA = place_R1 == torch.arange(num_places, device=device)
-        seat_R1 = in_place_RA.cumsum(0).gather(1, place_R1.clamp(min=0)) - 1
+        slot_R1, num_kv = self.slot_R[:num_rows, None], self.prompt_keys[0].shape[1]
+        device, num_padded = slot_R1.device, num_slots * num_kv * per_slot
+        in_slot_RS = slot_R1 == torch.arange(num_slots, device=device)
+        member_R1 = in_slot_RS.cumsum(0).gather(1, slot_R1.clamp(min=0)) - 1
         heads = torch.arange(num_kv, device=device)
-        cell_RK = (place_R1 * num_kv + heads) * per_place + seat_R1
+        padded_RK = (slot_R1 * num_kv + heads) * per_slot + member_R1
         # An idle row has a cell behind all others. An empty cell repeats row 0; nobody reads it.
-        cell_C = cell_RK.masked_fill(place_R1 < 0, num_cells).flatten()
-        self.row_of_cell_C[:num_cells] = 0
-        self.row_of_cell_C[cell_C] = torch.arange(len(cell_C), device=device)
-        self.cell_of_row_C[: len(cell_C)] = cell_C.clamp(max=num_cells - 1)
-        self._cells = self.row_of_cell_C[:num_cells], self.cell_of_row_C[: len(cell_C)]
+        padded_C = padded_RK.masked_fill(slot_R1 < 0, num_padded).flatten()
+        self.row_of_padded_C[:num_padded] = 0
+        self.row_of_padded_C[padded_C] = torch.arange(len(padded_C), device=device)
+        self.padded_of_row_C[: len(padded_C)] = padded_C.clamp(max=num_padded - 1)
+        self._padded = self.row_of_padded_C[:num_padded], self.padded_of_row_C[: len(padded_C)]
         self._used = [
             (
-                prompt_keys[:num_places].flatten(0, 1),
-                prompt_values[:num_places].flatten(0, 1),
+                prompt_keys[:num_slots].flatten(0, 1),
+                prompt_values[:num_slots].flatten(0, 1),
                 own_keys[:num_blocks, :num_rows].flatten(1, 2).mT.unbind(),
                 own_values[:num_blocks, :num_rows].flatten(1, 2).unbind(),
             )
@@ -158,7 +158,7 @@ class GroupCache:
         """Return the positions [R, 1] of a pass's tokens; lay out what all its layers share."""
         self._block, self._offset = self.column // self.block, self.column % self.block
         own_R1 = self.length_R[:num_rows, None] - 1
-        length_R1 = self.prompt_length_A[self.place_R[:num_rows, None]]
+        length_R1 = self.prompt_length_S[self.slot_R[:num_rows, None]]
         prompt_W = torch.arange(self.prompt_values[0].shape[2], device=own_R1.device)
         column_W = torch.arange(self.shape[3] * self.block, device=own_R1.device)
         age_W = (self.column - column_W) % self.num_columns
@@ -177,17 +177,17 @@ class GroupCache:
         """Store the rows' keys and values of `layer` and return the attention [R, 1, H, E]."""
         num_rows, _, num_heads, width = query_BTHE.shape
         rows, per_kv = num_rows * key_BTKE.shape[2], num_heads // key_BTKE.shape[2]
-        row_of_cell_C, cell_of_row_C = self._cells
+        row_of_padded_C, padded_of_row_C = self._padded
         prompt_keys, prompt_values, own_keys, own_values = self._used[layer]
-        places, num_prompt, _ = prompt_values.shape
+        slots, num_prompt, _ = prompt_values.shape
         for cache, new in ((self.own_keys, key_BTKE), (self.own_values, value_BTKE)):
             cache[layer][self._block, :num_rows, :, self._offset] = new[:, 0]
         query = (query_BTHE * width**-0.5).view(rows, per_kv * width)
 
         # Scores against the shared prompt: one product for all queries of a group.
-        grouped = query.index_select(0, row_of_cell_C).view(places, -1, width)
+        grouped = query.index_select(0, row_of_padded_C).view(slots, -1, width)
         shared = torch.bmm(grouped, prompt_keys).view(-1, per_kv * num_prompt)
-        shared = shared.index_select(0, cell_of_row_C).view(rows, per_kv, num_prompt)
+        shared = shared.index_select(0, padded_of_row_C).view(rows, per_kv, num_prompt)
         # Scores against the row's own tokens; then one softmax over both.
         query = query.view(rows, per_kv, width)
         scores = torch.cat([shared, *(torch.bmm(query, keys) for keys in own_keys)], -1)
@@ -195,9 +195,9 @@ class GroupCache:
         weights = scores.softmax(-1).view(rows, per_kv, -1)
         shared, *own = weights.split([num_prompt] + [keys.shape[2] for keys in own_keys], -1)
 
-        shared = shared.flatten(1).index_select(0, row_of_cell_C).view(places, -1, num_prompt)
+        shared = shared.flatten(1).index_select(0, row_of_padded_C).view(slots, -1, num_prompt)
         out = torch.bmm(shared, prompt_values).view(-1, per_kv * width)
-        out = out.index_select(0, cell_of_row_C).view(rows, per_kv, width)
+        out = out.index_select(0, padded_of_row_C).view(rows, per_kv, width)
         for weight, values in zip(own, own_values):
             out.baddbmm_(weight, values)
         return out.view(num_rows, 1, num_heads, width)
@@ -209,26 +209,26 @@ class GroupCache:
 
     def grow(self, rows: Tensor | slice, ended_R: Tensor) -> None:
         """Count a token in these rows; those whose entry is True are idle from now on."""
-        self.length_R[rows] += self.place_R[rows] >= 0
-        self.place_R[rows] = self.place_R[rows].masked_fill(ended_R, -1)
+        self.length_R[rows] += self.slot_R[rows] >= 0
+        self.slot_R[rows] = self.slot_R[rows].masked_fill(ended_R, -1)
 
 
 class PromptPass:
-    """The cache of a pass over prompts: it stores them in their places."""
+    """The cache of a pass over prompts: it stores them in their slots."""
 
-    def __init__(self, cache: GroupCache, places_P: Tensor):
-        self.cache, self.places_P = cache, places_P
+    def __init__(self, cache: GroupCache, slots_P: Tensor):
+        self.cache, self.slots_P = cache, slots_P
 
     def positions(self, num_rows: int, num_tokens: int) -> Tensor:
         """Return 0, 1, ... [P, T] for each prompt."""
-        return torch.arange(num_tokens, device=self.places_P.device).expand(num_rows, -1)
+        return torch.arange(num_tokens, device=self.slots_P.device).expand(num_rows, -1)
 
     def attend(
         self, layer: int, query_BTHE: Tensor, key_BTKE: Tensor, value_BTKE: Tensor
     ) -> Tensor:
         """Store keys and values of `layer` and return the attention [P, T, H, E]."""
-        keys_AKET, values_AKTE = self.cache.prompt_keys[layer], self.cache.prompt_values[layer]
-        keys_AKET[self.places_P, :, :, : key_BTKE.shape[1]] = key_BTKE.permute(0, 2, 3, 1)
-        values_AKTE[self.places_P, :, : key_BTKE.shape[1]] = value_BTKE.transpose(1, 2)
+        keys_SKET, values_SKTE = self.cache.prompt_keys[layer], self.cache.prompt_values[layer]
+        keys_SKET[self.slots_P, :, :, : key_BTKE.shape[1]] = key_BTKE.permute(0, 2, 3, 1)
+        values_SKTE[self.slots_P, :, : key_BTKE.shape[1]] = value_BTKE.transpose(1, 2)
         # Right padding comes after every real token, so causal attention never sees it.
         return attend(query_BTHE, key_BTKE, value_BTKE, None)

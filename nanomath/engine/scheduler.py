@@ -3,13 +3,13 @@
 `admit` runs prompts and draws the first token of each of their samples; `step` feeds every row its
 newest token and draws the next; `collect` takes out what has ended:
 
-    place  0: prompt 7   1: prompt 8   2: free         a prompt, once for its group (cache.py)
-    row    0 -> place 1, 3 tokens so far               a sample; those of a group share the place
-           1 -> place 0, 9 tokens so far
+    slot  0: prompt 7   1: prompt 8   2: free         a prompt, once for its group (cache.py)
+    row    0 -> slot 1, 3 tokens so far               a sample; those of a group share the slot
+           1 -> slot 0, 9 tokens so far
            2 -> idle                                   its sample has ended; the next may move in
 
 What a step reads and writes lies on the device and never moves; the host keeps which sample is in
-which row and which prompt in which place, and looks at the device in `collect` alone.
+which row and which prompt in which slot, and looks at the device in `collect` alone.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Row:
     stopped: bool = False  # by one of those
 
 
-class Batch:
+class Scheduler:
     """At most as many rows and prompts as the cache has room for; the other rows wait."""
 
     def __init__(
@@ -94,7 +94,7 @@ class Batch:
         self.model, self.cache, self.prompts, self.how = packed(model), cache, prompts, how
         self.waiting: deque[Row] = deque()
         self.rows: dict[int, Row] = {}
-        self.place_of: dict[int, int] = {}  # of the prompts in the cache
+        self.slot_of: dict[int, int] = {}  # of the prompts in the cache
         self.num_steps = 0
         # A GPU stalls when asked who has ended, and wants few shapes; a CPU has the answer at once,
         # and every row that it does not compute is time won.
@@ -103,11 +103,11 @@ class Batch:
         self.stops = [text.encode() for text in how.stop]
 
         weight = model.embedding.weight
-        num_rows, num_places = len(cache.place_R), len(cache.prompt_length_A)
+        num_rows, num_slots = len(cache.slot_R), len(cache.prompt_length_S)
         zeros = partial(torch.zeros, device=weight.device)
         self.is_eos_V = zeros(model.cfg.vocab_size, dtype=torch.bool)
         self.is_eos_V[list(how.eos_ids)] = True
-        self.prompt_logits_AV = zeros(num_places, model.cfg.vocab_size, dtype=weight.dtype)
+        self.prompt_logits_SV = zeros(num_slots, model.cfg.vocab_size, dtype=weight.dtype)
         self.row_R = torch.arange(num_rows, device=weight.device)
         self.token_R, self.key_R = zeros(2, num_rows, dtype=torch.long).unbind(0)
         # One column more than tokens: where rows that are full write.
@@ -133,44 +133,44 @@ class Batch:
 
     @torch.no_grad()
     def admit(self) -> None:
-        """Give free rows to waiting samples, in order, as long as their prompts find a place."""
+        """Give free rows to waiting samples, in order, as long as their prompts find a slot."""
         needed = {row.prompt for row in (*self.rows.values(), *islice(self.waiting, 1))}
-        self.place_of = {p: place for p, place in self.place_of.items() if p in needed}
-        rows = _free({*self.rows}, len(self.token_R))
-        places = _free({*self.place_of.values()}, len(self.cache.prompt_length_A))
+        self.slot_of = {p: slot for p, slot in self.slot_of.items() if p in needed}
+        rows = _free_indices({*self.rows}, len(self.token_R))
+        slots = _free_indices({*self.slot_of.values()}, len(self.cache.prompt_length_S))
         admitted, new_prompts = {}, []
         while self.waiting and (len(admitted) + len(self.rows) < len(self.token_R)):
             p = self.waiting[0].prompt
-            if p not in self.place_of:
-                place = next(places, None)
-                if place is None:
+            if p not in self.slot_of:
+                slot = next(slots, None)
+                if slot is None:
                     break
-                self.place_of[p] = place
+                self.slot_of[p] = slot
                 new_prompts.append(p)
             admitted[next(rows)] = self.waiting.popleft()
         if not admitted:
             return
         self._prefill(new_prompts)
-        rows_R, places_R, key_R = self._columns(
-            (r, self.place_of[row.prompt], row.key) for r, row in admitted.items()
+        rows_R, slots_R, key_R = self._columns(
+            (r, self.slot_of[row.prompt], row.key) for r, row in admitted.items()
         )
-        self.cache.open(rows_R, places_R)
+        self.cache.open(rows_R, slots_R)
         self.key_R[rows_R] = key_R
-        self._draw(rows_R, self.prompt_logits_AV[places_R])
+        self._draw(rows_R, self.prompt_logits_SV[slots_R])
         self.rows |= admitted
 
     def _prefill(self, new_prompts: list[int]) -> None:
-        """Run each prompt once: fill its place, and keep the logits after its last token."""
+        """Run each prompt once: fill its slot, and keep the logits after its last token."""
         count = max(1, PREFILL_TOKENS // self.cache.prompt_values[0].shape[2])
         for some in (new_prompts[i : i + count] for i in range(0, len(new_prompts), count)):
             tokens = [torch.tensor(self.prompts[p]) for p in some]
-            places_P, lengths_P = self._columns(
-                (self.place_of[p], len(self.prompts[p])) for p in some
+            slots_P, lengths_P = self._columns(
+                (self.slot_of[p], len(self.prompts[p])) for p in some
             )
             last = self.row_R[: len(some)], lengths_P - 1
-            self.prompt_logits_AV[places_P] = self.model(
-                pad_sequence(tokens, batch_first=True).to(places_P.device),
-                cache=self.cache.load(places_P, lengths_P),
+            self.prompt_logits_SV[slots_P] = self.model(
+                pad_sequence(tokens, batch_first=True).to(slots_P.device),
+                cache=self.cache.load(slots_P, lengths_P),
                 head_fn=lambda hidden_PTD, _, at=last: self.model.head(hidden_PTD[at]),
             )
 
@@ -186,34 +186,34 @@ class Batch:
         left = max(row.limit - (row.length or 1) for row in self.rows.values())
         count = min(self.interval, left)
         self.num_steps += count
-        shape = self._close_up()
-        if self.cache.stale or shape != self.cache.shape:
-            self.cache.arrange(*shape)
+        shape = self._compact()
+        if self.cache.layout_is_stale or shape != self.cache.shape:
+            self.cache.set_layout(*shape)
         for _ in range(count):
             self._replay()
 
-    def _close_up(self) -> tuple[int, int, int, int]:
+    def _compact(self) -> tuple[int, int, int, int]:
         """Move the last rows and prompts into holes; return the shape that then holds all."""
-        num_rows = self._size(len(self.rows), len(self.token_R))
-        num_places = self._size(len(self.place_of), len(self.cache.prompt_length_A))
-        if moves := _holes(self.place_of.values(), num_places):
-            self.place_of = {p: moves.get(a, a) for p, a in self.place_of.items()}
+        num_rows = self._bucket(len(self.rows), len(self.token_R))
+        num_slots = self._bucket(len(self.slot_of), len(self.cache.prompt_length_S))
+        if moves := _moves_below(self.slot_of.values(), num_slots):
+            self.slot_of = {p: moves.get(a, a) for p, a in self.slot_of.items()}
             source, target = self._columns(moves.items())
             self.cache.move_prompts(source, target)
-            self.prompt_logits_AV[target] = self.prompt_logits_AV[source]
-        if moves := _holes(self.rows, num_rows):
+            self.prompt_logits_SV[target] = self.prompt_logits_SV[source]
+        if moves := _moves_below(self.rows, num_rows):
             self.rows = {moves.get(r, r): row for r, row in self.rows.items()}
             source, target = self._columns(moves.items())
             self.cache.move_rows(source, target)
             for tensor in (self.token_R, self.key_R, self.tokens_RT, self.logp_RT):
                 tensor[target] = tensor[source]
-        per_place = self.cache.per_place
+        per_slot = self.cache.per_slot
         if not self.how.static:
-            per_place = max(Counter(row.prompt for row in self.rows.values()).values())
+            per_slot = max(Counter(row.prompt for row in self.rows.values()).values())
         used = min(self.num_steps, self.cache.num_columns)
-        return num_rows, num_places, per_place, math.ceil(used / self.cache.block)
+        return num_rows, num_slots, per_slot, math.ceil(used / self.cache.block)
 
-    def _size(self, needed: int, total: int) -> int:
+    def _bucket(self, needed: int, total: int) -> int:
         """Return the smallest of total, total * shrink, total * shrink^2, ... that is enough."""
         while needed <= int(total * self.shrink):
             total = int(total * self.shrink)
@@ -262,19 +262,19 @@ class Batch:
 
     def collect(self) -> list[Sample]:
         """Take out the samples that have ended. Raises ValueError if one holds NaN."""
-        places, lengths = torch.stack((self.cache.place_R, self.cache.length_R)).tolist()
+        slots, lengths = torch.stack((self.cache.slot_R, self.cache.length_R)).tolist()
         tokens = self.tokens_RT[:, : max(lengths)].tolist() if self.stops else ()
         ended = []
         for r, row in self.rows.items():
             seen, row.length = row.length, min(lengths[r], row.limit)
             if self.stops:
                 self._read_on(row, tokens[r][seen : row.length])
-            if row.stopped or places[r] < 0 or row.length >= row.limit:
+            if row.stopped or slots[r] < 0 or row.length >= row.limit:
                 ended.append(r)
         if not ended:
             return []
         rows_R = torch.tensor(ended, device=self.token_R.device)
-        self.cache.place_R[rows_R] = -1
+        self.cache.slot_R[rows_R] = -1
         tokens_RT, logp_RT = self.tokens_RT[rows_R].cpu(), self.logp_RT[rows_R].cpu()
         if not bool(logp_RT.isfinite().all()):
             raise ValueError(
@@ -299,11 +299,11 @@ class Batch:
                 return
 
 
-def _free(taken: set[int], size: int) -> Iterator[int]:
+def _free_indices(taken: set[int], size: int) -> Iterator[int]:
     return (i for i in range(size) if i not in taken)
 
 
-def _holes(taken: Iterable[int], size: int) -> dict[int, int]:
+def _moves_below(taken: Iterable[int], size: int) -> dict[int, int]:
     """Return what has to move where, so that everything taken lies below `size`."""
     taken = {*taken}
-    return dict(zip([i for i in taken if i >= size], _free(taken, size)))
+    return dict(zip([i for i in taken if i >= size], _free_indices(taken, size)))

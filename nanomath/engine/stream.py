@@ -2,7 +2,7 @@
 
 A prompt is run once and its keys and values are held once for its whole group (cache.py); each step
 then feeds one token per row (scheduler.py) and draws the next (draw.py). Rows that have ended
-leave, waiting samples take their places, and the batch steps down through a few sizes when none is
+leave, waiting samples take their slots, and the batch steps down through a few sizes when none is
 waiting. A token's randomness is a hash of (seed, step, prompt id, sample index, position): a sample
 does not depend on its neighbours, on the batch layout or on the number of processes. This file
 never scores a given text; the losses do that. Look at samples from a checkpoint:
@@ -22,7 +22,7 @@ from torch import Tensor
 from nanomath.base.log import progress as progress_bar
 from nanomath.draw import stream_keys
 from nanomath.engine.cache import GroupCache, cache_bytes_per_token, fit_rows
-from nanomath.engine.scheduler import Batch, Row, Sample, Settings
+from nanomath.engine.scheduler import Row, Sample, Scheduler, Settings
 from nanomath.model import ModelConfig, Transformer
 from nanomath.rollouts import Rollouts
 
@@ -64,7 +64,7 @@ def sample_stream(
         Row(p, g, keys_PG[p][g], room_P[p]) for p in range(len(prompts)) for g in range(group_size)
     ]
     cache = _new_cache(cfg, weight, prompts, room_P, group_size, how)
-    return _stream(Batch(model, cache, prompts, how), rows, how.progress)
+    return _stream(Scheduler(model, cache, prompts, how), rows, how.progress)
 
 
 def _new_cache(
@@ -83,13 +83,13 @@ def _new_cache(
     block = math.ceil(own_width / num_blocks)
     size = cache_bytes_per_token(cfg, weight.dtype)
     needs = (how.cache_gb, size * prompt_width, size * num_blocks * block)
-    num_rows, num_places = fit_rows(len(prompts), group_size, how.max_rows, *needs)
-    per_place = min(group_size, num_rows)
-    sizes = (num_rows, num_places, per_place, prompt_width, num_blocks, block)
+    num_rows, num_slots = fit_rows(len(prompts), group_size, how.max_rows, *needs)
+    per_slot = min(group_size, num_rows)
+    sizes = (num_rows, num_slots, per_slot, prompt_width, num_blocks, block)
     return GroupCache(cfg, weight, *sizes, how.static)
 
 
-def _stream(batch: Batch, rows: Sequence[Row], progress: float | None) -> Iterator[Sample]:
+def _stream(batch: Scheduler, rows: Sequence[Row], progress: float | None) -> Iterator[Sample]:
     """Yield the rows as samples; give back the memory of the batch at the end."""
     began, num_tokens = time.perf_counter(), 0
     bar = progress_bar(

@@ -18,8 +18,7 @@ import torch
 from nanomath.advantages import constant_groups
 from nanomath.base.log import plot_metrics
 from nanomath.dist import Dist, all_reduce_sum, gather_json
-from nanomath.grpo import RolloutBatch
-from nanomath.rollouts import Rollouts
+from nanomath.rollouts import RolloutBatch, Rollouts
 from nanomath.tasks import Problem
 
 # What differs from one run of the same command to the next; all else is the same to the last bit.
@@ -123,8 +122,7 @@ def cost_metrics(
     values = {**{f"seconds_{phase}": s for phase, s in seconds.items()}, "memory_gb": peak_gb(dist)}
     ranks = gather_json(values, dist)
     values = {name: max(rank[name] for rank in ranks) for name in values}
-    sizes = zip(batch.sequences, batch.weights_B.tolist(), strict=True)
-    trained = num_updates * sum(len(sequence) for sequence, weight in sizes if weight)
+    trained = num_updates * sum(len(batch.sequences[row]) for row in batch.rows_in_loss())
     tokens = all_reduce_sum({"sampling": sum(batch.response_lengths), "update": trained}, dist)
     return values | {
         "sampling_tokens_per_s": tokens["sampling"] / values["seconds_sampling"],

@@ -13,7 +13,7 @@ from nanomath.base.config import parse
 from nanomath.dist import setup
 from nanomath.draw import choose_tokens, stream_keys, uniform_noise
 from nanomath.engine import packed as packed_weights
-from nanomath.engine import scheduler as batch
+from nanomath.engine import scheduler
 from nanomath.engine import stream as sampler
 from nanomath.engine.stream import sample_groups, sample_stream
 from nanomath.hub.hf import llama_name
@@ -210,7 +210,7 @@ def test_rows_are_refilled_and_memory_is_bounded(monkeypatch, group_size, max_ro
     """Waiting samples take the rows of ended ones; nothing moves in memory; no result changes."""
     model, decoders, busy, shapes = make_model(), [], [], set()
 
-    class Watched(batch.Batch):
+    class Watched(scheduler.Scheduler):
         def __init__(self, *args):
             super().__init__(*args)
             decoders.append(self)
@@ -227,12 +227,12 @@ def test_rows_are_refilled_and_memory_is_bounded(monkeypatch, group_size, max_ro
         def decode(self):
             super().decode()
             assert set(self.addresses) <= set(self.where())
-            busy.append(int((self.cache.place_R >= 0).sum()))
+            busy.append(int((self.cache.slot_R >= 0).sum()))
             shapes.add(self.cache.shape[0])
 
     prompts = make_prompts([3, 17, 1, 9, 40, 2, 8, 5], seed=2)
     whole = sample(model, prompts, group_size)
-    monkeypatch.setattr(sampler, "Batch", Watched)
+    monkeypatch.setattr(sampler, "Scheduler", Watched)
     parts = sample(model, prompts, group_size, max_rows=max_rows, static=static)
     assert_same(parts, whole)
     total = int(whole.lengths_PG.sum())
@@ -253,14 +253,14 @@ def test_cache_gb_bounds_what_is_allocated(monkeypatch):
     assert sampler.fit_rows(5, 4, 512, budget, 40 * per_token, 24 * per_token) == (6, 5)
     assert sampler.fit_rows(5, 4, 512, budget - 1e-9, 40 * per_token, 24 * per_token) == (5, 5)
     assert sampler.fit_rows(1000, 1, 64, math.inf, 1, 1) == (64, 64)
-    original, taken = sampler.GroupCache.arrange, set()
+    original, taken = sampler.GroupCache.set_layout, set()
 
-    def arrange(self, *args):
+    def set_layout(self, *args):
         original(self, *args)
         caches = self.own_keys + self.own_values + self.prompt_keys + self.prompt_values
         taken.add(sum(cache.nbytes for cache in caches))
 
-    monkeypatch.setattr(sampler.GroupCache, "arrange", arrange)
+    monkeypatch.setattr(sampler.GroupCache, "set_layout", set_layout)
     assert_same(sample(model, prompts, cache_gb=budget), whole)
     assert taken == {round(budget * 1e9)}
     sample(model, prompts, cache_gb=budget, max_new_tokens=50)  # blocks of 25
@@ -277,17 +277,17 @@ def test_step_reads_nothing_from_the_device(monkeypatch):
             return func(*args, **kwargs or {})
 
     model, prompts = make_model(), make_prompts([3, 17, 1])
-    whole, plain = sample(model, prompts, top_k=30), batch.Batch.decode
+    whole, plain = sample(model, prompts, top_k=30), scheduler.Scheduler.decode
 
     def guarded(self):
         with NoRead():
             plain(self)
 
-    monkeypatch.setattr(batch.Batch, "decode", guarded)
+    monkeypatch.setattr(scheduler.Scheduler, "decode", guarded)
     assert_same(sample(model, prompts, top_k=30, max_rows=5, static=True), whole)
     torch._dynamo.reset()
     compiled = torch.compile(plain, backend="eager", fullgraph=True)
-    monkeypatch.setattr(batch.Batch, "decode", compiled)
+    monkeypatch.setattr(scheduler.Scheduler, "decode", compiled)
     assert_same(sample(model, prompts, top_k=30, static=True), whole)
 
 
@@ -309,7 +309,7 @@ def test_a_recorded_step_can_be_replayed(monkeypatch):
         else:
             self.graphs[shape] = make_fx(lambda _: self.decode())(torch.zeros(1))  # runs it
 
-    monkeypatch.setattr(batch.Batch, "_replay", replay)
+    monkeypatch.setattr(scheduler.Scheduler, "_replay", replay)
     assert_same(sample(model, prompts, max_new_tokens=40, max_rows=8, static=True), whole)
     assert len(set(recorded)) >= 3 and len(recorded) > 40
 
@@ -327,7 +327,7 @@ def test_graphs_equal_eager_steps(monkeypatch, dtype):
     turns = [sample(model, prompts, **settings) for _ in range(2)]
     assert len(set(replays)) >= 3 and len(replays) > 40
     count = len(replays)
-    monkeypatch.setattr(batch.Batch, "_replay", lambda self: self.decode())
+    monkeypatch.setattr(scheduler.Scheduler, "_replay", lambda self: self.decode())
     eager = sample(model, prompts, **settings)
     assert len(replays) == count
     for graphs in turns:
@@ -617,9 +617,9 @@ def test_all_end_at_once_or_none_does(monkeypatch):
     Where all rows end at once, a prompt whose samples still wait stays in the cache.
     """
     model, prompts, runs = make_model(), make_prompts([1, 6, 3]), []
-    prefill = batch.Batch._prefill
+    prefill = scheduler.Scheduler._prefill
     monkeypatch.setattr(
-        batch.Batch, "_prefill", lambda self, new: (runs.extend(new), prefill(self, new))
+        scheduler.Scheduler, "_prefill", lambda self, new: (runs.extend(new), prefill(self, new))
     )
     for static in (False, True):
         runs.clear()
@@ -687,7 +687,7 @@ def test_stream_yields_samples_as_they_end(capsys):
 def test_leaving_the_stream_frees_the_cache(monkeypatch, how):
     """However a stream is left, its tensors are gone, also while a traceback holds its frames."""
     kept = []
-    original = batch.Batch._prefill
+    original = scheduler.Scheduler._prefill
 
     def interrupted(self):
         raise KeyboardInterrupt
@@ -696,7 +696,7 @@ def test_leaving_the_stream_frees_the_cache(monkeypatch, how):
         kept.extend(weakref.ref(t) for t in (self.tokens_RT, *self.cache.own_keys))
         original(self, *args)
 
-    monkeypatch.setattr(batch.Batch, "_prefill", prefill)
+    monkeypatch.setattr(scheduler.Scheduler, "_prefill", prefill)
     model = make_model()
     stream = sample_stream(model, make_prompts([3, 9]), 4, max_new_tokens=24, eos_ids=EOS)
     next(stream)
@@ -707,7 +707,7 @@ def test_leaving_the_stream_frees_the_cache(monkeypatch, how):
         assert len(list(stream)) == 7
     else:
         # Not by a signal: where a shell has it ignored, the loop would never end.
-        monkeypatch.setattr(batch.Batch, "decode", interrupted)
+        monkeypatch.setattr(scheduler.Scheduler, "decode", interrupted)
         with pytest.raises(KeyboardInterrupt) as caught:
             list(stream)
         assert caught.tb is not None

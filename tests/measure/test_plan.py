@@ -16,10 +16,11 @@ from nanomath.activations import wrap_blocks
 from nanomath.data import TrainBatch
 from nanomath.dist import setup, shard
 from nanomath.engine.stream import sample_groups
-from nanomath.grpo import Objective, make_batch, policy_update, response_logprobs
+from nanomath.grpo import Objective, policy_update, response_logprobs
 from nanomath.measure import plan
 from nanomath.model import MODEL_PRESETS, ModelConfig, Transformer
 from nanomath.optim import make_adamw, supervised_step
+from nanomath.rollouts import make_batch
 
 ROOT = Path(__file__).resolve().parents[2]
 STEP = {"lr": 1e-4, "max_grad_norm": 1.0}

@@ -14,8 +14,6 @@ from nanomath.advantages import outcome_advantages, output_weights
 from nanomath.dist import Dist, shard
 from nanomath.grpo import (
     METRIC_SUMS,
-    RolloutBatch,
-    make_batch,
     objective_of_rows,
     pad_rows,
     policy_update,
@@ -23,7 +21,7 @@ from nanomath.grpo import (
     update_metrics,
 )
 from nanomath.model import ModelConfig, Transformer
-from nanomath.rollouts import Rollouts
+from nanomath.rollouts import RolloutBatch, Rollouts, make_batch
 
 ALONE = Dist(0, 0, 1, torch.device("cpu"))
 CPU = torch.device("cpu")
@@ -146,8 +144,8 @@ def test_gradient_is_the_coefficient_times_grad_logp(kl_coef, temperature):
         for t in range(batch.prompt_lengths[r] - 1, len(row) - 1):
             logp = logp_TV[t, row[t + 1]]
             ref_over_pi = (batch.ref_logp_N[offset] - logp.detach()).exp()
-            coefficient = batch.advantages_B[r] + kl_coef * (ref_over_pi - 1)
-            surrogate = surrogate - batch.weights_B[r] * coefficient * logp
+            coefficient = batch.advantages_N[offset] + kl_coef * (ref_over_pi - 1)
+            surrogate = surrogate - batch.weights_N[offset] * coefficient * logp
             offset += 1
     model.zero_grad()
     surrogate.backward()
@@ -173,8 +171,8 @@ def test_clipping_stops_the_gradient_only_where_the_ratio_leaves_on_the_gaining_
         for t in range(batch.prompt_lengths[r] - 1, len(row) - 1):
             if offset in kept:
                 logp = logp_TV[t, row[t + 1]]
-                weight = batch.weights_B[r] * batch.advantages_B[r] * shift[offset].exp()
-                surrogate = surrogate - weight * logp
+                weight = batch.weights_N[offset] * batch.advantages_N[offset]
+                surrogate = surrogate - weight * shift[offset].exp() * logp
             offset += 1
     model.zero_grad()
     surrogate.backward()
@@ -208,7 +206,7 @@ def test_sampler_gap_is_that_of_trained_tokens():
     """Mean and largest difference of the sampler's log-probabilities are worked out over the tokens
     that have a weight; what an output without one differs by counts in neither."""
     model, batch = tiny_model(), random_batch()
-    batch.weights_B[1] = 0.0
+    batch.weights_N[batch.token_positions([1])] = 0.0
     logp_N, gaps_N = score(model, batch), torch.linspace(-0.3, 0.2, sum(batch.response_lengths))
     batch.sampler_logp_N = logp_N + gaps_N
     skipped_N = batch.token_positions([1])
@@ -220,3 +218,39 @@ def test_sampler_gap_is_that_of_trained_tokens():
     expected_N = gaps_N[trained].abs().double()
     assert metrics["sampler_gap"] == pytest.approx(expected_N.mean().item(), rel=1e-6)
     assert metrics["sampler_gap_max"] == pytest.approx(expected_N.max().item(), rel=1e-6)
+
+
+def test_a_batch_holds_advantages_and_weights_per_token():
+    """[P, G, T] values land on their token; [P, G] ones on every token of their output; the
+    gradient is the sum of each token's own coefficient."""
+    model, batch = tiny_model(), random_batch()
+    rollouts_PGT = torch.zeros(2, 3, max(batch.response_lengths), dtype=torch.float64)
+    lengths_PG = torch.tensor(batch.response_lengths).view(2, 3)
+    place_PGT = torch.arange(rollouts_PGT.numel()).view(rollouts_PGT.shape).double()
+    prompts = [batch.sequences[r][: batch.prompt_lengths[r]] for r in (0, 3)]
+    rollouts = Rollouts(place_PGT.long(), lengths_PG, rollouts_PGT, lengths_PG > 0)
+    per_token = make_batch(
+        prompts, rollouts, place_PGT, lengths_PG.double(), num_prompts=2, world_size=1
+    )
+    is_response_PGT = torch.arange(rollouts_PGT.shape[2]) < lengths_PG[..., None]
+    assert per_token.advantages_N.tolist() == place_PGT[is_response_PGT].tolist()
+    expected = [float(n) for n in batch.response_lengths for _ in range(n)]
+    assert per_token.weights_N.tolist() == expected
+    for row, (sequence, length) in enumerate(zip(per_token.sequences, per_token.response_lengths)):
+        assert sequence == [
+            *prompts[row // 3],
+            *place_PGT.flatten(0, 1)[row, :length].int().tolist(),
+        ]
+    signs_N = torch.tensor([1.0, -2.0, 0.5]).double().repeat(len(batch.advantages_N))
+    batch.advantages_N = signs_N[: len(batch.advantages_N)]
+    flat, _ = gradient(model, batch, Objective(0.2, 0.2, 0.0, 1.0), [range(6)])
+    surrogate, offset = 0.0, 0
+    for r, row in enumerate(batch.sequences):
+        logp_TV = model(torch.tensor([row]))[0].log_softmax(-1)
+        for t in range(batch.prompt_lengths[r] - 1, len(row) - 1):
+            weight = batch.weights_N[offset] * batch.advantages_N[offset]
+            surrogate, offset = surrogate - weight * logp_TV[t, row[t + 1]], offset + 1
+    model.zero_grad()
+    surrogate.backward()
+    exact = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert (flat - exact).abs().max() < 1e-10 * exact.abs().max()

@@ -22,13 +22,12 @@ from nanomath.advantages import outcome_advantages, output_weights
 from nanomath.grpo import (
     METRIC_MAXIMA,
     METRIC_SUMS,
-    make_batch,
     objective_of_rows,
     policy_update,
     update_metrics,
 )
 from nanomath.model import Transformer
-from nanomath.rollouts import Rollouts
+from nanomath.rollouts import Rollouts, make_batch
 
 
 def load_tests(name: str):
@@ -269,7 +268,9 @@ def test_a_repeated_prompt_is_two_groups():
     assert batch.sequences[0][:4] == batch.sequences[9][:4]
     for first, rewards in ((0, [1.0, 0.0, 0.25]), (9, [0.0, 1.0, 3.0])):
         expected = plain_advantages(rewards, "std")
-        assert batch.advantages_B[first : first + 3].tolist() == pytest.approx(expected)
+        advantages = [batch.advantages_N[batch.token_positions([first + g])] for g in range(3)]
+        assert [float(values.max()) for values in advantages] == pytest.approx(expected)
+        assert all(values.min() == values.max() for values in advantages)
 
 
 # ------------------------------------------------------------------------------ closed forms
@@ -372,8 +373,8 @@ def test_batch_without_coefficients_is_skipped_and_counted():
     weights = [p.detach().clone() for p in model.parameters()]
     moments = [state["exp_avg"].clone() for state in optimizer.state.values()]
     constant, unscored = build({})[0], build({})[0]
-    constant.advantages_B = torch.zeros_like(constant.advantages_B)
-    unscored.weights_B = torch.zeros_like(unscored.weights_B)
+    constant.advantages_N = torch.zeros_like(constant.advantages_N)
+    unscored.weights_N = torch.zeros_like(unscored.weights_N)
     for empty, kl_coef in ((constant, 0.0), (unscored, 0.3)):
         metrics = adamw_update(model, optimizer, empty, replace(objective, kl_coef=kl_coef))
         assert metrics["empty_steps"] == 1.0 and metrics["stepped"] == 1.0
@@ -401,7 +402,7 @@ def test_kl_is_exactly_zero_after_a_refresh_and_a_kl_alone_then_does_not_move(dt
                 assert sums["tokens"] > 0
                 assert sums["kl"] == sums["kl_weighted"] == 0.0
     batch.ref_logp_N = score(model, batch)
-    batch.advantages_B = torch.zeros_like(batch.advantages_B)
+    batch.advantages_N = torch.zeros_like(batch.advantages_N)
     model.zero_grad()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     metrics = adamw_update(model, optimizer, batch, objective)
@@ -443,10 +444,7 @@ def test_metrics_of_ratios_are_those_of_the_trained_tokens():
         for part in range(5)
     ]  # fmt: skip
     metrics = update_metrics(steps, objective.kl_coef)
-    trained_N = torch.cat(
-        [torch.full((n,), bool(w > 0)) for n, w in zip(batch.response_lengths, batch.weights_B)]
-    )
-    advantages_N = batch.advantages_B.repeat_interleave(torch.tensor(batch.response_lengths))
+    trained_N, advantages_N = batch.weights_N > 0, batch.advantages_N
     ratio_N = (logp_N - batch.old_logp_N).exp()
     kl_old_N = ratio_N - ratio_N.log() - 1
     low_N = (ratio_N < 0.8) & (advantages_N < 0) & trained_N

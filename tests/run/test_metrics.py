@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ import torch
 from nanomath.dist import Dist
 from nanomath.measure import evaluation
 from nanomath.measure.evaluation import heldout_metrics
-from nanomath.rollouts import Rollouts
+from nanomath.rollouts import RolloutBatch, Rollouts
 from nanomath.run import metrics as monitor
 from nanomath.run.metrics import Clock, cost_metrics, draw_plots, rollout_metrics, sample_lines
 from nanomath.tasks import Problem
@@ -172,11 +171,19 @@ def test_no_heldout_problem_is_an_error():
 # ------------------------------------------------------------------------------------ cost
 
 
+def rollout_batch(lengths, sequences, weights) -> RolloutBatch:
+    weights_N = torch.tensor(weights).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+    prompt_lengths = [len(row) - length for row, length in zip(sequences, lengths)]
+    return RolloutBatch(
+        sequences, prompt_lengths, lengths, len(lengths), weights_N, weights_N, weights_N
+    )
+
+
 def test_costs_are_the_slowest_rank_over_all_tokens(monkeypatch):
     """Seconds are the slowest rank's in each phase, tokens those of all ranks: responses when
     sampled, sequences in the loss, whole, once per pass when trained; memory the fullest rank's."""
     batches = [
-        SimpleNamespace(response_lengths=lengths, sequences=rows, weights_B=torch.tensor(weights))
+        rollout_batch(lengths, rows, weights)
         for lengths, rows, weights in (
             ([2, 3, 1], [[1] * 5, [1] * 7, [1] * 2], [0.25, 0.5, 0.0]),
             ([4], [[1] * 6], [0.1]),
