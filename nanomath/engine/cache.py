@@ -1,9 +1,24 @@
-"""Keys and values while sampling: a prompt's once for its whole group, a row's own apart.
+"""Keys and values while sampling: a prompt's once for its whole group, a row's own tokens apart.
 
-`Transformer.forward(tokens, cache=cache)` asks it where the tokens stand (`positions`) and what
-they attend to (`attend`). A pass with what `load` returns fills prompts; a pass with the cache
-itself adds one token to each row. All tensors are allocated once and never move, and a pass reads
-no number from the device, so that a CUDA graph can replay it as long as `shape` is the same.
+The idea is shared-prefix attention (Hydragen, arXiv:2402.05099). The G outputs of a question all
+attend to the same prompt, so its keys are read once for the group, in one matrix product with the
+queries of all its rows; then each row attends to its own tokens; one softmax goes over both:
+
+    slot 0   K V of prompt 7   <==  q of rows 1 2 5   one product for the group
+    slot 1   K V of prompt 8   <==  q of rows 0 3 4
+    ring     row 0  . . . x x x     each row's own tokens. All rows write the same column of the
+             row 1  x x x x x x     ring in a pass, so storing is one index; a row that began later
+             row 2  . x x x x x     has fewer columns behind it. `.` is older than the row: masked.
+
+Groups have unequal numbers of rows left, and a batched product wants equal ones, so the queries are
+gathered into a padded layout [slot, head, at most `per_slot` rows] and scattered back (set_layout).
+
+The plain form is `KeyValues` in nanomath/sampler.py: one copy of the prompt per row, no ring, no
+layout. `Transformer.forward(tokens, cache=cache)` asks a cache where the tokens stand (`positions`)
+and what they attend to (`attend`). A pass with what `load` returns fills slots with prompts; a pass
+with the cache itself adds one token to each row. All tensors are allocated once and never move, and
+a pass reads no number from the device, so that a CUDA graph can replay it while `shape` is the
+same.
 """
 
 from __future__ import annotations
@@ -50,8 +65,8 @@ class GroupCache:
     All rows write a pass's token into the same column, and the columns are used in a circle: a row
     with n tokens of its own sees the last n. Once round, a pass reads every column, whatever the
     rows' lengths. A row's next token is at position prompt_length + n, so nothing depends on
-    padding, on the age of other rows or on where in the batch a row is. Suffixes: A slots, R rows,
-    W columns (a prompt's, then the rows' own), C padded places (see `set_layout`).
+    padding, on the age of other rows or on where in the batch a row is. Suffixes: S slots, R rows,
+    W columns (a prompt's, then the rows' own), C places of the padded layout (see `set_layout`).
     """
 
     def __init__(
@@ -80,8 +95,8 @@ class GroupCache:
         self.num_clean_B = [0] * num_blocks  # rows that `set_layout` has zeroed, by block
 
         counts = partial(torch.zeros, dtype=torch.long, device=like.device)
-        # Of the pass to come: on the device where a graph replays it, else as a plain number, by
-        # which storing takes a quarter of the time.
+        # The ring's column that the next pass writes. A CUDA graph must find it on the device;
+        # elsewhere a plain number is better: storing by it takes a quarter of the time.
         self.column = counts(1) if static else 0
         self.prompt_length_S = counts(num_slots)
         self.slot_R = counts(num_rows) - 1  # -1: idle
@@ -118,11 +133,11 @@ class GroupCache:
         self.layout_is_stale = True
 
     def set_layout(self, num_rows: int, num_slots: int, per_slot: int, num_blocks: int) -> None:
-        """Set the shape of the next passes: the first rows, slots and blocks.
+        """Set the shape of the next passes: the first rows, slots and blocks of columns.
 
-        All queries of a slot meet its prompt in one product: padded places [slot, head, at most
-        `per_slot` rows] lay it out. The blocks must hold every column written so far and those of
-        the passes.
+        Work out once, for all layers and passes of this shape, where in the padded layout
+        [slot, head, at most `per_slot` rows] each row's queries go, and back. The blocks must hold
+        every column written so far and those of the passes to come.
         """
         self.shape, self.layout_is_stale = (num_rows, num_slots, per_slot, num_blocks), False
         # Zeroed when first used: touching fresh memory is a visible part of a small model's time.
@@ -132,16 +147,18 @@ class GroupCache:
             self.num_clean_B[block] = max(num_clean, num_rows)
         slot_R1, num_kv = self.slot_R[:num_rows, None], self.prompt_keys[0].shape[1]
         device, num_padded = slot_R1.device, num_slots * num_kv * per_slot
+        # A row's number within its group: how many rows of the same slot come before it.
         in_slot_RS = slot_R1 == torch.arange(num_slots, device=device)
         member_R1 = in_slot_RS.cumsum(0).gather(1, slot_R1.clamp(min=0)) - 1
         heads = torch.arange(num_kv, device=device)
         padded_RK = (slot_R1 * num_kv + heads) * per_slot + member_R1
-        # An idle row has a cell behind all others. An empty cell repeats row 0; nobody reads it.
+        # An idle row goes behind the layout. A place without a row repeats row 0, and is not read.
         padded_C = padded_RK.masked_fill(slot_R1 < 0, num_padded).flatten()
         self.row_of_padded_C[:num_padded] = 0
         self.row_of_padded_C[padded_C] = torch.arange(len(padded_C), device=device)
         self.padded_of_row_C[: len(padded_C)] = padded_C.clamp(max=num_padded - 1)
         self._padded = self.row_of_padded_C[:num_padded], self.padded_of_row_C[: len(padded_C)]
+        # Views of what a pass reads, cut once here and not in every layer of every pass.
         self._used = [
             (
                 prompt_keys[:num_slots].flatten(0, 1),
@@ -161,6 +178,7 @@ class GroupCache:
         length_R1 = self.prompt_length_S[self.slot_R[:num_rows, None]]
         prompt_W = torch.arange(self.prompt_values[0].shape[2], device=own_R1.device)
         column_W = torch.arange(self.shape[3] * self.block, device=own_R1.device)
+        # A column written `age` passes ago holds a row's token only if the row is that old.
         age_W = (self.column - column_W) % self.num_columns
         unseen_RW = torch.cat((prompt_W >= length_R1, age_W > own_R1), 1)
         if not model.IS_CAUSAL:  # else all that is there came before
@@ -182,9 +200,11 @@ class GroupCache:
         slots, num_prompt, _ = prompt_values.shape
         for cache, new in ((self.own_keys, key_BTKE), (self.own_values, value_BTKE)):
             cache[layer][self._block, :num_rows, :, self._offset] = new[:, 0]
+        # Query heads that share a key head ride along in one row of a product (grouped queries).
         query = (query_BTHE * width**-0.5).view(rows, per_kv * width)
 
-        # Scores against the shared prompt: one product for all queries of a group.
+        # Scores against the shared prompt: one product for all queries of a group, which is what
+        # reads the prompt's keys once instead of once a row.
         grouped = query.index_select(0, row_of_padded_C).view(slots, -1, width)
         shared = torch.bmm(grouped, prompt_keys).view(-1, per_kv * num_prompt)
         shared = shared.index_select(0, padded_of_row_C).view(rows, per_kv, num_prompt)
@@ -193,6 +213,7 @@ class GroupCache:
         scores = torch.cat([shared, *(torch.bmm(query, keys) for keys in own_keys)], -1)
         scores = scores.view(num_rows, num_heads, -1).add_(self._bias_R1W)
         weights = scores.softmax(-1).view(rows, per_kv, -1)
+        # The weighted sum of values takes the same two ways: the prompt's by group, own by row.
         shared, *own = weights.split([num_prompt] + [keys.shape[2] for keys in own_keys], -1)
 
         shared = shared.flatten(1).index_select(0, row_of_padded_C).view(slots, -1, num_prompt)

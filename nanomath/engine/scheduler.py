@@ -1,15 +1,20 @@
-"""The rows being sampled: admit waiting samples, make a step, collect what has ended.
+"""What is being sampled: admit waiting samples, make a step, collect what has ended.
 
-`admit` runs prompts and draws the first token of each of their samples; `step` feeds every row its
-newest token and draws the next; `collect` takes out what has ended:
+Continuous batching, as vLLM's scheduler does it: a row whose sample has ended is given to the next
+waiting sample at once, so that one long output does not hold up the others.
 
     slot  0: prompt 7   1: prompt 8   2: free         a prompt, once for its group (cache.py)
-    row    0 -> slot 1, 3 tokens so far               a sample; those of a group share the slot
-           1 -> slot 0, 9 tokens so far
-           2 -> idle                                   its sample has ended; the next may move in
+    row   0 -> slot 1, 3 tokens so far                a sample; those of a group share the slot
+          1 -> slot 0, 9 tokens so far
+          2 -> idle                                   its sample has ended; the next may move in
+
+`admit` runs new prompts and draws the first token of each of their samples; `step` feeds every row
+its newest token and draws the next; `collect` takes out what has ended. When nothing waits any
+more, the batch steps down through a few sizes, and the last rows move below the new size.
 
 What a step reads and writes lies on the device and never moves; the host keeps which sample is in
-which row and which prompt in which slot, and looks at the device in `collect` alone.
+which row and which prompt in which slot, and looks at the device in `collect` alone. The plain form
+is `sample_group` in nanomath/sampler.py. Next: cache.py.
 """
 
 from __future__ import annotations
@@ -44,10 +49,10 @@ class Settings:
     top_k: int = 0  # keep the k most likely ids; 0: all
     top_p: float = 1.0  # then the fewest ids that hold this share of what is left
     stop: Sequence[str] = ()  # the token that completes one ends a sample, and is kept and counted
-    tokenizer: Tokenizer | None = None  # reads for `stop`
+    tokenizer: Tokenizer | None = None  # turns tokens into text, to find `stop` in it
     seed: int = 0
     step: int = 0
-    prompt_ids: Sequence[int] | None = None  # in the random stream; equal ids share it; 0, 1, ...
+    prompt_ids: Sequence[int] | None = None  # one for each prompt's random stream; None: 0, 1, ...
     vocab_limit: int | None = None  # ids from here on are never sampled
     max_rows: int = 512  # sampled at a time
     cache_gb: float = math.inf  # 10^9 bytes of keys and values at most: maybe fewer rows
@@ -74,11 +79,11 @@ class Row:
 
     prompt: int
     index: int
-    key: int  # of its random stream
-    limit: int  # tokens at most
-    length: int = 0  # tokens at the last look
-    text: bytes = b""  # of them, kept where there are stop strings
-    stopped: bool = False  # by one of those
+    key: int  # the key of the sample's random stream (draw.stream_keys)
+    limit: int  # the most tokens the sample may have
+    length: int = 0  # how many it had when `collect` last looked at the device
+    text: bytes = b""  # its text so far; only kept where there are stop strings to look for
+    stopped: bool = False  # True once its text holds a stop string
 
 
 class Scheduler:
@@ -193,7 +198,7 @@ class Scheduler:
             self._replay()
 
     def _compact(self) -> tuple[int, int, int, int]:
-        """Move the last rows and prompts into holes; return the shape that then holds all."""
+        """Move the last rows and prompts to free places below the new size; return that shape."""
         num_rows = self._bucket(len(self.rows), len(self.token_R))
         num_slots = self._bucket(len(self.slot_of), len(self.cache.prompt_length_S))
         if moves := _moves_below(self.slot_of.values(), num_slots):
@@ -214,7 +219,10 @@ class Scheduler:
         return num_rows, num_slots, per_slot, math.ceil(used / self.cache.block)
 
     def _bucket(self, needed: int, total: int) -> int:
-        """Return the smallest of total, total * shrink, total * shrink^2, ... that is enough."""
+        """Return the smallest of total, total * shrink, total * shrink^2, ... that is enough.
+
+        Few sizes: each is a CUDA graph on a GPU, and a new layout on a CPU.
+        """
         while needed <= int(total * self.shrink):
             total = int(total * self.shrink)
         return total
@@ -304,6 +312,6 @@ def _free_indices(taken: set[int], size: int) -> Iterator[int]:
 
 
 def _moves_below(taken: Iterable[int], size: int) -> dict[int, int]:
-    """Return what has to move where, so that everything taken lies below `size`."""
+    """Map each taken index of `size` or more to a free one below it."""
     taken = {*taken}
     return dict(zip([i for i in taken if i >= size], _free_indices(taken, size)))
