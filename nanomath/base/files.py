@@ -1,4 +1,4 @@
-"""JSONL files: one reader, whose bad lines are named, counted and limited.
+"""Files: whole or not at all when written, with the file and line named when they cannot be read.
 
 A file from the web or from another program may hold anything; what is wrong is said with file and
 line, and a file that is mostly wrong is refused.
@@ -10,8 +10,9 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 MAX_LINE_BYTES = 64 << 20  # a longer line counts as bad and is never held in memory
 EXAMPLE_KEYS = (("prompt", "solution"), ("question", "answer"), ("problem", "solution"))
@@ -131,15 +132,40 @@ def file_sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write JSON as write_text does."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+@contextmanager
+def open_atomically(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
+    """Open a temporary file beside path, which becomes path at the end of the block.
+
+    A reader, or the next run after a kill, sees the whole file or the one before it.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Half a surrogate pair, from a user's file, is written as its escape, which is also JSON's.
+    text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}
+    with open(temporary, mode, **text) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write by temporary file and rename, so that a reader never sees half of it."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    # Half a surrogate pair, from a user's file, is written as its escape, also JSON's.
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(temporary, path)
+    """Write a text file, whole or not at all."""
+    with open_atomically(path) as file:
+        file.write(text)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | os.PathLike, cure: str = "the file is damaged or cut short") -> dict:
+    """Return the object in a JSON file. Raises ValueError that names the file and the cure."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); {cure}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object; {cure}")
+    return value

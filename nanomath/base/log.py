@@ -18,6 +18,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from nanomath.base.files import open_atomically, write_text
+
 
 def progress(iterable: Iterable | None = None, **options: Any) -> tqdm:
     """Return a tqdm bar on stderr; in a file or pipe it prints at most every ten seconds."""
@@ -76,11 +78,11 @@ class RunLog:
         """Drop the lines of steps that will be run again."""
         metrics = self.run_dir / "metrics.jsonl"
         kept = [json.dumps(row) for row in read_metrics(self.run_dir) if row["step"] < start_step]
-        _replace_text(metrics, "".join(line + "\n" for line in kept))
+        write_text(metrics, "".join(line + "\n" for line in kept))
         samples = self.run_dir / "samples.txt"
         text = samples.read_text(encoding="utf-8", errors="replace") if samples.exists() else ""
         whole = re.finditer(r"(?m)^=== step (\d+)\n(?:  .*\n)*\n", text)  # not one that a kill cut
-        _replace_text(samples, "".join(m.group() for m in whole if int(m.group(1)) < start_step))
+        write_text(samples, "".join(m.group() for m in whole if int(m.group(1)) < start_step))
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Append one row under this step; what else listens gets those values that are numbers."""
@@ -139,7 +141,7 @@ def _start_wandb(run_dir: Path, settings: Mapping[str, Any]) -> Any:
         raise ValueError("--wandb needs a package: pip install wandb (extra [wandb])") from None
     id_file = run_dir / "wandb_id.txt"
     if not id_file.exists():
-        _replace_text(id_file, uuid.uuid4().hex)
+        write_text(id_file, uuid.uuid4().hex)
     try:
         return wandb.init(
             project=os.environ.get("WANDB_PROJECT", "nanomath"),
@@ -191,12 +193,6 @@ class _Lines:
 
 def _warn(message: str) -> None:
     print(f"nanomath: warning: {message}", file=sys.stderr, flush=True)
-
-
-def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
@@ -267,9 +263,8 @@ def new_figure(num_panels: int):
 
 
 def save_figure(figure, path: Path) -> Path:
-    """Write a PNG by temporary file and rename."""
+    """Write a PNG, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=110, format="png", pil_kwargs={"compress_level": 3})
-    os.replace(temporary, path)
+    with open_atomically(path, "wb") as file:
+        figure.savefig(file, dpi=110, format="png", pil_kwargs={"compress_level": 3})
     return path

@@ -15,6 +15,7 @@ from pathlib import Path
 import fasttext
 import numpy as np
 
+from nanomath.base.files import open_atomically
 from nanomath.corpus.text import normalise
 
 POSITIVE = "__label__math"
@@ -97,8 +98,7 @@ def collapse(source: str | Path, target: str | Path) -> None:
     scores = (rows @ (output[0] - output[1])).astype("<f4")
     # The file ends with, for input and output: a quantised flag, (rows, columns), the values.
     tail = (1 + 16 + 4 * num_rows * dim) + (1 + 16 + 4 * output.size)
-    temporary = Path(f"{target}.tmp")
-    with open(source, "rb") as whole, open(temporary, "wb") as small:
+    with open(source, "rb") as whole, open_atomically(target, "wb") as small:
         header = bytearray(whole.read(os.path.getsize(source) - tail))
         if struct.unpack_from("<i", header, 8)[0] != dim:  # after magic number and version
             raise ValueError(f"{source}: not the fastText file layout this was written for")
@@ -106,7 +106,6 @@ def collapse(source: str | Path, target: str | Path) -> None:
         small.write(header)
         small.write(b"\0" + struct.pack("<qq", num_rows, 1) + scores.tobytes())
         small.write(b"\0" + struct.pack("<qq", 2, 1) + np.array([1, 0], "<f4").tobytes())
-    os.replace(temporary, target)
 
 
 def load(model_path: str | Path):

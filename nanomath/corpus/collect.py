@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from nanomath.base.files import write_json
+from nanomath.base.files import open_atomically, write_json
 from nanomath.base.log import progress
 from nanomath.corpus import dedup, generated, recall
 from nanomath.corpus.domains import UrlRules
@@ -18,7 +18,6 @@ from nanomath.corpus.pages import (
     parse_file,
     read_jsonl,
     source_files,
-    write_atomically,
 )
 from nanomath.corpus.settings import CorpusConfig
 from nanomath.corpus.text import canonical, num_tokens
@@ -34,7 +33,7 @@ def collect_pages(cfg: CorpusConfig, rules: UrlRules, run_dir: Path) -> dict:
     counts = PageCounts()
     if not raw.exists() or not (run_dir / "raw.json").exists():
         source = read_jsonl(cfg.pages, counts) if cfg.pages else embedded_web(cfg, counts)
-        with write_atomically(raw) as file:
+        with open_atomically(raw) as file:
             for page in source:
                 file.write(page.to_json() + "\n")
         write_json(run_dir / "raw.json", asdict(counts))
@@ -45,7 +44,7 @@ def collect_pages(cfg: CorpusConfig, rules: UrlRules, run_dir: Path) -> dict:
         print(f"{steps['cut_pages']} pages cut to {MAX_CRAWL_CHARACTERS} characters")
     steps |= {"capped": 0, "same_url": 0, "near_duplicates": 0, "kept": 0, "tokens": 0}
     limit = None if cfg.pages else math_limit(raw, rules, cfg)
-    with write_atomically(run_dir / "pages.jsonl") as file:
+    with open_atomically(run_dir / "pages.jsonl") as file:
         for page in unique_pages(raw, rules, limit, cfg, steps):
             page["tokens"] = num_tokens(page["text"])
             steps["kept"] += 1

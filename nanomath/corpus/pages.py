@@ -14,7 +14,6 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
@@ -64,21 +63,6 @@ class PageCounts:
     bad_lines: int = 0
     bad_line_examples: list[str] = field(default_factory=list)
     cut_pages: int = 0  # longer than MAX_CRAWL_CHARACTERS, cut there
-
-
-@contextmanager
-def write_atomically(path: str | Path, mode: str = "w") -> Iterator[IO]:
-    """Open a temporary file beside path; at the end of the block it becomes path.
-
-    A reader, or the next run after a kill, sees the whole file or none.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def find_package(name: str, search_path: list[str] | None = None) -> Path | None:

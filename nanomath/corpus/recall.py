@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from nanomath.base.files import open_atomically
 from nanomath.corpus import classifier, domains
-from nanomath.corpus.pages import write_atomically
 
 
 @dataclass
@@ -210,20 +210,20 @@ def run_round(
     joins = domains.annotate(web.urls, web.hosts, collected, found, rules) & ~never_N & ~seed_N
     save_array(collected_N, collected)
     save_array(joins_N, joins)
-    with write_atomically(folder / "domains.tsv") as file:
+    with open_atomically(folder / "domains.tsv") as file:
         rows = domains.candidate_rows(web.urls, web.hosts, collected, joins, found)
         domains.write_candidates(file, rows)
     row = {"round": round_number, "budget": budget}
     row |= round_metrics(web, collected, seed_N, never_N, before_N)
     row |= {"domains": len(found), "joining": int(joins.sum())}
     row["stop"] = bool(row["overlap"] is not None and row["overlap"] >= settings.stop_overlap)
-    with write_atomically(folder / "round.json") as file:
+    with open_atomically(folder / "round.json") as file:
         file.write(json.dumps(row, indent=1) + "\n")
     return collected, seed_N | joins, row
 
 
 def save_array(path: Path, values: np.ndarray) -> None:
-    with write_atomically(path, "wb") as file:
+    with open_atomically(path, "wb") as file:
         np.save(file, values)
 
 

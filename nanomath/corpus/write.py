@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from nanomath.base.files import open_atomically
 from nanomath.base.log import progress
 from nanomath.corpus import decontaminate, recall
-from nanomath.corpus.pages import write_atomically
 from nanomath.corpus.settings import CorpusConfig
 from nanomath.tasks import countdown
 
@@ -67,7 +67,7 @@ def write_corpus(
     """Write corpus.jsonl, valid.jsonl and contaminated.jsonl; return their counts."""
     scores_N = np.load(run_dir / f"round-{last_round}" / "scores.npy")
     held, source = choose_validation(web, collected_N, never_N, cfg)
-    with write_atomically(run_dir / "valid.jsonl") as file:
+    with open_atomically(run_dir / "valid.jsonl") as file:
         _write_pages(file, web.pages(held), scores_N[held])
 
     chosen_N = collected_N.copy()
@@ -78,8 +78,8 @@ def write_corpus(
     bar = progress(web.pages(order), total=len(order), desc="decontaminating", unit="page")
     num_dropped = {"real": 0, "generated": 0}
     with (
-        write_atomically(run_dir / "corpus.jsonl") as corpus,
-        write_atomically(run_dir / "contaminated.jsonl") as dropped,
+        open_atomically(run_dir / "corpus.jsonl") as corpus,
+        open_atomically(run_dir / "contaminated.jsonl") as dropped,
     ):
         for page, score in zip(bar, scores_N[order]):
             if matched := index.matches(page["text"]):

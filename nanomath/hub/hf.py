@@ -25,12 +25,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from nanomath.base.files import fsync, write_json
+from nanomath.base.files import fsync, read_json, write_json
 from nanomath.dist import Dist, barrier, local
 from nanomath.hub.hf_config import make_config, read_config
 from nanomath.hub.weights import empty_model, module_tensors, read_rows, write_tensors
 from nanomath.model import Transformer
-from nanomath.text.foreign import read_json
 from nanomath.text.tokenizer import Tokenizer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

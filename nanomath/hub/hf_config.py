@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from nanomath.base.files import read_json
 from nanomath.model import ModelConfig
-from nanomath.text.foreign import read_json
 from nanomath.text.tokenizer import Tokenizer
 
 ARCHITECTURES = {  # model_type -> what it must be a model of

@@ -5,12 +5,13 @@ give other ids here than there is refused by name, never approximated. Encoding 
 """
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import regex
+
+from nanomath.base.files import read_json
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"  # control tokens, where a file names no others
 TEMPLATE_KEY = "nanomath_chat_template"  # in tokenizer_config.json: what the model was trained with
@@ -139,16 +140,6 @@ def _unspell(text: str) -> bytes:
         return bytes(_BYTE_OF[char] for char in text)
     except KeyError:
         raise ValueError(f"vocabulary entry {text!r} is not byte-level BPE") from None
-
-
-def read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error}); the file is damaged or cut short") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return value
 
 
 def load_parts(folder: Path) -> dict:

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from nanomath.base.files import open_atomically
 from nanomath.corpus import dedup, generated, pages
 from nanomath.corpus.domains import RULES_FILE, UrlRules, host_of
 from nanomath.corpus.pages import (
@@ -13,7 +14,6 @@ from nanomath.corpus.pages import (
     parse_file,
     read_jsonl,
     source_files,
-    write_atomically,
 )
 
 LONG = "Solve the equation. " * 20  # more than the 300 characters of a page
@@ -168,7 +168,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     """A reader sees the file before or the file after, never a part."""
     path = tmp_path / "x.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError), write_atomically(path) as file:
+    with pytest.raises(RuntimeError), open_atomically(path) as file:
         file.write("half")
         raise RuntimeError
     assert path.read_text() == "old"
