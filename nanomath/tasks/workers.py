@@ -17,7 +17,6 @@ descriptor PLACE and ends it.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import faulthandler
 import importlib.util
@@ -32,10 +31,12 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from nanomath.judge.child import Child, Ended, Late
 from nanomath.tasks import Problem
 
 RewardFunction = Callable[[Problem, str], float | None]
@@ -61,15 +62,10 @@ class Workers:
 
     def __init__(self, specs: Sequence[str], *, num_workers: int, seconds: float):
         self._specs, self._seconds = specs, seconds
-        # -u: prints show at once; -P: no file of the current folder hides a module.
-        program = [sys.executable, "-u", "-P", "-m", "nanomath.tasks.workers"]
-        self._command = [*program, str(seconds)]
         self._places = [tempfile.TemporaryFile() for _ in range(num_workers)]
-        self._processes: list[asyncio.subprocess.Process | None] = [None] * num_workers
-        self._forwards: list[asyncio.Task | None] = [None] * num_workers
-        self._output_left = 0
-        self._runner: asyncio.Runner | None = asyncio.Runner()
-        errors = self._run(self._start_all())
+        self._children: list[Child | None] = [None] * num_workers
+        self._closed, self._output_left = False, 0
+        errors = self._each(self._start)
         if any(errors):
             self.close()
             raise ValueError(next(filter(None, errors)))
@@ -77,49 +73,42 @@ class Workers:
     def score(self, tasks: Sequence[tuple[int, Problem, str]]) -> list[Scored]:
         """Score (number of the function, problem, completion); which worker does so is no matter,
         if functions depend on their arguments alone."""
-        return self._run(self._score(tasks))
-
-    def close(self) -> None:
-        """Kill the workers, and what they started."""
-        runner, self._runner = self._runner, None
-        if runner is not None:  # else Ctrl-C has closed them
-            with runner:
-                runner.run(self._end_all())
-            for place in self._places:
-                place.close()
-
-    def _run(self, work) -> Any:
-        try:
-            return self._runner.run(work)
-        except BaseException:  # Ctrl-C: replies are still on their way
-            self.close()
-            raise
-
-    async def _start_all(self) -> list[str | None]:
-        return await asyncio.gather(*map(self._start, range(len(self._processes))))
-
-    async def _end_all(self) -> None:
-        await asyncio.gather(*map(self._end, range(len(self._processes))))
-
-    async def _score(self, tasks: Sequence[tuple[int, Problem, str]]) -> list[Scored]:
         results: list[Scored] = [(None, "no worker was left to score it")] * len(tasks)
         pending = iter(enumerate(tasks))
         give_up = time.monotonic() + BATCH_SECONDS
         self._output_left = OUTPUT_BYTES
-        slots = range(len(self._processes))
-        await asyncio.gather(*(self._serve(slot, pending, results, give_up) for slot in slots))
+        self._each(lambda slot: self._serve(slot, pending, results, give_up))
         return results
 
-    async def _serve(
-        self, slot: int, pending: Iterator, results: list[Scored], give_up: float
-    ) -> None:
-        """Let one worker take tasks until none is left; every worker does so at the same time."""
+    def close(self) -> None:
+        """Kill the workers, and what they started."""
+        if not self._closed:
+            self._closed = True
+            for slot in self._slots:
+                self._end(slot)
+                self._places[slot].close()
+
+    def _each(self, work: Callable[[int], Any]) -> list:
+        """Do the work for every worker at the same time, in a thread each, which mostly waits."""
+        with ThreadPoolExecutor(len(self._children)) as pool:
+            try:
+                return [done.result() for done in [pool.submit(work, slot) for slot in self._slots]]
+            except BaseException:  # Ctrl-C: without their workers the threads end, too
+                self.close()
+                raise
+
+    @property
+    def _slots(self) -> range:
+        return range(len(self._children))
+
+    def _serve(self, slot: int, pending: Iterator, results: list[Scored], give_up: float) -> None:
+        """Let one worker take tasks until none is left."""
         for index, (function, problem, completion) in pending:
             if time.monotonic() > give_up:
                 results[index] = None, f"not scored: the step took {BATCH_SECONDS:.0f} s without it"
                 continue
-            if self._processes[slot] is None:
-                error = await self._start(slot)
+            if self._children[slot] is None:
+                error = self._start(slot)
                 if error:
                     results[index] = None, error
                     return
@@ -128,10 +117,16 @@ class Workers:
                 "problem": dataclasses.asdict(problem),
                 "completion": completion,
             }
-            results[index] = await self._exchange(slot, request, self._seconds)
+            line = json.dumps(request).encode() + b"\n"
+            results[index] = self._exchange(slot, line, self._seconds)
 
-    async def _start(self, slot: int) -> str | None:
+    def _start(self, slot: int) -> str | None:
         """Start a worker; return why it cannot score, or None."""
+        if self._closed:
+            return "the workers are closed"
+        place = self._places[slot]
+        place.seek(0)
+        place.truncate()
         root = str(Path(__file__).resolve().parents[2])
         environment = {
             "OMP_NUM_THREADS": "1",  # many workers share the cores
@@ -139,43 +134,31 @@ class Workers:
             "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
             "PYTHONHASHSEED": "0",  # a set is in the same order in each of them
         }
+        # -u: prints show at once; -P: no file of the current folder hides a module.
+        program = [sys.executable, "-u", "-P", "-m", "nanomath.tasks.workers", str(self._seconds)]
         try:
-            self._places[slot].seek(0)
-            self._places[slot].truncate()
-            process = await asyncio.create_subprocess_exec(
-                *self._command,
-                str(self._places[slot].fileno()),
-                *self._specs,
-                pass_fds=(self._places[slot].fileno(),),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                start_new_session=True,  # no Ctrl-C of a terminal; one kill reaches its children
-                env=environment,
+            self._children[slot] = Child(
+                [*program, str(place.fileno()), *self._specs],
+                environment=environment,
+                pass_fds=[place.fileno()],
+                on_stderr=self._forward,
             )
         except OSError as error:  # no memory or process left
             return f"no worker could be started: {error}"
-        self._processes[slot] = process
-        self._forwards[slot] = asyncio.create_task(self._forward(process.stderr))
-        _, error = await self._exchange(slot, None, START_SECONDS)
-        if error:
-            await self._end(slot)
+        _, error = self._exchange(slot, b"", START_SECONDS)
+        if error or self._closed:  # closed by Ctrl-C meanwhile
+            self._end(slot)
             return f"reward {', '.join(self._specs)} does not load: {error}"
         return None
 
-    async def _exchange(self, slot: int, request: dict | None, seconds: float) -> Scored:
+    def _exchange(self, slot: int, request: bytes, seconds: float) -> Scored:
         """Send a request and wait for the reply; without one, end the worker and say why."""
-        process = self._processes[slot]
-        start = time.monotonic()
-        with suppress(OSError, TimeoutError, ValueError):
-            async with asyncio.timeout(seconds + GRACE_SECONDS):
-                if request is not None:
-                    process.stdin.write(json.dumps(request).encode() + b"\n")
-                    await process.stdin.drain()
-                reward, failure = json.loads(await process.stdout.readline())
-                return reward, failure
+        start, child = time.monotonic(), self._children[slot]
+        with suppress(Late, Ended, ValueError):
+            reward, failure = json.loads(child.ask(request, seconds + GRACE_SECONDS))
+            return reward, failure
         late = time.monotonic() - start >= seconds
-        status = await self._end(slot, wait=0.0 if late else GRACE_SECONDS)
+        status = self._end(slot, wait=0.0 if late else GRACE_SECONDS)
         if late:
             return None, f"it took more than {seconds:g} s{self._where(slot)}"
         is_signal = status is not None and status < 0
@@ -189,35 +172,20 @@ class Workers:
         places = re.findall(r'File "(.*)", line (\d+)', text)  # the innermost call first
         return next((_place(file, line) for file, line in places if file in files), "")
 
-    async def _end(self, slot: int, wait: float = 0.0) -> int | None:
-        """Kill a worker that has not ended by itself after `wait` seconds; return its status."""
-        process, self._processes[slot] = self._processes[slot], None
-        if process is None:
-            return None
-        await _until_ended(process, wait)
-        with suppress(ProcessLookupError):  # its session too: what its functions started
-            os.killpg(process.pid, signal.SIGKILL)
-        await _until_ended(process, 5.0)
-        await asyncio.wait([self._forwards[slot]], timeout=0.5)  # its last words
-        self._forwards[slot].cancel()
-        return process.returncode
+    def _end(self, slot: int, wait: float = 0.0) -> int | None:
+        """End a worker and return its status."""
+        child, self._children[slot] = self._children[slot], None
+        return None if child is None else child.end(wait)
 
-    async def _forward(self, stream: asyncio.StreamReader) -> None:
-        """Pass on what functions print, until it has been too much; go on reading."""
-        while chunk := await stream.read(65536):
-            if self._output_left > 0:
-                text = chunk[: self._output_left].decode(errors="replace")
-                self._output_left -= len(chunk)
-                if self._output_left <= 0:
-                    text += "\n(what else reward functions print in this step is not shown)\n"
-                with suppress(OSError, ValueError):  # nobody listens any more
-                    sys.stderr.write(text)
-
-
-async def _until_ended(process: asyncio.subprocess.Process, seconds: float) -> None:
-    give_up = time.monotonic() + seconds
-    while process.returncode is None and time.monotonic() < give_up:
-        await asyncio.sleep(0.01)  # not wait(): it may wait for whoever else holds the pipes
+    def _forward(self, chunk: bytes) -> None:
+        """Pass on what functions print, until it has been too much."""
+        if self._output_left > 0:
+            text = chunk[: self._output_left].decode(errors="replace")
+            self._output_left -= len(chunk)
+            if self._output_left <= 0:
+                text += "\n(what else reward functions print in this step is not shown)\n"
+            with suppress(OSError, ValueError):  # nobody listens any more
+                sys.stderr.write(text)
 
 
 def default_num_workers() -> int:

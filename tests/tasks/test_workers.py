@@ -153,7 +153,7 @@ if sys.platform == "linux":
 
 
 def pids(workers) -> list[int]:
-    return [process.pid for process in workers._processes if process is not None]
+    return [process.pid for process in workers._children if process is not None]
 
 
 def is_alive(pid: int) -> bool:
@@ -317,7 +317,7 @@ import sys, threading
 from nanomath.tasks.workers import Workers
 from nanomath.tasks import Problem
 workers = Workers([sys.argv[1]], num_workers=3, seconds=1.5)
-print([process.pid for process in workers._processes], flush=True)
+print([process.pid for process in workers._children], flush=True)
 for kinds in (["left_thread"] * 3, ["forever", "lock"]):
     workers.score([(0, Problem(0, "", "", {}), kind) for kind in kinds])
 """
