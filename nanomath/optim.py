@@ -1,7 +1,7 @@
 """AdamW groups, learning-rate schedules, and one optimizer step from token-weighted rows.
 
 Pretraining, SFT and GRPO make their updates here: the weight of every token is fixed before the
-batch is split, so micro-batch size and world size never change the update.
+batch is split, so micro-batch size and world size never change the update. Next: data.py.
 """
 
 import math
@@ -24,11 +24,14 @@ def make_adamw(
     eps: float = 1e-8,
 ) -> torch.optim.AdamW:
     """Build AdamW (Sec. 2.2): matrices decay, vectors (norm scales) do not."""
+    # Decay pulls a weight to 0. For a matrix that is a prior; a norm's scale belongs near 1, and a
+    # bias or scale has too few numbers to overfit.
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+    # One kernel for all tensors instead of a loop over them: at small sizes the loop is the time.
     fused = all(p.device.type in ("cuda", "cpu") for p in parameters)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
 
@@ -38,8 +41,10 @@ def multi_step_lr(step: int, *, num_steps: int, peak: float, warmup_steps: int) 
 
     Linear warm-up to the peak, 31.6% of it from 80% of training on, 10.0% from 90% on.
     """
+    # Step 0 is trained at a rate above 0, and the last warm-up step at the peak.
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
+    # 31.6% is sqrt(10%): each of the two drops divides the rate by the same factor.
     if step >= 0.9 * num_steps:
         return 0.100 * peak
     if step >= 0.8 * num_steps:
@@ -51,6 +56,7 @@ def cosine_lr(step: int, *, num_steps: int, peak: float, warmup_steps: int) -> f
     """Return linear warm-up, then a cosine from the peak to zero at num_steps."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
+    # The share of the steps after warm-up that are done; 0 steps after it divide by 1.
     share = (step - warmup_steps) / max(1, num_steps - warmup_steps)
     return 0.5 * peak * (1.0 + math.cos(math.pi * min(1.0, share)))
 
@@ -75,6 +81,8 @@ def split_rows(
     num_rows_longest is the row count of the rank that has most. A rank that has run out of rows
     gets empty lists: it still has to take part in the collectives of a sharded model.
     """
+    # Counted from the longest rank's rows, not from this rank's: FSDP2 gathers weights in every
+    # forward pass, and a rank that made one pass fewer would leave the others waiting.
     starts = range(0, max(num_rows_longest, 1), micro_batch_size)
     return [list(rows[start : start + micro_batch_size]) for start in starts]
 
@@ -90,6 +98,7 @@ def accumulate_gradients(
     ranks are summed, never averaged. An empty micro-batch must still give a loss with a graph.
     """
     for index, rows in enumerate(micro_batches):
+        # Gradients travel between ranks once a step, in the last backward pass, not once a pass.
         microbatch_sync(model, is_last=index == len(micro_batches) - 1)
         loss_of_rows(rows).backward()
 
@@ -108,6 +117,7 @@ def optimizer_step(
     alike: the norm is global. So does one of zeros, with nothing to learn from: momentum and weight
     decay would move the weights all the same.
     """
+    # One number decides for all ranks: whether one of them skips must not depend on its own rows.
     grad_norm = float(clip_grad_norm(model.parameters(), max_grad_norm, dist))
     finite = math.isfinite(grad_norm)
     if finite and grad_norm > 0.0:
@@ -133,6 +143,7 @@ def supervised_step(
     Each rank trains on its own rows of the batch. The batch's weights sum to one over all its
     trained tokens, so the loss is their mean (Sec. 2.2 and 3).
     """
+    # Rows go round the ranks, not in blocks: a batch sorted by anything is shared evenly.
     num_rows = batch.tokens_BT.shape[0]
     mine = range(dist.rank, num_rows, dist.world_size)
     longest = math.ceil(num_rows / dist.world_size)
@@ -140,6 +151,7 @@ def supervised_step(
     status = torch.zeros(1, dtype=torch.int64, device=dist.device)
 
     def loss_of_rows(rows: list[int]) -> torch.Tensor:
+        # A rank without rows runs one with weight 0, so that every weight has a gradient to reduce.
         part = batch.rows(rows or [0]).to(dist.device)
         weights_BT = part.weights_BT if rows else torch.zeros_like(part.weights_BT)
 
@@ -162,6 +174,7 @@ def supervised_step(
         losses.append(loss.detach())
         return loss
 
+    # Nothing above has waited for a GPU. Errors of the loss kernels are looked at once a step.
     accumulate_gradients(model, split_rows(mine, longest, micro_batch_size), loss_of_rows)
     check_status(status)
     grad_norm, stepped = optimizer_step(
