@@ -97,6 +97,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
     def forward(ctx, hidden_ND, head_VD, rows, objective, needs_grads, chunk_rows, status):
         hidden_ND, head_VD = hidden_ND.detach(), head_VD.detach()
         num_rows = hidden_ND.shape[0]
+        # Prompt, padding and outputs that are not in the loss would cost as much as the others.
         index_M = rows.weights_N.nonzero()[:, 0]  # the one wait for the device
         dropped = len(index_M) < num_rows
         hidden_MD = hidden_ND
@@ -104,6 +105,8 @@ class _LinearPolicyLoss(torch.autograd.Function):
             ids_N = torch.arange(num_rows, device=hidden_ND.device)
             rows = rows._replace(ids_N=ids_N).take(index_M)
             hidden_MD = hidden_ND[index_M]
+        # The gradients are made here, in forward, while the logits of a chunk are at hand; backward
+        # only hands them out.
         grad_hidden_MD = hidden_MD.new_empty(hidden_MD.shape) if needs_grads[0] else None
         grad_head_VD = _new_head_grad(head_VD) if needs_grads[1] else None
         stats = RowStats.new(hidden_MD, len(index_M), has_loss=True)
@@ -112,6 +115,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
             chunk_rows, status,
         )  # fmt: skip
         loss = weighted_sum(stats, rows.weights_N)
+        # Back to the caller's N rows: the dropped ones have loss, statistics and gradient 0.
         if dropped:
             stats = stats.spread(index_M, num_rows)
             if grad_hidden_MD is not None:
@@ -172,6 +176,8 @@ def _run_chunks(
     for start in range(0, num_rows, chunk):
         span = slice(start, min(start + chunk, num_rows))
         hidden_CD, logits_CV = hidden_ND[span], buffer_CV[: span.stop - start]
+        # Logits into the one buffer; run_rows writes their gradient over them; two products more
+        # take that to the hidden states and to the head. Nothing of size N x V outlives its chunk.
         torch.mm(hidden_CD, head_VD.t(), out=logits_CV)
         grad_CV = logits_CV if wants_grad else None
         run_rows(logits_CV, _numbered(rows, span), objective, stats.take(span), grad_CV, status)
@@ -191,6 +197,8 @@ def _numbered(rows: Rows, span: slice) -> Rows:
 def _default_chunk_rows(hidden_ND: Tensor, vocab_size: int) -> int:
     if hidden_ND.device.type == "cpu":
         return max(CPU_CHUNK_MIN_ROWS, CPU_CHUNK_ELEMENTS // vocab_size)
+    # A quarter of what is free, in whole tiles of 256 rows: the more rows, the fewer times the head
+    # and its gradient are read.
     device = hidden_ND.device
     free_bytes, _ = torch.cuda.mem_get_info(device)  # does not count what torch holds unused
     free_bytes += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -199,6 +207,7 @@ def _default_chunk_rows(hidden_ND: Tensor, vocab_size: int) -> int:
 
 
 def _new_head_grad(head_VD: Tensor) -> Tensor:
+    # Sums over many chunks in bf16 would lose what is small beside the sum so far.
     dtype = torch.promote_types(head_VD.dtype, torch.float32)
     return torch.empty(head_VD.shape, dtype=dtype, device=head_VD.device)
 

@@ -100,6 +100,7 @@ def run_rows(
     """Fill stats and, if given, grad_NV (may be logits_NV) for rows whose weights are not 0."""
     if logits_NV.shape[0] == 0:
         return
+    # The kernels walk along a row; how far apart rows are is free.
     if logits_NV.stride(1) != 1:
         logits_NV = logits_NV.contiguous()
     if uses_triton(logits_NV):
@@ -146,6 +147,7 @@ def scale_by_upstream(grads: list[Tensor | None], upstream: Tensor) -> None:
 
 def hand_out(ctx, upstream: Tensor) -> list[Tensor | None]:
     """Return the gradients that forward left in ctx.grads, once, scaled by upstream."""
+    # Autograd runs backward with gradients enabled only for create_graph=True.
     if torch.is_grad_enabled():
         raise RuntimeError(
             "a fused loss has no second derivative (create_graph=True): its gradient is a constant "
@@ -188,6 +190,7 @@ class _PolicyLossFromLogits(torch.autograd.Function):
 
 
 def _run_kept_rows(logits_NV, rows, index_M, objective, grad_NV) -> RowStats:
+    # On a CPU rows of weight 0 are cheaper to leave out than to skip.
     ids_N = torch.arange(len(rows.targets_N), device=logits_NV.device)
     rows_M = rows._replace(ids_N=ids_N).take(index_M)
     logits_MV = logits_NV[index_M]  # a copy, so the gradient may go over it

@@ -18,11 +18,15 @@ def run_rows(
     logits_NV: Tensor, rows: Rows, objective: Objective, stats: RowStats, grad_NV: Tensor | None
 ) -> None:
     """Fill stats, and grad_NV (which may be logits_NV) with d(sum w loss)/dlogits if given."""
+    # With z the logits at temperature T and c = w dloss/dlogp, the gradient by the logits of a row
+    # is c/T (onehot(target) - softmax(z)): softmax is exp(z)/sum, so the exponentials of the
+    # forward pass are scaled in place and one entry of them is added to. That is all of backward.
     num_rows, vocab_size = logits_NV.shape
     dtype = stats.entropy_N.dtype
     # Each operation ends in a wait for all threads: blocks grow with them, the waits do not.
     block = max(1, min(num_rows, BLOCK_ELEMENTS * torch.get_num_threads() // vocab_size))
     centred = torch.empty(block, vocab_size, dtype=dtype, device=logits_NV.device)
+    # Where the types agree the exponentials are written into the gradient at once.
     direct = grad_NV is not None and grad_NV.dtype == dtype
     exps = None if direct else torch.empty_like(centred)
     rows = rows._replace(targets_N=_checked_targets(rows, vocab_size))
@@ -52,6 +56,7 @@ def _run_block(
 ) -> tuple[Tensor | None, Tensor]:
     """Fill stats, and exps_BV with e^((x - max)/T); it may be the memory of logits_BV. Return
     (weight * dloss/dlogp / T, or None without weights; sum of exps_BV) of each row, in float64."""
+    # Less the largest logit, which changes no probability, or exp would overflow at 89 in fp32.
     max_B1 = logits_BV.amax(1, keepdim=True).to(centred_BV.dtype)
     # The target's difference in float64: two fp32 logits 160 apart would give it 8e-6 wrong.
     target_B1 = logits_BV.gather(1, rows.targets_N[:, None]).double() - max_B1
@@ -61,6 +66,7 @@ def _run_block(
         centred_BV.mul_(1.0 / objective.temperature)
     torch.exp(centred_BV, out=exps_BV)
     sum_B = exps_BV.sum(1).double()
+    # Entropy is log(sum) - sum(z exp(z))/sum: it costs one product more, and no second pass.
     moment_B = centred_BV.mul_(exps_BV).nansum(1).double()  # an entry of -inf makes 0 * -inf: 0
     log_sum_B = sum_B.log()
     logp_B = target_B - log_sum_B
@@ -81,14 +87,18 @@ def _loss_and_slope(logp_B: Tensor, rows: Rows, objective: Objective, stats: Row
         stats.ratio_N.fill_(1.0)
         return torch.full_like(logp_B, -1.0)
     advantages_B = rows.advantages_N.double()
+    # One update per batch: the policy is its own old policy, and the ratio 1 by definition.
     if rows.old_logp_N is None:
         ratio_B = torch.ones_like(logp_B)
     else:
         ratio_B = (logp_B - rows.old_logp_N).exp()
+    # The clip holds a token back only where the ratio has already left on the gaining side. On the
+    # losing side min() takes the unclipped term, so that the policy can come back.
     low_B = (ratio_B < 1.0 - objective.clip_eps_low) & (advantages_B < 0)
     high_B = (ratio_B > 1.0 + objective.clip_eps_high) & (advantages_B > 0)
     bounded_B = ratio_B.clamp(1.0 - objective.clip_eps_low, 1.0 + objective.clip_eps_high)
     loss_B = -torch.minimum(ratio_B * advantages_B, bounded_B * advantages_B)  # Eq. 3
+    # d(rho A)/dlogp = rho A, because d exp(x)/dx = exp(x); a clipped token is a constant.
     slope_B = (-ratio_B * advantages_B).masked_fill_(low_B | high_B, 0.0)
     if rows.ref_logp_N is not None:
         kl_B, pull_B = _kl_and_pull(rows.ref_logp_N - logp_B, objective.kl_estimator)

@@ -39,6 +39,7 @@ class RowStats(NamedTuple):
 
     @classmethod
     def new(cls, like: Tensor, num_rows: int, has_loss: bool) -> "RowStats":
+        # Log-probabilities in float64 whatever the logits: two of them are subtracted in a ratio.
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         dtypes = [torch.float64, dtype, *([dtype] * 3 + [torch.int8] if has_loss else [])]
         return cls(*(torch.zeros(num_rows, dtype=d, device=like.device) for d in dtypes))

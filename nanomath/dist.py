@@ -6,7 +6,9 @@ gradients and weights over NCCL on GPUs and gloo on CPUs. Nothing is pickled. Wo
 has no process group and an unwrapped model (FSDP2 costs 25-60% at small sizes); the same code runs
 on both.
 
-Weights of tokens are global, so gradients are summed over ranks, never averaged.
+Weights of tokens are global (1/(P G |o|) with P and G of all ranks), so gradients are summed over
+ranks, never averaged: FSDP2's division by the world size is switched off in `shard`.
+
 Left to others: what is trained (train_*.py), how state is kept (checkpoint.py), how all ranks end
 when one fails (guard.py).
 """
@@ -67,6 +69,7 @@ def setup(device: str = "auto", threads: int = 0, timeout_s: float = START_TIMEO
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    # Two processes that each spin as many threads as there are cores are many times slower than one.
     torch.set_num_threads(threads or default_threads(local_world_size))
     chosen = _choose_device(device, local_rank)
     if chosen.type == "cpu" and world_size == 1:
@@ -78,6 +81,7 @@ def setup(device: str = "auto", threads: int = 0, timeout_s: float = START_TIMEO
         store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
         life = _agree_on_life(store, rank, world_size, timeout_s)
         store = td.PrefixStore(life, store)
+    # Both on GPUs: control messages travel as CPU tensors, and never wait in NCCL's queue.
     backend = "gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl"
     td.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     mesh = init_device_mesh(chosen.type, (world_size,))
@@ -188,6 +192,9 @@ def shard(
         # Inputs are token ids at the root and bf16 already at the blocks: casting would only
         # round the rotary tables.
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    # A block's weights are gathered when it runs and let go after it: what is whole at any moment is
+    # one block, and the next one on its way. The root keeps embedding and head, which both ends of
+    # a pass need, and in whose forward the loss runs (head_fn).
     for block in model.blocks:
         fully_shard(block, mesh=dist.mesh, mp_policy=precision)
     fully_shard(model, mesh=dist.mesh, mp_policy=precision)
@@ -248,6 +255,7 @@ def refresh_replica(replica: nn.Module, model: nn.Module, dist: Dist) -> None:
     """
     if replica is model:
         return
+    # A copy into the replica's own tensors: CUDA graphs that sample have their addresses.
     reshard(model)
     targets = dict(replica.named_parameters())
     for prefix, module in model.named_modules():
@@ -336,9 +344,11 @@ def broadcast_json(obj: object, dist: Dist) -> object:
 
 def gather_json(obj: object, dist: Dist) -> list:
     """Return every rank's obj in the order of ranks, as read back from strict JSON."""
+    # JSON on one process, too, so that what would not survive the journey is found there.
     text = json.dumps(obj, allow_nan=False).encode()
     if dist.mesh is None:
         return [json.loads(text)]
+    # gloo gathers tensors of one size: the sizes travel first, then texts padded to the longest.
     sizes = torch.zeros(dist.world_size, dtype=torch.int64)
     sizes[dist.rank] = len(text)
     td.all_reduce(sizes)

@@ -28,14 +28,14 @@ def choose_tokens(
     Only ids below `vocab_limit` that top_k and top_p keep are chosen, in proportion to their
     probabilities; logp is that of the full softmax. Suffixes of this function: M blocks, C ids.
     """
-    # In bf16 two thirds of a large vocabulary would have the same probability, or none.
+    # bf16 has 8 bits: many tokens of a large vocabulary would share one probability.
     logits_RV = logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
     if temperature == 0:
         token_R1 = logits_RV[:, :vocab_limit].argmax(-1, keepdim=True)
         return token_R1[:, 0], logits_RV.log_softmax(-1).gather(1, token_R1)[:, 0]
     if temperature != 1:
         logits_RV = logits_RV / temperature
-    # logp is taken from the whole softmax, as the trainer's is; what is kept only narrows the choice.
+    # logp is that of the whole softmax, as the trainer's; what is kept only narrows the choice.
     probs_RV = logits_RV.softmax(-1)
     kept_RV = probs_RV[:, :vocab_limit]
     if top_k or top_p < 1:

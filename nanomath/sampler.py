@@ -68,6 +68,7 @@ def sample_group(
 
     keys_G: each output's random stream (draw.py).
     """
+    # The first token of every output is drawn from the same logits, those behind the prompt.
     device = model.embedding.weight.device
     cache, keys_G, eos = KeyValues(device), keys_G.to(device), torch.tensor(eos_ids, device=device)
     logits_GV = model(torch.tensor([prompt], device=device), cache=cache)[:, -1]  # prefill
@@ -81,6 +82,7 @@ def sample_group(
         )
         tokens_GT = torch.cat((tokens_GT.long(), token_G[:, None]), dim=1)
         logp_GT = torch.cat((logp_GT.to(logp_G.dtype), logp_G[:, None]), dim=1)
+        # An output that has ended runs on until the last one ends: G rows a pass, always.
         is_eos_GT = torch.isin(tokens_GT, eos)
         if is_eos_GT.any(dim=1).all():
             break
@@ -117,6 +119,7 @@ def sample_groups(
         raise ValueError(f"the plain sampler has no {', '.join(refused)}: take the engine")
     if not all(0 < len(prompt) < model.cfg.max_context for prompt in prompts):
         raise ValueError("the plain sampler needs prompts of 1 to max_context - 1 tokens")
+    # A question that is drawn twice in a batch has two prompt ids, hence two different groups.
     keys_PG = stream_keys(seed, step, prompt_ids or range(len(prompts)), range(group_size))
     limits = {"max_new_tokens": max_new_tokens, "vocab_limit": vocab_limit or model.cfg.vocab_size}
     how = {"eos_ids": eos_ids, "temperature": temperature, **limits}

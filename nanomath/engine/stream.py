@@ -58,6 +58,7 @@ def sample_stream(
     _check_settings(cfg, group_size, how)
     _check_prompts(cfg, prompts, how.prompt_ids)
 
+    # A sample ends at its limit or where the context does, whichever comes first.
     room_P = [min(how.max_new_tokens, cfg.max_context - len(prompt)) for prompt in prompts]
     keys_PG = stream_keys(how.seed, how.step, how.prompt_ids, range(group_size)).tolist()
     rows = [
@@ -81,6 +82,8 @@ def _new_cache(
     own_width = max(room_P, default=0)
     num_blocks = max(1, math.ceil(own_width / (128 if how.static else 16)))
     block = math.ceil(own_width / num_blocks)
+    # The ring of own tokens is cut into blocks, and a pass reads only the blocks in use: short blocks
+    # waste little on a CPU; on a GPU each number of blocks is one more CUDA graph.
     size = cache_bytes_per_token(cfg, weight.dtype)
     needs = (how.cache_gb, size * prompt_width, size * num_blocks * block)
     num_rows, num_slots = fit_rows(len(prompts), group_size, how.max_rows, *needs)
