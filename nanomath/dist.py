@@ -69,7 +69,7 @@ def setup(device: str = "auto", threads: int = 0, timeout_s: float = START_TIMEO
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    # Two processes that each spin as many threads as there are cores are many times slower than one.
+    # Processes that each spin as many threads as there are cores slow one another down many times.
     torch.set_num_threads(threads or default_threads(local_world_size))
     chosen = _choose_device(device, local_rank)
     if chosen.type == "cpu" and world_size == 1:
@@ -192,8 +192,8 @@ def shard(
         # Inputs are token ids at the root and bf16 already at the blocks: casting would only
         # round the rotary tables.
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    # A block's weights are gathered when it runs and let go after it: what is whole at any moment is
-    # one block, and the next one on its way. The root keeps embedding and head, which both ends of
+    # A block's weights are gathered when it runs and let go after it: what is whole at any moment
+    # is one block, and the next one on its way. The root keeps embedding and head, which both ends of
     # a pass need, and in whose forward the loss runs (head_fn).
     for block in model.blocks:
         fully_shard(block, mesh=dist.mesh, mp_policy=precision)

@@ -82,8 +82,8 @@ def _new_cache(
     own_width = max(room_P, default=0)
     num_blocks = max(1, math.ceil(own_width / (128 if how.static else 16)))
     block = math.ceil(own_width / num_blocks)
-    # The ring of own tokens is cut into blocks, and a pass reads only the blocks in use: short blocks
-    # waste little on a CPU; on a GPU each number of blocks is one more CUDA graph.
+    # The ring of own tokens is cut into blocks, and a pass reads only the blocks in use: short
+    # blocks waste little on a CPU; on a GPU each number of blocks is one more CUDA graph.
     size = cache_bytes_per_token(cfg, weight.dtype)
     needs = (how.cache_gb, size * prompt_width, size * num_blocks * block)
     num_rows, num_slots = fit_rows(len(prompts), group_size, how.max_rows, *needs)
