@@ -193,8 +193,8 @@ def shard(
         # round the rotary tables.
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     # A block's weights are gathered when it runs and let go after it: what is whole at any moment
-    # is one block, and the next one on its way. The root keeps embedding and head, which both ends of
-    # a pass need, and in whose forward the loss runs (head_fn).
+    # is one block, and the next one on its way. The root keeps embedding and head, which both ends
+    # of a pass need, and in whose forward the loss runs (head_fn).
     for block in model.blocks:
         fully_shard(block, mesh=dist.mesh, mp_policy=precision)
     fully_shard(model, mesh=dist.mesh, mp_policy=precision)
