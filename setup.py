@@ -8,7 +8,7 @@ setup(
     version="0.1.0",
     description="DeepSeekMath in small: from web pages to a policy trained by GRPO",
     license="MIT",
-    python_requires=">=3.11,<3.13",
+    python_requires=">=3.11,<3.15",
     packages=["nanomath", "nanomath.corpus", "nanomath.judge", "nanomath.tasks", "kernels"],
     package_data={"nanomath.corpus": ["url_rules.tsv"]},
     install_requires=[

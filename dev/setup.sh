@@ -1,5 +1,5 @@
 # Sourced by speedrun.sh and test.sh: a virtual environment with the project and its pinned
-# versions. Needs python3 (3.11 or 3.12), pip and bash; nothing is compiled. A second call returns
+# versions. Needs python3 (3.11 to 3.14), pip and bash; nothing is compiled. A second call returns
 # at once. PYTHON chooses the interpreter, VENV the folder.
 
 # OpenMP threads wait for one another by spinning. Where another process holds one of two cores that
@@ -10,13 +10,13 @@ say() { printf '\033[1m== %s\033[0m\n' "$*" >&2; }
 
 find_python() {
     local candidate
-    for candidate in ${PYTHON:-python3 python3.12 python3.11}; do
-        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then
+    for candidate in ${PYTHON:-python3 python3.13 python3.14 python3.12 python3.11}; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null; then
             command -v "$candidate"
             return
         fi
     done
-    echo "nanomath needs Python 3.11 or 3.12; found none as ${PYTHON:-python3}. Set PYTHON=/path/to/python3.12" >&2
+    echo "nanomath needs Python 3.11 to 3.14; found none as ${PYTHON:-python3}. Set PYTHON=/path/to/python3.12" >&2
     return 1
 }
 
