@@ -12,8 +12,9 @@ setup(
     packages=["nanomath", "nanomath.corpus", "nanomath.judge", "nanomath.tasks", "kernels"],
     package_data={"nanomath.corpus": ["url_rules.tsv"]},
     install_requires=[
-        "torch>=2.11,<2.14",
-        "triton>=3.6; platform_system == 'Linux'",  # the CPU build of torch does not bring it
+        "torch>=2.11,<2.16",
+        # Each CUDA build of torch asks for one triton, its CPU builds for none.
+        "triton>=3.6,<3.10; platform_system == 'Linux'",
         "numpy>=1.26",
         "tiktoken>=0.9",
         "regex",
