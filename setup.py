@@ -8,14 +8,15 @@ ROOMS = ("base", "text", "judge", "tasks", "corpus", "engine", "hub", "run", "me
 setup(
     name="nanomath",
     version="0.1.0",
-    description="DeepSeekMath in small: from web pages to a policy trained by GRPO",
+    description="DeepSeekMath at small scale: from web pages to a policy trained by GRPO",
     license="MIT",
-    python_requires=">=3.11,<3.13",
+    python_requires=">=3.11,<3.15",
     packages=["kernels", "nanomath", *(f"nanomath.{room}" for room in ROOMS)],
     package_data={"nanomath.corpus": ["url_rules.tsv"]},
     install_requires=[
-        "torch>=2.11,<2.14",
-        "triton>=3.6; platform_system == 'Linux'",  # the CPU build of torch does not bring it
+        "torch>=2.11,<2.16",
+        # Each CUDA build of torch asks for one triton, its CPU builds for none.
+        "triton>=3.6,<3.10; platform_system == 'Linux'",
         "numpy>=1.26",
         "tiktoken>=0.9",
         "regex",

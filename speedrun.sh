@@ -3,7 +3,9 @@
 # GRPO -> evaluation, at the size of the machine. Each line under "stages" is a command you can run
 # by itself. A second call continues: finished stages are skipped, an interrupted one resumes.
 set -euo pipefail
-cd "$(dirname "$0")"
+CALLER_DIR="$PWD"
+CDPATH="" cd -- "$(dirname "$0")"
+source dev/setup.sh
 
 usage() {
     cat <<USAGE
@@ -18,6 +20,7 @@ usage: bash speedrun.sh [--preset smoke|cpu|gpu] [--seed N] [--run_dir DIR] [--t
                    random pages? Takes up what is in the folder, and trains three models more
 
 Environment: PYTHON (interpreter for the virtual environment), VENV (its folder, .venv),
+TORCH (another release of torch than constraints.txt's, such as 2.14.1; its own triton comes along),
 NANOMATH_DATA (folder of public benchmarks to decontaminate against).
 USAGE
 }
@@ -33,7 +36,7 @@ while [ $# -gt 0 ]; do
     case "$1" in
         --preset) PRESET="$2"; shift 2 ;;
         --seed) SEED="$2"; shift 2 ;;
-        --run_dir) RUN="$2"; shift 2 ;;
+        --run_dir) RUN=$(from_caller "$2"); shift 2 ;;
         --table1) TABLE1=yes; shift ;;
         -h | --help) usage; exit 0 ;;
         *) refuse "unknown argument $1" ;;
@@ -53,9 +56,8 @@ case "$PRESET" in smoke) CONTROL_STEPS=20 ;; cpu) CONTROL_STEPS=2300 ;; gpu) CON
 FIGURE7_PROBLEMS=200 # the first of the held-out ones, 64 samples each
 if [ "$PRESET" = smoke ]; then FIGURE7_PROBLEMS=10; fi
 
-source dev/setup.sh
 setup_environment ""
-mkdir -p "$RUN"
+mkdir -p "$RUN" 2>/dev/null && [ -w "$RUN" ] || refuse "cannot write $RUN: choose another folder with --run_dir"
 PY="$VENV/bin/python"
 
 # stage NAME COMMAND...: run it, and note its wall time for the table at the end.

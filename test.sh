@@ -7,8 +7,9 @@
 #
 # NANOMATH_DATA=/path/to/benchmarks adds the tests on public data.
 set -euo pipefail
-cd "$(dirname "$0")"
+CALLER_DIR="$PWD"
+CDPATH="" cd -- "$(dirname "$0")"
 source dev/setup.sh
-setup_environment "[test]"
+setup_environment test
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # pytest and its workers share the cores
 exec "$VENV/bin/python" -m pytest "$@"

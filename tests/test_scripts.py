@@ -703,7 +703,8 @@ def test_evaluations_leave_training_as_it_is(tmp_path, start, monkeypatch, capsy
     assert names == [shown, set(), shown]
     names = {k for k in read_metrics(tmp_path / "every-1")[1] if k.startswith("heldout")}
     assert names == {*shown, "heldout_pass@3", "heldout_maj@3"}
-    text = message(train_grpo, [*argv, "--num_eval_samples", "1"], monkeypatch, capsys)
+    argv += ["--run_dir", tmp_path / "refused", "--num_eval_samples", "1"]
+    text = message(train_grpo, argv, monkeypatch, capsys)
     assert "at least 2" in text
 
 
