@@ -7,7 +7,7 @@ answer; copying.py tells one that was only copied from the question.
 
 import re
 
-from nanomath.judge.exact import Algebra, Refused, is_name, number
+from nanomath.judge.exact import Algebra, Exact, Refused, is_name, number
 from nanomath.judge.extraction import MAX_COMPLETION as MAX_COMPLETION
 from nanomath.judge.extraction import extract_answer as extract_answer
 from nanomath.judge.reader import MAX_CHARS, Value, read_value
@@ -40,8 +40,11 @@ def is_strict(prediction: str, reference: str) -> bool:
 
 
 def is_readable(reference: str) -> bool:
-    """Say whether a reference can be judged by: it has a value, or is made of words alone."""
+    """Say whether a reference can be judged by: it has a value, or is made of words alone, other
+    than those that programs write for a missing value."""
     words = without_text_commands(reference)
+    if words.lower() in ("nan", "null", "n/a", "na"):
+        return False
     is_words = re.fullmatch(r"[A-Za-z\u4e00-\u9fff .,'-]{1,100}", words) is not None
     return is_words or read_value(reference).kind != "text"
 
@@ -70,6 +73,8 @@ def _same(a: Value, b: Value, algebra: Algebra) -> bool:
         alike = names[0] == names[1] or max(map(len, names)) < 2
         return alike and _same_items(a.items, b.items, algebra)
     if a.kind == "equation" and all(side.exact for side in (*a.items, *b.items)):
+        if _solves(a) != _solves(b):  # 2x = 10 is the question to which x = 5 is the answer
+            return False
         differences = [algebra.add(*(side.exact for side in v.items), -1) for v in (a, b)]
         return algebra.proportional(*differences)
     return all(_same(x, y, algebra) for x, y in zip(a.items, b.items))
@@ -108,6 +113,22 @@ def _is_unknown(side: Value) -> bool:
     if side.kind == "tuple" and all(map(_is_unknown, side.items)):
         return list(side.items) == sorted(side.items, key=lambda item: str(item.exact))
     return side.exact is not None and is_name(side.exact)
+
+
+_CONSTANTS = {"", "pi", "e"}  # "": a root
+
+
+def _names(exact: Exact) -> set[str]:
+    return {name for term in (*exact.top, *exact.bottom) for (name, _, _), _ in term}
+
+
+def _solves(equation: Value) -> bool:
+    """Say whether an equation is a solution: a bare unknown on one side, no letter on the other."""
+    left, right = (side.exact for side in equation.items)
+    return any(
+        is_name(side) and _CONSTANTS.issuperset(_names(other))
+        for side, other in ((left, right), (right, left))
+    )
 
 
 def _same_across(a: Value, b: Value, algebra: Algebra) -> bool:
