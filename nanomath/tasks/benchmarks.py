@@ -231,7 +231,7 @@ def unreadable_references(problems: list[Problem], path: str | os.PathLike) -> l
     unread = [problem for problem in problems if not is_readable(problem.payload["answer"])]
     if not unread:
         return []
-    shown = ascii(unread[0].payload["answer"][:60])
+    shown = repr(unread[0].payload["answer"][:60])  # without control characters
     return [
         f"{path}: {len(unread)} of {len(problems)} references cannot be judged: they count as "
         f"strings alone and give no answer reward; the first is {path}:{unread[0].id}: {shown}"
