@@ -38,6 +38,8 @@ def is_copied(answer: str, question: str, reference: str) -> bool:
 
     An equation counts as copied where no side of it but the bare unknown is new.
     """
+    if answer.strip() == reference.strip():
+        return False
     given, wanted = symbols(answer), symbols(reference)
     whole = given if _MARKS.intersection(given) else _unwrapped(given)  # (1, 3) is not 1, 3
     if _SIMPLE.fullmatch(" ".join(whole)) or read_value(answer).kind in ("text", "choice"):

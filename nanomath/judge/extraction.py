@@ -30,8 +30,9 @@ class Extraction(NamedTuple):
     rule: str  # which rule matched; "none"
 
 
-_THINK = re.compile(r"<(/?)think(?:ing)?>", re.IGNORECASE)
+_THINK = re.compile(r"<(/?)(?i:think(?:ing)?)>")
 _TAGS = re.compile(r"<(/?)answer>")
+_FIRST_BOX = re.compile(r"(?<!\\)\\++(?:boxed|fbox)")  # \\++: no way back, so linear
 _BRACES = re.compile(r"\\(?:boxed|fbox)[ \t]{0,9}(?P<open>\{)?|\\.|[{}]", re.DOTALL)
 # "\boxed 5" or "\boxed x$", but not the words after "inside \boxed".
 _BARE = re.compile(r"\s?((?=[^\s${}\\.,]{0,49}\d)[^\s${}\\.,]{1,50}|[a-zA-Z](?=\s?(?:[$.,;]|$)))")
@@ -162,7 +163,8 @@ def _boxes(text: str) -> list[tuple[int, int, int]]:
     nested ones, in one pass over the braces."""
     opened: list[tuple[int, int] | None] = []  # of each open brace, the box's; None: no box
     boxes: list[tuple[int, int, int]] = []
-    for match in _BRACES.finditer(text):
+    first = _FIRST_BOX.search(text)
+    for match in _BRACES.finditer(text, first.start()) if first else ():
         if match["open"]:
             opened.append((match.start(), match.end()))
         elif match[0] == "{":
@@ -205,10 +207,10 @@ def _phrase_answer(rest: str) -> str | None:
 
 def _number_said(line: str) -> str | None:
     """Return the one number that a sentence says: 12 apples of "She has 12 apples left"."""
-    if not _SAYS.search(line) or _DENIES.search(line):
+    formulas, words = [*_MATH.finditer(line)], _MATH.sub("", line)
+    if not _SAYS.search(words) or _DENIES.search(words) or re.search(r"\\[^$%]", words):
         return None
-    formulas = [*_MATH.finditer(line)]
-    numerals = [*_NUMERAL.finditer(_MATH.sub("", line))]
+    numerals = [*_NUMERAL.finditer(words)]
     if len(formulas) + len(numerals) != 1:
         return None
     return _content(formulas[0]) if formulas else numerals[0][0]

@@ -91,6 +91,8 @@ HASHES = [
 ]
 
 PHRASES = [
+    (r"The answer is \frac{1}{b}\left(a-b\right).", r"\frac{1}{b}\left(a-b\right)"),
+    (r"Answer: He has \$12.", "$12"),
     ("**Final Answer**\n7", "7"),
     ("**Final Answer**\n\n$7$", "7"),
     ("## Final Answer\n\n\\[\n7\n\\]", "7"),
