@@ -10,6 +10,7 @@ fraction"). Answers that are words or options are always compared as strings, by
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 
 from nanomath.judge.reader import read_value
 from nanomath.judge.tokens import normalise, without_text_commands
@@ -29,6 +30,7 @@ _NUMBER_AND_UNIT = re.compile(  # of symbols with blanks between
     r"((?:[-+] )?[\d.]+)(?: (?:[a-zA-Z]+|[\u4e00-\u9fff]+|%|\\degree))+(?: \^ [23])?"
     r"(?: / [a-zA-Z]+(?: \^ [23])?)?"
 )
+_NUMBER = re.compile(r"[\s$]*-?\d+[\s$.]*")
 _SIMPLE = re.compile(r"(?:[-+] )?(?:\d+|[a-zA-Z]|\\[a-zA-Z]+)")
 _UNKNOWN = re.compile(r"[a-zA-Z](?: _ \w+)?(?: \( \w \))?")
 
@@ -38,13 +40,13 @@ def is_copied(answer: str, question: str, reference: str) -> bool:
 
     An equation counts as copied where no side of it but the bare unknown is new.
     """
-    if answer.strip() == reference.strip():
+    if answer.strip() == reference.strip() or _NUMBER.fullmatch(answer):  # most, and quickly
         return False
-    given, wanted = symbols(answer), symbols(reference)
+    given = symbols(answer)
     whole = given if _MARKS.intersection(given) else _unwrapped(given)  # (1, 3) is not 1, 3
     if _SIMPLE.fullmatch(" ".join(whole)) or read_value(answer).kind in ("text", "choice"):
         return False
-    asked = f" {' '.join(symbols(_FIGURE.sub(' ', question)))} "
+    asked, wanted = _asked(question), symbols(reference)
     references = {side for item in _split(wanted, _MARKS) for side in _split(item, {"="})}
     stands = f" {' '.join(whole)} " in asked
     if "=" in whole:  # "x = 8" does not stand in "3x = 8y"
@@ -63,6 +65,11 @@ def is_copied(answer: str, question: str, reference: str) -> bool:
         if known and not any(map(is_new, known)):
             return True
     return False
+
+
+@lru_cache(maxsize=8)  # the outputs of one question follow one another
+def _asked(question: str) -> str:
+    return f" {' '.join(symbols(_FIGURE.sub(' ', question)))} "
 
 
 def symbols(text: str) -> Symbols:

@@ -57,6 +57,7 @@ NOT_COPIED = r"""
 Tom is 5 and Ann twice as old less 5. How old is Ann? | 5 | 5
 Solve $x+5=10$. | 5 | x = 5
 Solve $x+5=10$. | x = 5 | 5
+Solve $x+5=10$. | +5 | 5
 Solve $3x=8y$ with y=3. | x = 8 | 8
 She pays \$60, of which half... How much? | \$60 | 60
 She pays $60. How much is it? | $60 | 60
