@@ -145,7 +145,9 @@ def load_problems(cfg: EvalConfig, task: str) -> tuple[list[Problem], list[str]]
     if task not in ("countdown", "jsonl"):
         folder = cfg.data or os.environ.get("NANOMATH_DATA") or "data"
         problems = benchmarks.read_benchmark(task, folder, few_shot=cfg.few_shot)
-        return spread(problems, cfg.num_problems), []
+        problems = spread(problems, cfg.num_problems)
+        path = Path(folder) / benchmarks.BENCHMARKS[task].file
+        return problems, benchmarks.unreadable_references(problems, path)
     if cfg.problems is None:
         raise ValueError("--tasks jsonl needs --problems: your JSONL of question and answer")
     bad: list[str] = []
@@ -162,7 +164,11 @@ def load_problems(cfg: EvalConfig, task: str) -> tuple[list[Problem], list[str]]
             f"{cfg.problems}: all {len(found)} problems are of the training split; "
             "--all_rows evaluates on them"
         )
-    return spread(problems, cfg.num_problems), data_notes(cfg, len(found), len(problems), bad)
+    notes = data_notes(cfg, len(found), len(problems), bad)
+    problems = spread(problems, cfg.num_problems)
+    if task == "jsonl":
+        notes += benchmarks.unreadable_references(problems, cfg.problems)
+    return problems, notes
 
 
 def spread(problems: list[Problem], num: int | None) -> list[Problem]:
@@ -303,6 +309,8 @@ def table(result: dict[str, Any]) -> str:
         shares["format_failures"] = "without the format"
     else:
         shares["strict"] = "right as a string"
+        if result["settings"]["few_shot"]:
+            shares["last_math"] = "answered by their last formula alone"
     for kind in ("greedy_outputs", "sampled_outputs"):
         about = result[kind]
         if about["outputs"]:

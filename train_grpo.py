@@ -302,6 +302,9 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
         f"{len(heldout)} held out; {total_steps} steps of {cfg.batch_size} questions x "
         f"{cfg.group_size} outputs; reward {' + '.join(cfg.reward)}"
     )
+    if cfg.problems and dist.is_main:
+        for note in benchmarks.unreadable_references([*problems, *heldout], cfg.problems):
+            run.say(f"warning: {note}")
     for step in run.steps(total_steps, desc="grpo"):  # Alg. 1 l.2, l.4
         if step % cfg.num_steps == 0 and cfg.kl_coef > 0:
             copy_weights(reference, policy)  # Alg. 1 l.3

@@ -3,9 +3,11 @@
 A reward function takes (problem, completion text) and returns a number, or None where it cannot
 judge. Built in, each worth 1.0 or 0.0:
 
-    format      the completion is <think>...</think>, then <answer>...</answer>, and nothing else
+    format      the completion is <think>...</think>, then <answer>...</answer>, neither without a
+                letter or digit in it, and nothing else
     equation    Countdown's answer is right
-    answer      the answer equals the reference, as a value (judge/answers.py)
+    answer      the answer equals the reference as a value (judge/answers.py), and is no copy of
+                the question (judge/copying.py)
 
 Your own: `--reward my_file.py:my_function`. It runs in worker processes (workers.py), with a
 time limit per completion. One that raises, takes too long, ends its process or returns no finite
@@ -44,10 +46,12 @@ _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def format_reward(problem: Problem, completion: str) -> float:
-    """Return 1.0 for <think>...</think><answer>...</answer>, each tag once, white space around."""
+    """Return 1.0 for <think>...</think><answer>...</answer>, each tag once, with something in both
+    and white space around."""
     if any(completion.count(tag) != 1 for tag in _TAGS):
         return 0.0  # also keeps the pattern's search short
-    return 1.0 if _FORMAT.fullmatch(completion) else 0.0
+    match = _FORMAT.fullmatch(completion)
+    return float(match is not None and all(re.search(r"\w", inside) for inside in match.groups()))
 
 
 def equation_reward(problem: Problem, completion: str) -> float | None:
@@ -58,11 +62,11 @@ def equation_reward(problem: Problem, completion: str) -> float | None:
 
 
 def answer_reward(problem: Problem, completion: str) -> float | None:
-    """Return 1.0 if the completion's answer equals the reference (judge/answers.py), else 0.0;
-    None where there is no reference, or none that is read."""
+    """Return 1.0 if the completion's answer equals the reference, else 0.0; None where there is no
+    reference, or none that is read."""
     if not benchmarks.can_judge(problem):
         return None
-    return float(benchmarks.is_correct(problem, completion))
+    return float(benchmarks.is_correct(problem, completion, reward=True))
 
 
 BUILT_IN: dict[str, RewardFunction] = {

@@ -313,6 +313,11 @@ def test_rows_that_grpo_trained_on_are_left_out(run_folder, benchmark_files):
         assert f"{100 - len(held_out)} of 100 problems left out" in notes[0]
     problems, notes = evaluate.load_problems(dataclasses.replace(cfg, all_rows=True), "jsonl")
     assert (len(problems), notes) == (100, [])
+    rows[7]["answer"] = "nan"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, notes = evaluate.load_problems(dataclasses.replace(cfg, all_rows=True), "jsonl")
+    assert len(notes) == 1
+    assert "1 of 100 references cannot be judged" in notes[0] and f"{file}:8: 'nan'" in notes[0]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows[:1]))
     with pytest.raises(ValueError, match="--all_rows"):
         evaluate.load_problems(cfg, "jsonl")

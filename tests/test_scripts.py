@@ -553,10 +553,15 @@ def test_unknown_reward_is_refused_before_anything_is_bound(tmp_path, start, mon
 
 def test_grpo_on_own_problems(tmp_path, tokenizer, monkeypatch, capsys):
     """--problems trains on a file of questions and answers, one in ten held out, by --reward
-    answer; a line that is skipped is named once; Countdown's reward is refused with the fix."""
+    answer; a line that is skipped is named once, and so is a reference that cannot be judged;
+    Countdown's reward is refused with the fix."""
     start = save_start(tmp_path / "start", tokenizer, torch.float32, max_context=128)
     rows = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(120)]
     (tmp_path / "own.jsonl").write_text("{\n" + "".join(json.dumps(row) + "\n" for row in rows))
+    held_out = benchmarks.read_splits(tmp_path / "own.jsonl")[1][0].id
+    rows[held_out - 2]["answer"] = "nan"
+    (tmp_path / "own.jsonl").write_text("{\n" + "".join(json.dumps(row) + "\n" for row in rows))
+    capsys.readouterr()
     argv = [*SMALL_GRPO, "--init", start, "--run_dir", tmp_path / "grpo"]
     argv += ["--num_steps", "2", "--problems", tmp_path / "own.jsonl"]
     assert "needs --reward answer" in message(train_grpo, argv, monkeypatch, capsys)
@@ -564,7 +569,10 @@ def test_grpo_on_own_problems(tmp_path, tokenizer, monkeypatch, capsys):
     run_script(train_grpo, argv, monkeypatch)
     last = read_metrics(tmp_path / "grpo")[-1]
     assert (last["reward_answer"], last["no_reward"], last["heldout_pass@1"]) == (0.0, 0.0, 0.0)
-    assert capsys.readouterr().err.count("skipped 1 of 121 lines") == 1
+    shown = capsys.readouterr()
+    assert shown.err.count("skipped 1 of 121 lines") == 1
+    assert shown.out.count("references cannot be judged") == 1
+    assert f"own.jsonl:{held_out}: 'nan'" in shown.out
     parts = benchmarks.read_splits(tmp_path / "own.jsonl")
     assert len(parts[0]) + len(parts[1]) == 120
     assert 1 <= len(parts[1]) < 30

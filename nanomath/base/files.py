@@ -1,15 +1,17 @@
-"""Files: whole or not at all when written, with the file and line named when they cannot be read.
+r"""Files: whole or not at all when written, with the file and line named when they cannot be read.
 
 A file from the web or from another program may hold anything; what is wrong is said with file and
-line, and a file that is mostly wrong is refused.
+line, and a file that is mostly wrong is refused. `damaged_latex` finds commands that JSON has read
+as control characters: "\frac" with one backslash is a form feed and "rac".
 """
 
 import gzip
 import hashlib
 import json
 import os
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -22,13 +24,15 @@ def read_jsonl(
     path: str | os.PathLike,
     *,
     required: Sequence[str] = (),
+    read: Callable[[dict], Any] | None = None,
     max_bad_fraction: float = 0.01,
-) -> Iterator[tuple[int, dict]]:
-    """Yield (line number, object) of a JSONL file (.gz too); required fields must be strings.
+) -> Iterator[tuple[int, Any]]:
+    """Yield (line number, read(object)) of a JSONL file (.gz too); required fields must be strings.
 
-    A bad line (not UTF-8, not JSON, not an object, a field missing, over 64 MB) is skipped, counted
-    and named on stderr. Raises FileNotFoundError, or ValueError for an empty or truncated file and
-    when more than max_bad_fraction of the lines is bad.
+    A bad line (not UTF-8, not JSON, not an object, a field missing, over 64 MB, or refused by
+    `read` with a ValueError) is skipped, counted and named on stderr. Raises FileNotFoundError, or
+    ValueError for an empty or truncated file and when more than max_bad_fraction of the lines is
+    bad.
     """
     path = Path(path)
     if not path.is_file():
@@ -38,11 +42,14 @@ def read_jsonl(
         if line is not None and not line.strip():
             continue
         num_lines += 1
-        value, problem = _parse_line(line, required)
-        if problem is None:
+        try:
+            value = _parse_line(line, required)
+            value = value if read is None else read(value)
+        except ValueError as error:
+            bad.append(f"{path}:{number}: {error}")
+        else:
             yield number, value
             continue
-        bad.append(f"{path}:{number}: {problem}")
         if num_lines >= 1000 and len(bad) > max_bad_fraction * num_lines:
             break  # no need to read on
     if not num_lines:
@@ -79,22 +86,67 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
         raise ValueError(f"{path}: damaged gzip file ({error})") from None
 
 
-def _parse_line(line: bytes | None, required: Sequence[str]) -> tuple[dict, str | None]:
+def _parse_line(line: bytes | None, required: Sequence[str]) -> dict:
     if line is None:
-        return {}, f"longer than {MAX_LINE_BYTES >> 20} MB"
+        raise ValueError(f"longer than {MAX_LINE_BYTES >> 20} MB")
     try:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return {}, f"not UTF-8 (byte {error.start})"
+        raise ValueError(f"not UTF-8 (byte {error.start})") from None
     except (ValueError, RecursionError) as error:
         nul = "a NUL byte, " if b"\0" in line else ""
-        return {}, f"{nul}not JSON ({error})"
+        escape = r"; in JSON every backslash of LaTeX is doubled: \\sqrt" * ("escape" in str(error))
+        raise ValueError(f"{nul}not JSON ({error}){escape}") from None
     if not isinstance(value, dict):
-        return {}, "not a JSON object"
+        raise ValueError("not a JSON object")
     for key in required:
         if not isinstance(value.get(key), str):
-            return {}, f"no text under {key!r}; it has {sorted(value)[:8]}"
-    return value, None
+            raise ValueError(f"no text under {key!r}; it has {sorted(value)[:8]}")
+    return value
+
+
+# What is left of LaTeX commands whose backslash and first letter JSON has read as one character.
+# The rests of \nu, \not, \nexists and \tan are words too: no sign, or only before an argument.
+_RESTS = {
+    "\b": r"[a-zA-Z]+",
+    "\f": r"rac|orall|box|lat|rown",
+    "\t": r"heta|imes|ext[a-z]*|frac|au|ag|anh|binom|herefore|ilde|iny|hinspace|o|op"
+    r"|riangle(?:left|right|down|q)?|an(?=\s?(?:[({\\^_]|\w\b))",
+    "\r": r"ight|ightarrow|ho|angle|ceil|floor|brace|brack|vert|ule|aisebox",
+    "\n": r"eq|abla|otin|geq|leq|subseteq",
+}
+_DAMAGED = re.compile("|".join(f"{char}(?:{rests})(?![a-zA-Z])" for char, rests in _RESTS.items()))
+
+
+def damaged_latex(text: str) -> str | None:
+    """Return the first LaTeX command that one backslash in JSON has damaged, or None."""
+    match = _DAMAGED.search(text)
+    return match and "\\" + "bftrn"["\b\f\t\r\n".index(match[0][0])] + match[0][1:]
+
+
+def text_field(row: dict, key: str, *, number: bool = False, blank: bool = False) -> str:
+    """Return the text of a row's field, or with `number` a number as it is written.
+
+    Raises ValueError, which names the cure, for other values, for a blank text and damaged LaTeX.
+    """
+    value = row.get(key)
+    if number and isinstance(value, int | float) and not isinstance(value, bool):
+        if value - value != 0:  # NaN, Infinity, 1e999; other fields may hold them
+            raise ValueError(f"{key!r} is {value}: give a number or a text, or remove the line")
+        value = str(value)
+    if not isinstance(value, str):
+        kinds = {dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
+        kind = kinds.get(type(value), "a number") if key in row else "missing"
+        cure = 'give one text, "3, 5" for two answers' if kind == "a list" else "give a text"
+        raise ValueError(f"{key!r} is {kind}: {cure}, or remove the line")
+    if not blank and not value.strip():
+        raise ValueError(f"{key!r} is an empty text: fill it in, or remove the line")
+    if command := damaged_latex(value):
+        raise ValueError(
+            f"{key!r} holds a control character where {command} was meant: double the backslash of "
+            f"LaTeX in JSON, \\{command}"
+        )
+    return value
 
 
 def read_examples(
@@ -113,8 +165,13 @@ def read_examples(
         break
     if keys is None:
         raise ValueError(f"{path}: no line is a JSON object")
-    rows = read_jsonl(path, required=keys, max_bad_fraction=max_bad_fraction)
-    return [(row[keys[0]], row[keys[1]]) for _, row in rows]
+
+    def read(row: dict) -> tuple[str, str]:
+        prompt = text_field(row, keys[0], blank=keys[0] == "prompt")
+        return prompt, text_field(row, keys[1], number=True)
+
+    rows = read_jsonl(path, read=read, max_bad_fraction=max_bad_fraction)
+    return [pair for _, pair in rows]
 
 
 def fsync(path: str | os.PathLike) -> None:

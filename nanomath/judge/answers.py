@@ -1,124 +1,17 @@
-r"""The judge of answers: finds a completion's answer, and says whether two answers are equal.
+r"""The judge of answers: says whether two answers are equal.
 
-`extract_answer` looks, in this order, for
-
-    "answer tag"  the last <answer>...</answer>, or the answer given inside
-    "boxed"       the last \boxed{...} whose braces balance
-    "####"        the rest of the last line with ####
-    "phrase"      after the last "The answer is", "Answer:", "答案是", ...
-    "choice"      after the last "option (C)", "故选 C", ...
-
-(what comes before a </think> is no answer, save in a tag)
-and `is_equivalent` compares two answers as exact values (reader.py): symmetric, and never by
-evaluating a text. What is not read is compared as a string.
-
-    python -m nanomath.judge.answers --data DIR      how many gold answers are read, by file
+`is_equivalent` compares two answers as exact values (reader.py): symmetric, and never by
+evaluating a text. What is not read is compared as a string. extraction.py finds a completion's
+answer; copying.py tells one that was only copied from the question.
 """
 
 import re
-from typing import NamedTuple
 
-from nanomath.judge.exact import Algebra, Refused, is_name, number
-from nanomath.judge.reader import MAX_CHARS, Value, option_letter, read_value
+from nanomath.judge.exact import Algebra, Exact, Refused, is_name, number
+from nanomath.judge.extraction import MAX_COMPLETION as MAX_COMPLETION
+from nanomath.judge.extraction import extract_answer as extract_answer
+from nanomath.judge.reader import MAX_CHARS, Value, read_value
 from nanomath.judge.tokens import normalise, without_text_commands
-
-# ----------------------------------------------------------------------------------- extraction
-
-
-MAX_COMPLETION = 50_000
-
-
-class Extraction(NamedTuple):
-    answer: str | None
-    rule: str  # which rule matched; "none"
-
-
-_BRACES = re.compile(r"\\(?:boxed|fbox)[ \t]{0,9}(?P<open>\{)?|\\.|[{}]", re.DOTALL)
-_TAGS = re.compile(r"<(/?)answer>")
-_PHRASE = re.compile(
-    r"(?:final answer|the (?:correct )?answer|答案)\s{0,3}"
-    r"(?:(?:is|are|(?:would|will|must) be|equals)\b|=|是|为)\s{0,3}[:：]?"
-    r"(?:\s{0,3}(?:therefore|thus|simply|just|option|choice)\b)?"
-    r"|(?:answer|答案)(?:\*\*)?\s{0,3}[:：](?:\*\*)?|答：",
-    re.IGNORECASE,
-)
-_CHOICE = re.compile(
-    r"(?:(?i:correct (?:option|choice)|option|choose|choice)(?: is)?|故?选(?:项|择)?)"
-    r"\s?[:：]?\s?[(（]?([A-J]{1,4})(?![a-zA-Z])"
-    r"(?![)）]?\s?(?:or|and|,|、|或|和)\s?[(（]?[A-J])"  # two are no choice
-)
-_MATH = re.compile(r"(\$\$?)((?:\\.|[^$\\]){1,1000})\1\s*(?![;；,，、\w])")
-_SENTENCE_END = re.compile(
-    r"\n|。|,? (?:so|because|since) |(?<!\b[ap]\.m)(?<!Mrs)(?<!\b[MDS][rst])(?<!\bsq)\.(?=\s|\*|$)"
-)
-
-
-def extract_answer(text: str) -> Extraction:
-    """Return the answer a completion gives, and the rule that found it.
-
-    Only the last MAX_COMPLETION characters are looked at: the cost must not grow with the text.
-    """
-    text = text[-MAX_COMPLETION:]
-    if (inside := _last_tag(text)) is not None:
-        return Extraction(extract_answer(inside).answer or inside.strip(), "answer tag")
-    text = text.rpartition("</think>")[2]
-    if (answer := _last_boxed(text)) is not None:
-        return Extraction(answer.strip(), "boxed")
-    _, mark, rest = text.rpartition("####")
-    if mark:
-        return Extraction(rest.strip().partition("\n")[0].strip(), "####")
-    phrases = list(_PHRASE.finditer(text))
-    if phrases and (answer := _phrase_answer(text[phrases[-1].end() :])):
-        return Extraction(answer, "phrase")
-    choices = list(_CHOICE.finditer(text))
-    if choices:
-        return Extraction(choices[-1][1], "choice")
-    return Extraction(None, "none")
-
-
-def _last_tag(text: str) -> str | None:
-    end = start = None
-    for match in _TAGS.finditer(text):
-        if not match[1]:
-            start = match.end()
-        elif start is not None:
-            end, begin, start = match.start(), start, None
-    return None if end is None else text[begin:end]
-
-
-def _last_boxed(text: str) -> str | None:
-    """Return what the last balanced \\boxed{...} holds, in one pass over the braces."""
-    opened: list[int | None] = []  # where the content of each open brace's box begins; None: no box
-    last: tuple[int, int] | None = None
-    bare = None  # "\boxed 5"
-    for match in _BRACES.finditer(text):
-        if match["open"]:
-            opened.append(match.end())
-        elif match[0] == "{":
-            opened.append(None)
-        elif match[0] == "}":
-            begin = opened.pop() if opened else None
-            if begin is not None and (last is None or begin > last[0]):
-                last = (begin, match.start())
-        elif match[0].startswith((r"\boxed", r"\fbox")):
-            bare = match.end()
-    if bare is not None and (last is None or bare > last[0]):
-        token = re.match(r"\s?([^\s${}\\.,]{1,50})", text[bare : bare + 60])
-        if token:
-            return token[1]
-    return None if last is None else text[slice(*last)]
-
-
-def _phrase_answer(rest: str) -> str | None:
-    rest = rest[: MAX_CHARS + 10].strip(" \t\n*:：")
-    line = rest.partition("\n")[0]
-    if match := _MATH.match(line):
-        return match[2].strip()
-    line = _SENTENCE_END.split(line, maxsplit=1)[0].strip(" *")
-    return option_letter(line) or line or None
-
-
-# ---------------------------------------------------------------------------------- equivalence
 
 _HUNDRED = number(100)
 
@@ -147,8 +40,11 @@ def is_strict(prediction: str, reference: str) -> bool:
 
 
 def is_readable(reference: str) -> bool:
-    """Say whether a reference can be judged by: it has a value, or is made of words alone."""
+    """Say whether a reference can be judged by: it has a value, or is made of words alone, other
+    than those that programs write for a missing value."""
     words = without_text_commands(reference)
+    if words.lower() in ("nan", "null", "n/a", "na"):
+        return False
     is_words = re.fullmatch(r"[A-Za-z\u4e00-\u9fff .,'-]{1,100}", words) is not None
     return is_words or read_value(reference).kind != "text"
 
@@ -177,6 +73,8 @@ def _same(a: Value, b: Value, algebra: Algebra) -> bool:
         alike = names[0] == names[1] or max(map(len, names)) < 2
         return alike and _same_items(a.items, b.items, algebra)
     if a.kind == "equation" and all(side.exact for side in (*a.items, *b.items)):
+        if _solves(a) != _solves(b):  # 2x = 10 is the question to which x = 5 is the answer
+            return False
         differences = [algebra.add(*(side.exact for side in v.items), -1) for v in (a, b)]
         return algebra.proportional(*differences)
     return all(_same(x, y, algebra) for x, y in zip(a.items, b.items))
@@ -215,6 +113,22 @@ def _is_unknown(side: Value) -> bool:
     if side.kind == "tuple" and all(map(_is_unknown, side.items)):
         return list(side.items) == sorted(side.items, key=lambda item: str(item.exact))
     return side.exact is not None and is_name(side.exact)
+
+
+_CONSTANTS = {"", "pi", "e"}  # "": a root
+
+
+def _names(exact: Exact) -> set[str]:
+    return {name for term in (*exact.top, *exact.bottom) for (name, _, _), _ in term}
+
+
+def _solves(equation: Value) -> bool:
+    """Say whether an equation is a solution: a bare unknown on one side, no letter on the other."""
+    left, right = (side.exact for side in equation.items)
+    return any(
+        is_name(side) and _CONSTANTS.issuperset(_names(other))
+        for side, other in ((left, right), (right, left))
+    )
 
 
 def _same_across(a: Value, b: Value, algebra: Algebra) -> bool:

@@ -171,8 +171,9 @@ def sample_problems(
     A sample depends on (seed, problem id, sample index) alone. limits: the sampler's max_rows and
     cache_gb. Each output is {"text", "length" in tokens, "finished"} and judge_outputs' marks.
     """
-    is_benchmark = bool(problems) and TASKS[problems[0].task] is benchmarks
-    stops = {"stop": benchmarks.STOPS, "tokenizer": tokenizer} if is_benchmark else {}
+    stops = {}  # a chat model ends its turn itself, and may restate its question
+    if problems and benchmarks.is_few_shot(problems[0]) and tokenizer.template == "plain":
+        stops = {"stop": benchmarks.STOPS, "tokenizer": tokenizer}
     ended: dict[int, dict[int, dict[str, Any]]] = defaultdict(dict)
     for sample in sample_stream(
         model,
@@ -242,7 +243,8 @@ def chunks(problems: Sequence[Problem], size: int) -> Iterable[Sequence[Problem]
 
 def judge_outputs(problem: Problem, outputs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Add to each output of one problem "correct", "strict" (as the same string), "format" (an
-    answer is there, in Countdown in its tags) and its "class" for the vote."""
+    answer is there, in Countdown in its tags), "last_math" (its last formula is its answer) and its
+    "class" for the vote."""
     judge = TASKS[problem.task]
     answers = [judge.answer_class(problem, output["text"]) for output in outputs]
     judged = []
@@ -255,6 +257,9 @@ def judge_outputs(problem: Problem, outputs: Sequence[dict[str, Any]]) -> list[d
         if judge is benchmarks:
             strict, is_formatted = benchmarks.is_strictly_correct(problem, text), answer is not None
         marks = {"correct": correct, "strict": strict, "format": is_formatted, "class": label}
+        if judge is benchmarks:
+            rule = benchmarks.find_answer(problem, text).rule
+            marks["last_math"] = rule == "last math"
         judged.append({**output, **marks})
     return judged
 
@@ -345,6 +350,7 @@ def _describe(outputs: Sequence[dict[str, Any]]) -> dict[str, float]:
         "format_failures": sum(not output["format"] for output in outputs) / count,
         "unreadable": sum(output["class"] is None for output in outputs) / count,
         "strict": sum(output["strict"] for output in outputs) / count,
+        "last_math": sum(output.get("last_math", False) for output in outputs) / count,
     }
 
 

@@ -12,8 +12,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanomath.base.files import read_jsonl
-from nanomath.judge.answers import extract_answer, is_equivalent, is_readable, is_strict, same_value
+from nanomath.base.files import read_jsonl, text_field
+from nanomath.judge.answers import is_equivalent, is_readable, is_strict, same_value
+from nanomath.judge.copying import is_copied, symbols
+from nanomath.judge.extraction import Extraction, extract_answer
 from nanomath.judge.reader import Value, read_value
 from nanomath.tasks import Problem
 
@@ -72,7 +74,7 @@ _ZERO_SHOT = (
 _ASK_FOR_LETTER = ("The answer is the letter of one option.", "答案是选项的字母。")
 _QUESTION = ("Question: {}\nAnswer:", "问题:{}\n解答:")
 # Where a base model begins the next question after a few-shot answer.
-STOPS = tuple("\n" + layout.partition("{}")[0] for layout in _QUESTION)
+STOPS = ("\nQuestion:", "\n问题:", "\n问题：")
 # Written for this project: whole numbers, a fraction, a root, a set.
 _EXAMPLES = (
     (
@@ -117,15 +119,16 @@ _CHINESE_EXAMPLES = (
         "因为 $x>0$,所以 $x=\\sqrt{18}=3\\sqrt{2}$。答案是$3\\sqrt{2}$。",
     ),
 )
+_SHOWN = tuple(  # what comes before the question in a few-shot prompt
+    "".join(f"{layout.format(asked)} {answer}\n\n" for asked, answer in examples)
+    for layout, examples in zip(_QUESTION, (_EXAMPLES, _CHINESE_EXAMPLES), strict=True)
+)
 
 
 def make_prompt(question: str, *, few_shot: bool = False, chinese: bool = False) -> str:
     if not few_shot:
         return _ZERO_SHOT[chinese].format(question)
-    examples = _CHINESE_EXAMPLES if chinese else _EXAMPLES
-    layout = _QUESTION[chinese]
-    shown = "".join(f"{layout.format(asked)} {answer}\n\n" for asked, answer in examples)
-    return shown + layout.format(question)
+    return _SHOWN[chinese] + _QUESTION[chinese].format(question)
 
 
 def read_benchmark(
@@ -138,22 +141,27 @@ def read_benchmark(
         raise FileNotFoundError(
             f"{path}: no such file; it comes from {benchmark.source}; --data names its folder"
         )
-    problems = []
-    for number, row in read_jsonl(path):
-        question, gold = _question(benchmark, row), gold_answer(row.get(benchmark.answer))
-        if not question or not gold:
-            raise ValueError(f"{path}:{number}: no {benchmark.question} or {benchmark.answer}")
+
+    def read(row: dict) -> tuple[str, dict]:
+        try:
+            question = _question(benchmark, row)
+            gold = gold_answer(text_field(row, benchmark.answer, number=True))
+        except ValueError as error:
+            names = f"{benchmark.question} or {benchmark.answer}"
+            raise ValueError(f"no {names}: {error}") from None
         groups = {key: str(row[key]) for key in benchmark.groups if key in row}
         prompt = make_prompt(question, few_shot=few_shot, chinese=benchmark.chinese)
-        problems.append(Problem(number, name, prompt, {"answer": gold, **groups}))
-    return problems
+        return prompt, {"answer": gold, **groups}
+
+    return [Problem(number, name, *asked) for number, asked in read_jsonl(path, read=read)]
 
 
 def _question(benchmark: Benchmark, row: dict) -> str:
-    question = row.get(benchmark.question)
-    if isinstance(question, list):  # messages: the user's first
-        first = question[0] if question else None
-        question = first.get("content") if isinstance(first, dict) else None
+    messages = row.get(benchmark.question)
+    if isinstance(messages, list) and messages and isinstance(messages[0], dict):
+        question = text_field(messages[0], "content")  # the user's first
+    else:
+        question = text_field(row, benchmark.question)
     options = row.get(benchmark.options)
     if isinstance(options, list):
         marked = all(re.match(r"\(?[A-J]\)", str(option)) for option in options)
@@ -172,23 +180,29 @@ def read_own(
 
     with_row: payload["row"] is the whole line, with whatever fields a reward of the user's needs.
     """
-    problems = []
-    for number, row in read_jsonl(path):
-        question = row.get("question") or row.get("problem")
-        gold = gold_answer(row.get("answer", row.get("solution")))
-        if not isinstance(question, str) or not gold:
-            raise ValueError(
-                f"{path}:{number}: wanted question (or problem) and answer (or solution), "
-                f"found {sorted(row)[:8]}"
-            )
+
+    def read(row: dict) -> tuple[str, dict]:
+        question = _own_field(row, "question", "problem")
+        gold = gold_answer(_own_field(row, "answer", "solution", number=True))
         chinese = re.search("[\u4e00-\u9fff]", question) is not None
-        prompt = make_prompt(question, few_shot=few_shot, chinese=chinese)
         # One in ten is never trained on: by the question's hash, whatever file it is in.
         digest = hashlib.blake2b(question.encode("utf-8", "surrogatepass")).digest()
         split = "train" if digest[0] % 10 else "heldout"
         payload = {"answer": gold, "split": split} | ({"row": row} if with_row else {})
-        problems.append(Problem(number, task, prompt, payload))
-    return problems
+        return make_prompt(question, few_shot=few_shot, chinese=chinese), payload
+
+    return [Problem(number, task, *asked) for number, asked in read_jsonl(path, read=read)]
+
+
+def _own_field(row: dict, *keys: str, number: bool = False) -> str:
+    """Return the first of the fields that holds something."""
+    present = [key for key in keys if key in row]
+    if not present:
+        raise ValueError(
+            f"wanted question (or problem) and answer (or solution), found {sorted(row)[:8]}"
+        )
+    filled = [key for key in present if row[key] not in (None, "")]
+    return text_field(row, (filled or present)[0], number=number)
 
 
 def read_splits(path: str | os.PathLike) -> tuple[list[Problem], list[Problem]]:
@@ -206,26 +220,46 @@ def read_splits(path: str | os.PathLike) -> tuple[list[Problem], list[Problem]]:
     return splits["train"], splits["heldout"]
 
 
-def gold_answer(field: object) -> str | None:
+def gold_answer(text: str) -> str:
     """Return the answer that a field holds: itself, or the end of a worked solution."""
-    if isinstance(field, int | float | str):
-        text = str(field)
-        found = extract_answer(text)
-        return found.answer if found.rule in ("####", "boxed") else text.strip()
-    return None
+    found = extract_answer(text)
+    return found.answer if found.rule in ("####", "boxed") else text.strip()
+
+
+def unreadable_references(problems: list[Problem], path: str | os.PathLike) -> list[str]:
+    """Return a line that says how many references cannot be judged by, if there are any."""
+    unread = [problem for problem in problems if not is_readable(problem.payload["answer"])]
+    if not unread:
+        return []
+    shown = repr(unread[0].payload["answer"][:60])  # without control characters
+    return [
+        f"{path}: {len(unread)} of {len(problems)} references cannot be judged: they count as "
+        f"strings alone and give no answer reward; the first is {path}:{unread[0].id}: {shown}"
+    ]
 
 
 # ----------------------------------------------------------------------------------------- judge
 
 
-def find_answer(completion: str) -> str | None:
-    """Return the answer of a completion, None without one.
+def is_few_shot(problem: Problem) -> bool:
+    return problem.prompt.startswith(_SHOWN)
 
-    What comes after the beginning of another question (STOPS) does not count.
+
+def find_answer(problem: Problem, completion: str, *, reward: bool = False) -> Extraction:
+    """Return the answer of a completion and the rule that found it: verdict and vote read this one.
+
+    What comes after the beginning of another question (STOPS) does not count. A chat model may
+    restate its question: then nothing is cut, nor where a zero-shot prompt's answer comes later.
+    The last formula answers only for a base model, asked by a few-shot prompt, and for no reward.
     """
+    few_shot = is_few_shot(problem)
+    first_line = _asked(problem).strip().partition("\n")[0]
     for stop in STOPS:
-        completion = completion.partition(stop)[0]
-    return extract_answer(completion).answer or None
+        before, found, after = completion.partition(stop)
+        restated = bool(first_line) and after.lstrip(" *\n").startswith(first_line)
+        if found and not restated and (few_shot or extract_answer(before).answer):
+            completion = before
+    return extract_answer(completion, last_math=few_shot and not reward)
 
 
 def can_judge(problem: Problem) -> bool:
@@ -234,24 +268,45 @@ def can_judge(problem: Problem) -> bool:
     return isinstance(reference, str) and is_readable(reference)
 
 
-def is_correct(problem: Problem, completion: str) -> bool:
-    answer = find_answer(completion)
-    return answer is not None and is_equivalent(answer, problem.payload["answer"])
+def _asked(problem: Problem) -> str:
+    """Return the question, and the request after it, without the examples before it."""
+    prompt = problem.prompt
+    for shown, layout in zip(_SHOWN, _QUESTION, strict=True):
+        prompt = prompt.removeprefix(shown + layout.partition("{}")[0])
+    return prompt
+
+
+def is_correct(problem: Problem, completion: str, *, reward: bool = False) -> bool:
+    """Say whether the answer equals the reference and is not a copy of the question (copying.py).
+
+    reward: whether a policy is paid by the verdict, see find_answer.
+    """
+    answer = find_answer(problem, completion, reward=reward).answer
+    return (
+        answer is not None
+        and is_equivalent(answer, problem.payload["answer"])
+        and not is_copied(answer, _asked(problem), problem.payload["answer"])
+    )
 
 
 def is_strictly_correct(problem: Problem, completion: str) -> bool:
     """Say whether the answer is the reference's very string, spacing and spelling apart."""
-    answer = find_answer(completion)
+    answer = find_answer(problem, completion).answer
     return answer is not None and is_strict(answer, problem.payload["answer"])
 
 
 def answer_class(problem: Problem, completion: str) -> Value | None:
     """Return what Maj@K counts as one answer, to be compared with same_answer.
 
-    None, without an answer: no vote. An answer that is not read votes as its string ("Monday").
+    None, without an answer: no vote. An answer that is not read votes as its string ("Monday"), and
+    so does a copy of the question that only has the reference's value: it is no right answer.
     """
-    answer = find_answer(completion)
-    return None if answer is None else read_value(answer)
+    answer = find_answer(problem, completion).answer
+    if answer is None:
+        return None
+    if is_equivalent(answer, problem.payload["answer"]) and not is_correct(problem, completion):
+        return Value("text", label=" ".join(symbols(answer)))
+    return read_value(answer)
 
 
 same_answer = same_value

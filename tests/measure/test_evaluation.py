@@ -253,7 +253,7 @@ def test_evaluate_by_hand(monkeypatch):
     assert result["problems"][1]["classes"] == [0, 0, 0, 0, 1, 1, 1, 2]
     sampled = result["sampled_outputs"]
     assert (sampled["outputs"], sampled["truncated"]) == (16, 2 / 16)
-    assert (sampled["unreadable"], sampled["format_failures"]) == (3 / 16, 0.0)
+    assert (sampled["unreadable"], sampled["format_failures"]) == (3 / 16, 1 / 16)
     lengths = [
         len(THINK + a) + len("<answer></answer>") for group in ANSWERS.values() for a in group
     ]

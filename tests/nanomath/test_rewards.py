@@ -26,7 +26,13 @@ WRONG = "<think>21/3=7\n95-7=88</think><answer>95+21/3</answer>"
     [
         (GOOD, 1.0),
         (WRONG, 1.0),  # the format alone
-        ("<think></think><answer></answer>", 1.0),
+        ("<think></think><answer></answer>", 0.0),
+        ("<think>a</think><answer></answer>", 0.0),
+        ("<think></think><answer>5</answer>", 0.0),
+        ("<think> \n</think><answer>5</answer>", 0.0),
+        ("<think>a</think><answer>\u200b</answer>", 0.0),
+        ("<think>...</think><answer>...</answer>", 0.0),
+        ("<think>\u6240\u4ee5</think><answer>5</answer>", 1.0),
         ("\n<think>a</think>\n\n<answer>b</answer> \n", 1.0),
         ("<think>1 < 2 and 3 > 2</think><answer>b</answer>", 1.0),
         ("x<think>a</think><answer>b</answer>", 0.0),
