@@ -37,7 +37,13 @@ from nanomath.grpo import (
     response_logprobs,
     update_metrics,
 )
-from nanomath.grpo_config import PRESETS, GRPOConfig, check, loss_starts_at_0
+from nanomath.grpo_config import (
+    PRESETS,
+    GRPOConfig,
+    check,
+    clip_without_effect,
+    loss_starts_at_0,
+)
 from nanomath.lock import RunLock
 from nanomath.model import Transformer
 from nanomath.monitor import (
@@ -303,6 +309,8 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
         f"{len(heldout)} held out; {total_steps} steps of {cfg.batch_size} questions x "
         f"{cfg.group_size} outputs; reward {' + '.join(cfg.reward)}"
     )
+    if note := clip_without_effect(cfg):
+        run.say(note)
     for step in run.steps(total_steps, desc="grpo"):  # Alg. 1 l.2, l.4
         if step % cfg.num_steps == 0 and cfg.kl_coef > 0:
             copy_weights(reference, policy)  # Alg. 1 l.3

@@ -51,8 +51,8 @@ class PretrainConfig(RunConfig):
     schedule: str = opt("multi_step", "learning rate over steps, Sec. 2.2", choices=(*SCHEDULES,))
     warmup_steps: int = opt(2000, "steps of linear warm-up, Sec. 2.2", low=0)
     weight_decay: float = opt(0.1, "AdamW, Sec. 2.2", low=0.0)
-    beta1: float = opt(0.9, "AdamW, Sec. 2.2", low=0.0, high=1.0)
-    beta2: float = opt(0.95, "AdamW, Sec. 2.2", low=0.0, high=1.0)
+    beta1: float = opt(0.9, "AdamW, Sec. 2.2", low=0.0, below=1.0)
+    beta2: float = opt(0.95, "AdamW, Sec. 2.2", low=0.0, below=1.0)
     eval_interval: int = opt(500, "steps between validations", low=1)
     max_valid_tokens: int = opt(1_000_000, "held-out tokens per validation at most", low=1)
 

@@ -41,8 +41,8 @@ class SFTConfig(RunConfig):
     schedule: str = opt("constant", "learning rate over steps, Sec. 3", choices=(*SCHEDULES,))
     warmup_steps: int = opt(0, "steps of linear warm-up (paper silent)", low=0)
     weight_decay: float = opt(0.1, "AdamW (paper silent: as in pretraining)", low=0.0)
-    beta1: float = opt(0.9, "AdamW (paper silent: as in pretraining)", low=0.0, high=1.0)
-    beta2: float = opt(0.95, "AdamW (paper silent: as in pretraining)", low=0.0, high=1.0)
+    beta1: float = opt(0.9, "AdamW (paper silent: as in pretraining)", low=0.0, below=1.0)
+    beta2: float = opt(0.95, "AdamW (paper silent: as in pretraining)", low=0.0, below=1.0)
 
 
 PRESETS = {

@@ -257,7 +257,7 @@ def policy_update(
     objective: Objective,
     *,
     lr: float,
-    max_grad_norm: float,
+    max_grad_norm: float | None,
     micro_batch_size: int,
     dist: Dist,
     part: int = 0,
