@@ -19,9 +19,8 @@ from typing import Any
 import torch
 
 from nanomath.advantages import outcome_advantages, output_weights
-from nanomath.checkpoint import load_model
 from nanomath.config import one_line_errors, parse
-from nanomath.data import epoch_order
+from nanomath.data import content_sha256, epoch_order, file_sha256
 from nanomath.dist import (
     Dist,
     broadcast_json,
@@ -29,6 +28,7 @@ from nanomath.dist import (
     make_replica,
     refresh_replica,
 )
+from nanomath.failures import StopSignal
 from nanomath.grpo import (
     Objective,
     RolloutBatch,
@@ -58,7 +58,7 @@ from nanomath.monitor import (
 )
 from nanomath.optim import SCHEDULES, make_adamw
 from nanomath.rewards import Rewards
-from nanomath.run import Run, load_start, open_run
+from nanomath.run import Run, load_start, open_run, start_model
 from nanomath.sampler import Rollouts, sample_groups, sample_stream
 from nanomath.tasks import Problem, benchmarks, countdown, encode_prompt
 from nanomath.tokenizer import Tokenizer
@@ -72,7 +72,7 @@ def load_modules(cfg: GRPOConfig, dist: Dist) -> tuple[dict[str, Transformer], T
     modules = {"model": policy}
     if cfg.kl_coef > 0:
         # Its weights are set at the start of each iteration (l.3), or come from a checkpoint.
-        reference, _, _ = load_model(cfg.init, dist, compile=cfg.compile)
+        reference, _ = start_model(cfg, dist, compile=cfg.compile)
         modules["reference"] = reference.requires_grad_(False)
     return modules, tokenizer
 
@@ -167,8 +167,10 @@ def evaluate(
     problems: list[Problem],
     rewards: Rewards,
     dist: Dist,
+    stop: StopSignal | None = None,
 ) -> dict[str, float]:
-    """Return Pass@1, and with --num_eval_samples Pass@K and Maj@K, of held-out problems."""
+    """Return Pass@1, and with --num_eval_samples Pass@K and Maj@K, of held-out problems; {} when a
+    signal to `stop` ended that."""
     return heldout_metrics(
         model,
         tokenizer=tokenizer,
@@ -177,6 +179,7 @@ def evaluate(
         num_samples=cfg.num_eval_samples,
         temperature=cfg.eval_temperature,
         dist=dist,
+        stop=stop,
         **sampler_settings(cfg, dist),
     )
 
@@ -288,6 +291,20 @@ def end_without_rewards(run: Run, rewards: Rewards, metrics: dict[str, float]) -
         )
 
 
+def note_reward_files(run: Run) -> None:
+    """Say which reward functions have changed since the run's last checkpoint.
+
+    They may: a broken one must be mended for the run to go on (end_without_rewards).
+    """
+    files = {name.rpartition(":")[0] for name in run.cfg.reward if ":" in name}
+    now = {file: file_sha256(file) for file in sorted(files)}
+    before = run.state.get("reward_files", {})
+    for file in now:
+        if before.get(file, now[file]) != now[file]:
+            run.say(f"note: --reward {file} has changed since step {run.state['step']}")
+    run.state["reward_files"] = now
+
+
 def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
     """Run Algorithm 1 with outcome rewards (Sec. 4.1.2, 4.1.4)."""
     with one_line_errors():
@@ -297,11 +314,16 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
         # On one CPU the policy samples for itself; else a whole copy does, refreshed before use.
         sampling_model = make_replica(policy, dist)
         optimizer = make_adamw(policy, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0)
-        problems, heldout = drop_long_prompts(
-            cfg, problem_sets(cfg), tokenizer, policy.cfg.max_context, dist
-        )
+        sets = problem_sets(cfg)
+        asked = [problem for part in sets for problem in part]
+        data = {
+            "--problems": content_sha256(map(vars, asked)),
+            "--init's tokenizer": content_sha256(encode_prompt(tokenizer, p) for p in asked[:100]),
+        }
+        problems, heldout = drop_long_prompts(cfg, sets, tokenizer, policy.cfg.max_context, dist)
         check_cache(cfg, sampling_model, tokenizer, [*problems, *heldout])
-        run = Run(cfg, dist, lock, modules, optimizer, tokenizer)
+        run = Run(cfg, dist, lock, modules, optimizer, tokenizer, data)
+        note_reward_files(run)
     total_steps = cfg.num_iterations * cfg.num_steps
     run.say(
         f"{cfg.init}: {policy.cfg.num_parameters:,} parameters, {dist.world_size} x "
@@ -322,7 +344,9 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
         is_shown, is_last = step % cfg.eval_interval == 0, step + 1 == total_steps
         metrics = {}
         if is_shown:
-            metrics = evaluate(cfg, sampling_model, tokenizer, heldout, rewards, dist)
+            metrics = evaluate(cfg, sampling_model, tokenizer, heldout, rewards, dist, run.signal)
+            if not metrics:
+                run.leave_step()
         clock.lap("evaluation")
         prompts = [encode_prompt(tokenizer, problem) for problem in mine]
         rollouts = sample(  # Alg. 1 l.7
@@ -342,7 +366,9 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
         )
         clock.lap("rewards")
         sizes = {"num_prompts": cfg.batch_size, "world_size": dist.world_size}
+        sizes["has_kl"] = cfg.kl_coef > 0
         batch = make_batch(prompts, rollouts, advantages_PG, weights_PG, **sizes)
+        batch.agree_on_passes(cfg.num_minibatches, dist)
         add_logprobs(cfg, batch, policy, reference, dist)
         clock.lap("logprobs")
         lr = SCHEDULES[cfg.schedule](
@@ -352,7 +378,10 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
         clock.lap("update")
         if is_last:
             refresh_replica(sampling_model, policy, dist)
-            metrics |= evaluate(cfg, sampling_model, tokenizer, heldout, rewards, dist)
+            after = evaluate(cfg, sampling_model, tokenizer, heldout, rewards, dist, run.signal)
+            if not after:
+                run.say(f"the last evaluation was left: evaluate.py --checkpoint {cfg.run_dir}")
+            metrics |= after
             clock.lap("evaluation")
         metrics |= rollout_metrics(rewards_PG, parts, rollouts, dist) | {"lr": lr}
         metrics |= cost_metrics(clock.seconds, batch, cfg.num_updates, dist)

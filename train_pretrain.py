@@ -18,6 +18,7 @@ from kernels import linear_token_logprobs
 from nanomath.config import RunConfig, one_line_errors, opt, parse
 from nanomath.data import TokenShards, describe_source, epoch_order, write_shards
 from nanomath.dist import Dist, all_reduce_sum, shard
+from nanomath.failures import StopSignal
 from nanomath.jsonl import read_jsonl
 from nanomath.lock import RunLock
 from nanomath.log import plot_metrics, progress
@@ -146,13 +147,22 @@ def tokenized(name: str, path: str, cfg: PretrainConfig, tokenizer: Tokenizer, d
 
 
 @torch.no_grad()
-def bits_per_byte(model: torch.nn.Module, valid: TokenShards, cfg: PretrainConfig, dist: Dist):
-    """Return the model's code length of held-out text in bits per byte of text."""
+def bits_per_byte(
+    model: torch.nn.Module,
+    valid: TokenShards,
+    cfg: PretrainConfig,
+    dist: Dist,
+    stop: StopSignal | None = None,
+) -> float | None:
+    """Return the model's code length of held-out text in bits per byte of text; None when a signal
+    to `stop` ended that, on all ranks alike."""
     num_windows = max(1, cfg.max_valid_tokens // cfg.context)  # whatever the batches
     rows_per_batch = cfg.micro_batch_size * dist.world_size
     sums = {"nats": 0.0, "tokens": 0.0}
     batches = valid.sequential(cfg.context, rows_per_batch)
     for first, tokens_BT in zip(range(0, num_windows, rows_per_batch), batches, strict=False):
+        if stop is not None and stop.requested(dist):
+            return None
         tokens_BT = tokens_BT[: num_windows - first]
         # Every rank runs every batch's share; the last batch may have fewer rows than ranks.
         mine_BT = tokens_BT[dist.rank :: dist.world_size].to(dist.device)
@@ -186,12 +196,21 @@ def train(cfg: PretrainConfig, dist: Dist, lock: RunLock) -> None:
         optimizer = make_adamw(
             model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
         )
-        run = Run(cfg, dist, lock, {"model": model}, optimizer, tokenizer)
+        data = {
+            "--corpus": train_tokens.source["sha256"],
+            "--valid": valid_tokens.source["sha256"],
+            "--tokenizer": train_tokens.source["tokenizer_sha256"],
+        }
+        run = Run(cfg, dist, lock, {"model": model}, optimizer, tokenizer, data)
     for step in run.steps(cfg.num_steps, desc="pretrain"):
         batch = train_tokens.train_batch(step, cfg.batch_size, cfg.context, cfg.seed)
         metrics = supervised_update(run, cfg, step, batch)
         if (step + 1) % cfg.eval_interval == 0 or step + 1 == cfg.num_steps:
-            metrics["valid_bits_per_byte"] = bits_per_byte(model, valid_tokens, cfg, dist)
+            bits = bits_per_byte(model, valid_tokens, cfg, dist, run.signal)
+            if bits is None:
+                run.say(f"step {step}: the validation was left")
+            else:
+                metrics["valid_bits_per_byte"] = bits
         windows = epoch_order(num_windows, step, cfg.batch_size, cfg.seed)
         shown = ("loss", "valid_bits_per_byte")
         run.log(step, metrics, shown, batch=("first_tokens", windows * cfg.context))

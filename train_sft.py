@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from nanomath.chat import CHOICES
 from nanomath.config import RunConfig, one_line_errors, opt, parse
-from nanomath.data import PackedExamples, encode_examples, epoch_order
+from nanomath.data import PackedExamples, content_sha256, encode_examples, epoch_order
 from nanomath.dist import Dist
 from nanomath.jsonl import read_examples
 from nanomath.lock import RunLock
@@ -84,14 +84,19 @@ def train(cfg: SFTConfig, dist: Dist, lock: RunLock) -> None:
     with one_line_errors():
         model, tokenizer = load_start(cfg, dist)
         context = min(cfg.context, model.cfg.max_context)
-        examples = encode_examples(tokenizer, read_examples(cfg.data))
+        texts = list(read_examples(cfg.data))
+        examples = encode_examples(tokenizer, texts)
         packed = PackedExamples(examples, context, seed=cfg.seed, pad_id=tokenizer.pad_id)
         if dist.is_main:
             print(packed.summary(), flush=True)
         optimizer = make_adamw(
             model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
         )
-        run = Run(cfg, dist, lock, {"model": model}, optimizer, tokenizer)
+        data = {
+            "--data": content_sha256(texts),
+            "--init's tokenizer": content_sha256(examples[:100]),
+        }
+        run = Run(cfg, dist, lock, {"model": model}, optimizer, tokenizer, data)
     for step in run.steps(cfg.num_steps, desc="sft"):
         batch = packed.batch(step, cfg.batch_size, cfg.seed)
         metrics = supervised_update(run, cfg, step, batch)

@@ -16,9 +16,10 @@ N flattened tokens, V vocabulary, D model width. Imports torch; triton only when
 
 from kernels.linear import linear_cross_entropy, linear_policy_loss, linear_token_logprobs
 from kernels.policy_loss import cross_entropy, policy_loss, token_logprobs
-from kernels.rows import PolicyLossOutput, check_status
+from kernels.rows import NotFinite, PolicyLossOutput, check_status
 
 __all__ = [
+    "NotFinite",
     "PolicyLossOutput",
     "check_status",
     "cross_entropy",

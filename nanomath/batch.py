@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from kernels import NotFinite
 from nanomath.cache import GroupCache
 from nanomath.draw import choose_tokens, uniform_noise
 from nanomath.model import Transformer, packed
@@ -256,7 +257,7 @@ class Batch:
         self.cache.place_R[rows_R] = -1
         tokens_RT, logp_RT = self.tokens_RT[rows_R].cpu(), self.logp_RT[rows_R].cpu()
         if not bool(logp_RT.isfinite().all()):
-            raise ValueError(
+            raise NotFinite(
                 "sample_groups: the model's logits are not finite: its weights diverged"
             )
         rows = [self.rows.pop(r) for r in ended]

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -125,6 +126,14 @@ def file_sha256(path: str | os.PathLike) -> str:
     """Return the sha256 of a file's bytes; reads about 1.5 GB a second."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_sha256(items: Iterable[Any]) -> str:
+    """Return the sha256 of what a run trains on, as JSON values: the same from another file."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(json.dumps(item, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def describe_source(

@@ -280,8 +280,9 @@ def local(tensor: Tensor) -> Tensor:
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None, dist: Dist) -> float:
     """Scale all gradients so that their joint 2-norm is at most max_norm; return the norm before.
 
-    max_norm None: scale nothing. All of them are sharded over dist's ranks. Rows are summed in float64; equal on all ranks. A
-    norm that is not finite is returned and nothing is scaled: the caller skips the step.
+    max_norm None: scale nothing. All of them are sharded over dist's ranks. Rows are summed in
+    float64; equal on all ranks. A norm that is not finite is returned and nothing is scaled: the
+    caller skips the step.
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     # Within a row in fp32, 30 times as fast on a CPU as float64 copies of everything (one fp32 sum

@@ -38,8 +38,10 @@ class RolloutBatch:
     sequences: per output, prompt and response token ids in one list.
     prompt_lengths, response_lengths: B ints each; the sampled EOS is part of the response.
     advantages_B, weights_B: float64 [B], the same for all tokens of an output (output_weights).
-    num_rows_longest: the largest B of any rank. All ranks run as many passes as that takes, some
-        without rows, because sharded ranks must run each pass together.
+    num_rows_longest: the largest B of any rank, or less, by `agree_on_passes`. All ranks run as
+        many passes as that takes, some without rows, because sharded ranks must run each pass
+        together.
+    has_kl: False, the objective has no KL: an output of advantage 0 has no gradient then.
     sampler_logp_N, ref_logp_N, old_logp_N: packed over response tokens, fp32 or wider; the last two
         as response_logprobs gives them.
     """
@@ -51,21 +53,35 @@ class RolloutBatch:
     weights_B: torch.Tensor
     num_rows_longest: int
     sampler_logp_N: torch.Tensor
+    has_kl: bool = True
     ref_logp_N: torch.Tensor | None = None
     old_logp_N: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.sequences)
 
+    @property
+    def passes_B(self) -> torch.Tensor:
+        """Which outputs pass the model: those whose tokens have a coefficient other than 0."""
+        return (self.weights_B > 0) & ((self.advantages_B != 0) | self.has_kl)
+
+    def _rows_of_part(self, part: int, num_parts: int) -> list[int]:
+        first, end = (len(self) * k // num_parts for k in (part, part + 1))
+        return (first + self.passes_B[first:end].nonzero()[:, 0]).tolist()
+
+    def agree_on_passes(self, num_parts: int, dist: Dist) -> None:
+        """Run no more passes than the rank with most outputs to pass needs."""
+        mine = max(len(self._rows_of_part(part, num_parts)) for part in range(num_parts))
+        self.num_rows_longest = num_parts * int(all_reduce_max(float(mine), dist))
+
     def micro_batches(self, size: int, part: int = 0, num_parts: int = 1) -> list[list[int]]:
         """Return the rows of one part of the batch, `size` at a time.
 
-        Rows of weight 0 are left out. Rows of similar length share a micro-batch, so that little of
-        it is padding. Scoring and updating split alike, so that the first ratio is 1 to the last
-        bit.
+        Rows without a coefficient are left out. Rows of similar length share a micro-batch, so that
+        little of it is padding. Scoring and updating split alike, so that the first ratio is 1 to
+        the last bit.
         """
-        first, end = (len(self) * k // num_parts for k in (part, part + 1))
-        rows = [row for row in range(first, end) if self.weights_B[row] > 0]
+        rows = self._rows_of_part(part, num_parts)
         rows.sort(key=lambda row: len(self.sequences[row]))
         return split_rows(rows, self.num_rows_longest // num_parts, size)
 
@@ -84,6 +100,7 @@ def make_batch(
     *,
     num_prompts: int,
     world_size: int,
+    has_kl: bool = True,
 ) -> RolloutBatch:
     """Lay out rollouts of this rank's prompts as rows; num_prompts, of world_size ranks, is all.
 
@@ -110,6 +127,7 @@ def make_batch(
         weights_B=weights_PG.flatten(),
         num_rows_longest=math.ceil(num_prompts / world_size) * group_size,
         sampler_logp_N=torch.cat(logp) if logp else torch.zeros(0),
+        has_kl=has_kl,
     )
 
 
@@ -147,7 +165,7 @@ def response_logprobs(
     device: torch.device,
     num_parts: int = 1,
 ) -> torch.Tensor:
-    """Score the response tokens in the loss under `model`: [N], no gradient; 0 for the others.
+    """Score the response tokens that pass under `model`: [N], no gradient; 0 for the others.
 
     At the sampling temperature, over the full vocabulary. float64, whatever the compute type.
     num_parts: policy_update's.
@@ -302,16 +320,18 @@ def policy_update(
 def update_metrics(steps: Sequence[dict[str, float]], kl_coef: float) -> dict[str, float]:
     """Describe the policy_update steps of one batch: sums over sums, never means of means.
 
-    The loss and the gradient's norm are means over the steps.
+    The loss and the gradient's norm are means over the steps. What is said of tokens is of those
+    that passed the model (RolloutBatch.passes_B), and NaN where none did.
     """
     totals = {name: sum(step[name] for step in steps) for name in steps[0]}
     loss, kl_term = totals["loss"] / len(steps), kl_coef * totals["kl_weighted"] / len(steps)
+    of_tokens = {name: totals[name] / max(totals["tokens"], 1.0) for name in PER_TOKEN}
+    of_tokens |= {name: max(step[name] for step in steps) for name in METRIC_MAXIMA}
     return {
         "loss": loss,
         "loss_policy": loss - kl_term,
         "loss_kl": kl_term,
-        **{name: totals[name] / max(totals["tokens"], 1.0) for name in PER_TOKEN},
-        **{name: max(step[name] for step in steps) for name in METRIC_MAXIMA},
+        **(of_tokens if totals["tokens"] else dict.fromkeys(of_tokens, math.nan)),
         "grad_norm": totals["grad_norm"] / len(steps),
         "stepped": min(step["stepped"] for step in steps),
         "empty_steps": totals["empty_steps"],

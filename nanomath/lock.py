@@ -28,6 +28,7 @@ class RunLock:
 
     def __init__(self, path: Path):
         self.path, self._file = path, None
+        self.doing = "before the first step"  # what its holder is at, for the line that ends it
 
     def take(self) -> str | None:
         """Lock the file, or return a message that names folder and holder."""

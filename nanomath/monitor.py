@@ -19,6 +19,7 @@ import torch
 from nanomath.advantages import centred_rewards
 from nanomath.dist import Dist, all_reduce_sum, gather_json
 from nanomath.evaluation import chunks, evaluate_chunk, maj_at_k, pass_at_k
+from nanomath.failures import StopSignal
 from nanomath.grpo import RolloutBatch
 from nanomath.log import plot_metrics
 from nanomath.rewards import Rewards
@@ -118,15 +119,15 @@ def cost_metrics(
 ) -> dict[str, float]:
     """Return the seconds of each phase, tokens per second of sampling and training, peak memory.
 
-    Sampled tokens are those of the responses; trained ones, of outputs that are in the loss, count
+    Sampled tokens are those of the responses; trained ones, of outputs that pass the model, count
     prompts too, once per pass. The ranks wait for the slowest, so it gives the seconds; the fullest
     one gives the memory.
     """
     values = {**{f"seconds_{phase}": s for phase, s in seconds.items()}, "memory_gb": peak_gb(dist)}
     ranks = gather_json(values, dist)
     values = {name: max(rank[name] for rank in ranks) for name in values}
-    sizes = zip(batch.sequences, batch.weights_B.tolist(), strict=True)
-    trained = num_updates * sum(len(sequence) for sequence, weight in sizes if weight)
+    sizes = zip(batch.sequences, batch.passes_B.tolist(), strict=True)
+    trained = num_updates * sum(len(sequence) for sequence, passes in sizes if passes)
     tokens = all_reduce_sum({"sampling": sum(batch.response_lengths), "update": trained}, dist)
     return values | {
         "sampling_tokens_per_s": tokens["sampling"] / values["seconds_sampling"],
@@ -153,27 +154,36 @@ def heldout_metrics(
     max_new_tokens: int,
     dist: Dist,
     chunk_problems: int = 256,
+    stop: StopSignal | None = None,
     **more: Any,
 ) -> dict[str, float]:
     """Return Pass@1 and mean reward of greedy answers; of K = num_samples samples Pass@K and Maj@K.
 
     The ranks share the problems out and get the same figures; model is this rank's unsharded one.
     Samples come from a random stream of their own: no training run and no number of ranks changes
-    them. num_samples 0: greedy answers only. more: further settings of the sampler.
+    them. num_samples 0: greedy answers only. more: further settings of the sampler. stop: a signal
+    to it ends the evaluation, on all ranks alike, and {} is returned.
     """
     if not problems:
         raise ValueError("no problems to evaluate")
-    mine, records, rows = problems[dist.rank :: dist.world_size], [], []
-    for chunk in chunks(mine, chunk_problems):
-        records += evaluate_chunk(
-            model,
-            tokenizer,
-            chunk,
-            num_samples=num_samples,
-            temperature=temperature,
-            max_new_tokens=max_new_tokens,
-            **more,
+    mine, rows = problems[dist.rank :: dist.world_size], []
+    settings = {
+        "num_samples": num_samples,
+        "temperature": temperature,
+        "max_new_tokens": max_new_tokens,
+        **more,
+    }
+
+    def sample() -> list[dict[str, Any]]:
+        answered = (
+            evaluate_chunk(model, tokenizer, chunk, **settings)
+            for chunk in chunks(mine, chunk_problems)
         )
+        return [record for records in answered for record in records]
+
+    records = sample() if stop is None else stop.unless_signalled(sample)
+    if stop is not None and stop.requested(dist):
+        return {}
     # All at once: one call is bounded by what other ranks wait (reward_workers.py).
     totals, _ = rewards.score(mine, [record["greedy"]["text"] for record in records])
     for record, total in zip(records, totals, strict=True):
@@ -185,6 +195,8 @@ def heldout_metrics(
             row[f"heldout_pass@{k}"] = pass_at_k(k, sum(correct), k)
             row[f"heldout_maj@{k}"] = maj_at_k(classes, correct, k)
         rows.append(row)
+    if stop is not None and stop.requested(dist):  # judging may take long, too
+        return {}
     rows = [row for part in gather_json(rows, dist) for row in part]
     columns = {name: [row[name] for row in rows if row[name] is not None] for name in rows[0]}
     # fsum is exact: the order of the ranks' problems does not show.
