@@ -5,6 +5,9 @@
         --reward answer
     torchrun --nproc_per_node 8 train_grpo.py --init runs/sft      # the paper's settings
 
+torchrun kills its processes 30 s after a SIGTERM, in the middle of a longer step: set
+TORCH_ELASTIC_SHUTDOWN_TIMEOUT in its environment, in seconds.
+
 `train` reads as Algorithm 1. What its phases do is in sampler.py (sampling), rewards.py (rewards),
 advantages.py (advantages, weights) and grpo.py (the objective of Eq. 3 and 4, the update). The same
 command continues a run.
@@ -18,7 +21,7 @@ from typing import Any
 
 import torch
 
-from nanomath.advantages import outcome_advantages, output_weights
+from nanomath.advantages import drop_without_gradient, outcome_advantages, output_weights
 from nanomath.config import one_line_errors, parse
 from nanomath.data import content_sha256, epoch_order, file_sha256
 from nanomath.dist import (
@@ -364,9 +367,10 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
             mask_truncated=cfg.mask_truncated,
             drop_constant_groups=cfg.drop_constant_groups,
         )
+        if cfg.kl_coef == 0:
+            weights_PG = drop_without_gradient(weights_PG, advantages_PG)
         clock.lap("rewards")
         sizes = {"num_prompts": cfg.batch_size, "world_size": dist.world_size}
-        sizes["has_kl"] = cfg.kl_coef > 0
         batch = make_batch(prompts, rollouts, advantages_PG, weights_PG, **sizes)
         batch.agree_on_passes(cfg.num_minibatches, dist)
         add_logprobs(cfg, batch, policy, reference, dist)

@@ -100,3 +100,12 @@ def output_weights(
         "token": torch.full_like(lengths_PG, totals["tokens"]),
     }[loss_norm]
     return torch.where(in_loss_PG, 1.0 / denominators_PG, 0.0)
+
+
+def drop_without_gradient(weights_PG: torch.Tensor, advantages_PG: torch.Tensor) -> torch.Tensor:
+    """Return the weights with 0 where the advantage is 0, for an objective without a KL.
+
+    Such an output adds exactly 0 to the loss and to its gradient, so it need not pass the model;
+    the others' weights were fixed with it counted, and stay.
+    """
+    return weights_PG.where(advantages_PG != 0, 0.0)

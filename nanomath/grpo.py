@@ -41,7 +41,6 @@ class RolloutBatch:
     num_rows_longest: the largest B of any rank, or less, by `agree_on_passes`. All ranks run as
         many passes as that takes, some without rows, because sharded ranks must run each pass
         together.
-    has_kl: False, the objective has no KL: an output of advantage 0 has no gradient then.
     sampler_logp_N, ref_logp_N, old_logp_N: packed over response tokens, fp32 or wider; the last two
         as response_logprobs gives them.
     """
@@ -53,31 +52,25 @@ class RolloutBatch:
     weights_B: torch.Tensor
     num_rows_longest: int
     sampler_logp_N: torch.Tensor
-    has_kl: bool = True
     ref_logp_N: torch.Tensor | None = None
     old_logp_N: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.sequences)
 
-    @property
-    def passes_B(self) -> torch.Tensor:
-        """Which outputs pass the model: those whose tokens have a coefficient other than 0."""
-        return (self.weights_B > 0) & ((self.advantages_B != 0) | self.has_kl)
-
     def _rows_of_part(self, part: int, num_parts: int) -> list[int]:
         first, end = (len(self) * k // num_parts for k in (part, part + 1))
-        return (first + self.passes_B[first:end].nonzero()[:, 0]).tolist()
+        return [row for row in range(first, end) if self.weights_B[row] > 0]
 
     def agree_on_passes(self, num_parts: int, dist: Dist) -> None:
-        """Run no more passes than the rank with most outputs to pass needs."""
+        """Run no more passes than the rank with most rows of weight above 0 needs."""
         mine = max(len(self._rows_of_part(part, num_parts)) for part in range(num_parts))
         self.num_rows_longest = num_parts * int(all_reduce_max(float(mine), dist))
 
     def micro_batches(self, size: int, part: int = 0, num_parts: int = 1) -> list[list[int]]:
         """Return the rows of one part of the batch, `size` at a time.
 
-        Rows without a coefficient are left out. Rows of similar length share a micro-batch, so that
+        Rows of weight 0 are left out. Rows of similar length share a micro-batch, so that
         little of it is padding. Scoring and updating split alike, so that the first ratio is 1 to
         the last bit.
         """
@@ -100,7 +93,6 @@ def make_batch(
     *,
     num_prompts: int,
     world_size: int,
-    has_kl: bool = True,
 ) -> RolloutBatch:
     """Lay out rollouts of this rank's prompts as rows; num_prompts, of world_size ranks, is all.
 
@@ -127,7 +119,6 @@ def make_batch(
         weights_B=weights_PG.flatten(),
         num_rows_longest=math.ceil(num_prompts / world_size) * group_size,
         sampler_logp_N=torch.cat(logp) if logp else torch.zeros(0),
-        has_kl=has_kl,
     )
 
 
@@ -165,7 +156,7 @@ def response_logprobs(
     device: torch.device,
     num_parts: int = 1,
 ) -> torch.Tensor:
-    """Score the response tokens that pass under `model`: [N], no gradient; 0 for the others.
+    """Score the response tokens in the loss under `model`: [N], no gradient; 0 for the others.
 
     At the sampling temperature, over the full vocabulary. float64, whatever the compute type.
     num_parts: policy_update's.
@@ -321,7 +312,7 @@ def update_metrics(steps: Sequence[dict[str, float]], kl_coef: float) -> dict[st
     """Describe the policy_update steps of one batch: sums over sums, never means of means.
 
     The loss and the gradient's norm are means over the steps. What is said of tokens is of those
-    that passed the model (RolloutBatch.passes_B), and NaN where none did.
+    of weight above 0, and NaN where there are none.
     """
     totals = {name: sum(step[name] for step in steps) for name in steps[0]}
     loss, kl_term = totals["loss"] / len(steps), kl_coef * totals["kl_weighted"] / len(steps)

@@ -119,15 +119,15 @@ def cost_metrics(
 ) -> dict[str, float]:
     """Return the seconds of each phase, tokens per second of sampling and training, peak memory.
 
-    Sampled tokens are those of the responses; trained ones, of outputs that pass the model, count
+    Sampled tokens are those of the responses; trained ones, of outputs that are in the loss, count
     prompts too, once per pass. The ranks wait for the slowest, so it gives the seconds; the fullest
     one gives the memory.
     """
     values = {**{f"seconds_{phase}": s for phase, s in seconds.items()}, "memory_gb": peak_gb(dist)}
     ranks = gather_json(values, dist)
     values = {name: max(rank[name] for rank in ranks) for name in values}
-    sizes = zip(batch.sequences, batch.passes_B.tolist(), strict=True)
-    trained = num_updates * sum(len(sequence) for sequence, passes in sizes if passes)
+    sizes = zip(batch.sequences, batch.weights_B.tolist(), strict=True)
+    trained = num_updates * sum(len(sequence) for sequence, weight in sizes if weight)
     tokens = all_reduce_sum({"sampling": sum(batch.response_lengths), "update": trained}, dist)
     return values | {
         "sampling_tokens_per_s": tokens["sampling"] / values["seconds_sampling"],

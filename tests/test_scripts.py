@@ -952,11 +952,10 @@ def stop_after(monkeypatch, num_updates):
     monkeypatch.setattr(train_grpo, "update", update)
 
 
-def test_a_run_refuses_other_data_than_it_began_with(
-    tmp_path, start, tokenizer, monkeypatch, capsys
-):
+def test_a_run_refuses_other_data_than_it_began_with(tmp_path, tokenizer, monkeypatch, capsys):
     """A changed problems file, SFT file or corpus is refused by name when the run goes on; the
     same contents in another place, or said of a run that noted none, are not."""
+    start = save_start(tmp_path / "start", tokenizer, torch.float32, max_context=128)
     rows = [{"question": f"{i} + 1", "answer": f"#### {i + 1}"} for i in range(30)]
     write_jsonl(tmp_path / "own.jsonl", rows)
     argv = [*SMALL_GRPO, "--init", start, "--run_dir", tmp_path / "grpo", "--reward", "answer"]
@@ -1154,7 +1153,9 @@ def test_kl_coef_0_passes_only_outputs_with_an_advantage(tmp_path, start, monkey
 
     monkeypatch.setattr(train_grpo, "update", counted_update)
     path = tmp_path / "mine.py"
-    path.write_text("def r(problem, text):\n    return len(text) % 2 * (problem.payload['target'] % 2)\n")
+    path.write_text(
+        "def r(problem, text):\n    return len(text) % 2 * (problem.payload['target'] % 2)\n"
+    )
     for kl_coef in ("0", "0.1"):
         argv = [*SMALL_GRPO, "--init", start, "--run_dir", tmp_path / kl_coef, "--kl_coef", kl_coef]
         run_script(train_grpo, [*argv, "--reward", f"{path}:r"], monkeypatch)

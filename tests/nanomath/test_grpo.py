@@ -9,7 +9,7 @@ import torch.distributed as td
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from nanomath.advantages import outcome_advantages, output_weights
+from nanomath.advantages import drop_without_gradient, outcome_advantages, output_weights
 from nanomath.dist import Dist, shard
 from nanomath.grpo import (
     METRIC_MAXIMA,
@@ -233,9 +233,10 @@ def test_outputs_of_advantage_0_need_not_pass_the_model(num_parts):
     are as few as the others fill, and metrics are means over the tokens of the others."""
     advantages_PG = torch.tensor([[0.0, 0.0], [0.7, -0.7], [0.0, 0.4]], dtype=torch.float64)
     results = []
-    for has_kl in (True, False):
+    for passes_all in (True, False):
         batch = random_batch(advantages=advantages_PG)
-        batch.has_kl = has_kl
+        if not passes_all:
+            batch.weights_B = drop_without_gradient(batch.weights_B, batch.advantages_B)
         batch.agree_on_passes(num_parts, ALONE)
         model = tiny_model()
         if num_parts > 1:
@@ -273,7 +274,7 @@ def test_metrics_of_no_token_are_not_numbers():
     """With every group constant and no KL nothing passes: the step is empty, and what is said of
     tokens (entropy, gap, ratio) is NaN, not an entropy of 0."""
     batch = random_batch(advantages=torch.zeros(3, 2, dtype=torch.float64))
-    batch.has_kl = False
+    batch.weights_B = drop_without_gradient(batch.weights_B, batch.advantages_B)
     batch.agree_on_passes(1, ALONE)
     model = tiny_model()
     metrics = update_metrics(
@@ -282,10 +283,3 @@ def test_metrics_of_no_token_are_not_numbers():
     named = {name for name, value in metrics.items() if value != value}
     assert named == {*PER_TOKEN, *METRIC_MAXIMA}
     assert (metrics["loss"], metrics["empty_steps"], metrics["stepped"]) == (0.0, 1.0, 1.0)
-
-
-def test_a_kl_passes_outputs_of_advantage_0():
-    """With a KL every output of weight above 0 has a coefficient, whatever its advantage."""
-    batch = random_batch(advantages=torch.zeros(3, 2, dtype=torch.float64))
-    batch.weights_B[1] = 0.0
-    assert batch.passes_B.tolist() == [True, False, True, True, True, True]
