@@ -257,9 +257,7 @@ class Batch:
         self.cache.place_R[rows_R] = -1
         tokens_RT, logp_RT = self.tokens_RT[rows_R].cpu(), self.logp_RT[rows_R].cpu()
         if not bool(logp_RT.isfinite().all()):
-            raise NotFinite(
-                "sample_groups: the model's logits are not finite: its weights diverged"
-            )
+            raise NotFinite("sample_groups: the model's logits are not finite")
         rows = [self.rows.pop(r) for r in ended]
         return [self._sample(*parts) for parts in zip(rows, tokens_RT, logp_RT)]
 

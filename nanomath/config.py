@@ -64,7 +64,9 @@ class RunConfig:
     )
     seed: int = opt(0, "seed of weights, data order and samples", low=0, high=2**63 - 1)
     device: str = opt("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"), may_change=True)
-    threads: int = opt(0, "torch threads per process; 0: one per core", low=0, may_change=True)
+    threads: int = opt(
+        0, "torch threads per process; 0: one per core", low=0, high=1024, may_change=True
+    )
     micro_batch_size: int = opt(
         8,
         "rows of one forward and backward pass; lower it when memory runs out",

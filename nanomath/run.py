@@ -47,10 +47,11 @@ def open_run(cfg: RunConfig) -> Iterator[tuple[Dist, RunLock]]:
         try:
             yield dist, lock
         except NotFinite as error:
+            newest = checkpoint.newest_name(cfg.run_dir) or "none"
             raise SystemExit(
-                f"{lock.doing}: {error}. The weights have diverged: start from an earlier "
-                f"checkpoint of {cfg.run_dir} or its --init in another --run_dir, with a lower "
-                "--lr, more --warmup_steps or a smaller --max_grad_norm"
+                f"{lock.doing}: {error}. The weights have diverged; the last checkpoint in "
+                f"{cfg.run_dir}, {newest}, may have, too: start again in another --run_dir, with a "
+                "lower --lr, more --warmup_steps or a smaller --max_grad_norm"
             ) from None
         except KeyboardInterrupt:
             raise SystemExit(
@@ -143,6 +144,11 @@ class Run:
         interval, at the end, and when a signal or `ends_with` asks to stop, on all ranks alike.
         """
         first, self._desc = self.state["step"], desc
+        if getattr(self.cfg, "warmup_steps", 0) > num_steps:
+            self.say(
+                f"note: --warmup_steps {self.cfg.warmup_steps} outlast the {num_steps} steps: the "
+                "learning rate never reaches --lr"
+            )
         if first >= num_steps:
             self.say(f"{desc}: all {num_steps} steps are done ({self.cfg.run_dir})")
             return

@@ -1111,7 +1111,7 @@ def test_a_diverged_run_ends_with_one_line(tmp_path, start, monkeypatch, capsys)
     monkeypatch.setattr(train_grpo, "update", broken_update)
     argv = [*SMALL_GRPO, "--init", start, "--run_dir", tmp_path / "grpo"]
     text = message(train_grpo, argv, monkeypatch, capsys)
-    for part in ("grpo, step 1: ", "not finite", "weights have diverged", "--lr", "checkpoint"):
+    for part in ("grpo, step 1: sample", "not finite", "weights have diverged", "--lr", "none"):
         assert part in text
 
     def refuse(word):

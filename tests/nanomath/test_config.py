@@ -112,6 +112,7 @@ def test_a_run_older_than_a_setting_had_its_default(tmp_path):
         (GRPOConfig, "reward", [""], ["answer"]),
         (GRPOConfig, "run_dir", [""], ["x"]),
         (SFTConfig, "data", [""], ["x"]),
+        (SFTConfig, "threads", ["-1", "100000000"], ["0", "1"]),
         (PretrainConfig, "seed", ["-1", str(2**63)], [str(2**63 - 1)]),
     ],
 )  # fmt: skip
