@@ -5,9 +5,12 @@
         --reward answer
     torchrun --nproc_per_node 8 train_grpo.py --init runs/sft      # the paper's settings
 
-`train` reads as Algorithm 1. What its phases do is in stream.py (sampling), rewards.py (rewards),
-advantages.py (advantages, weights) and grpo.py (the objective of Eq. 3 and 4, the update). The same
-command continues a run.
+torchrun kills its processes 30 s after a SIGTERM, in the middle of a longer step: set
+TORCH_ELASTIC_SHUTDOWN_TIMEOUT in its environment, in seconds.
+
+`train` reads as Algorithm 1. What its phases do is in sampler.py or engine/ (sampling), rewards.py
+(rewards), advantages.py (advantages, weights) and grpo.py (the objective of Eq. 3 and 4, the
+update). The same command continues a run.
 """
 
 import math
@@ -20,8 +23,9 @@ import torch
 
 from kernels import Objective
 from nanomath import sampler
-from nanomath.advantages import outcome_advantages, output_weights
+from nanomath.advantages import drop_without_gradient, outcome_advantages, output_weights
 from nanomath.base.config import one_line_errors, parse
+from nanomath.base.files import content_sha256, file_sha256
 from nanomath.data import epoch_order
 from nanomath.dist import (
     Dist,
@@ -37,9 +41,8 @@ from nanomath.model import Transformer
 from nanomath.optim import SCHEDULES, make_adamw
 from nanomath.rewards import Rewards
 from nanomath.rollouts import RolloutBatch, Rollouts, make_batch
-from nanomath.run.guard import RunLock
-from nanomath.run.load import load_model
-from nanomath.run.loop import Run, load_start, open_run
+from nanomath.run.guard import RunLock, StopSignal
+from nanomath.run.loop import Run, load_start, open_run, start_model
 from nanomath.run.metrics import (
     SHOWN,
     WHY_LOSS_IS_0,
@@ -49,7 +52,7 @@ from nanomath.run.metrics import (
     rollout_metrics,
     sample_lines,
 )
-from nanomath.settings import PRESETS, GRPOConfig, check, loss_starts_at_0
+from nanomath.settings import PRESETS, GRPOConfig, check, clip_without_effect, loss_starts_at_0
 from nanomath.tasks import Problem, benchmarks, countdown, encode_prompt
 from nanomath.text.tokenizer import Tokenizer
 
@@ -62,7 +65,7 @@ def load_modules(cfg: GRPOConfig, dist: Dist) -> tuple[dict[str, Transformer], T
     modules = {"model": policy}
     if cfg.kl_coef > 0:
         # Its weights are set at the start of each iteration (l.3), or come from a checkpoint.
-        reference, _, _ = load_model(cfg.init, dist, compile=cfg.compile)
+        reference, _ = start_model(cfg, dist, compile=cfg.compile)
         modules["reference"] = reference.requires_grad_(False)
     return modules, tokenizer
 
@@ -157,8 +160,10 @@ def evaluate(
     problems: list[Problem],
     rewards: Rewards,
     dist: Dist,
+    stop: StopSignal | None = None,
 ) -> dict[str, float]:
-    """Return Pass@1, and with --num_eval_samples Pass@K and Maj@K, of held-out problems."""
+    """Return Pass@1, and with --num_eval_samples Pass@K and Maj@K, of held-out problems; {} when a
+    signal to `stop` ended that."""
     return heldout_metrics(
         model,
         tokenizer=tokenizer,
@@ -167,6 +172,7 @@ def evaluate(
         num_samples=cfg.num_eval_samples,
         temperature=cfg.eval_temperature,
         dist=dist,
+        stop=stop,
         **sampler_settings(cfg, dist),
     )
 
@@ -281,6 +287,20 @@ def end_without_rewards(run: Run, rewards: Rewards, metrics: dict[str, float]) -
         )
 
 
+def note_reward_files(run: Run) -> None:
+    """Say which reward functions have changed since the run's last checkpoint.
+
+    They may: a broken one must be mended for the run to go on (end_without_rewards).
+    """
+    files = {name.rpartition(":")[0] for name in run.cfg.reward if ":" in name}
+    now = {file: file_sha256(file) for file in sorted(files)}
+    before = run.state.get("reward_files", {})
+    for file in now:
+        if before.get(file, now[file]) != now[file]:
+            run.say(f"note: --reward {file} has changed since step {run.state['step']}")
+    run.state["reward_files"] = now
+
+
 def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
     """Run Algorithm 1 with outcome rewards (Sec. 4.1.2, 4.1.4)."""
     with one_line_errors():
@@ -290,11 +310,16 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
         # On one CPU the policy samples for itself; else a whole copy does, refreshed before use.
         sampling_model = make_replica(policy, dist)
         optimizer = make_adamw(policy, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0)
-        problems, heldout = drop_long_prompts(
-            cfg, problem_sets(cfg), tokenizer, policy.cfg.max_context, dist
-        )
+        sets = problem_sets(cfg)
+        asked = [problem for part in sets for problem in part]
+        data = {
+            "--problems": content_sha256(map(vars, asked)),
+            "--init's tokenizer": content_sha256(encode_prompt(tokenizer, p) for p in asked[:100]),
+        }
+        problems, heldout = drop_long_prompts(cfg, sets, tokenizer, policy.cfg.max_context, dist)
         check_cache(cfg, sampling_model, tokenizer, [*problems, *heldout])
-        run = Run(cfg, dist, lock, modules, optimizer, tokenizer)
+        run = Run(cfg, dist, lock, modules, optimizer, tokenizer, data)
+        note_reward_files(run)
     total_steps = cfg.num_iterations * cfg.num_steps
     run.say(
         f"{cfg.init}: {policy.cfg.num_parameters:,} parameters, {dist.world_size} x "
@@ -305,6 +330,8 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
     if cfg.problems and dist.is_main:
         for note in benchmarks.unreadable_references([*problems, *heldout], cfg.problems):
             run.say(f"warning: {note}")
+    if note := clip_without_effect(cfg):
+        run.say(note)
     for step in run.steps(total_steps, desc="grpo"):  # Alg. 1 l.2, l.4
         if step % cfg.num_steps == 0 and cfg.kl_coef > 0:
             copy_weights(reference, policy)  # Alg. 1 l.3
@@ -316,7 +343,9 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
         is_shown, is_last = step % cfg.eval_interval == 0, step + 1 == total_steps
         metrics = {}
         if is_shown:
-            metrics = evaluate(cfg, sampling_model, tokenizer, heldout, rewards, dist)
+            metrics = evaluate(cfg, sampling_model, tokenizer, heldout, rewards, dist, run.signal)
+            if not metrics:
+                run.leave_step()
         clock.lap("evaluation")
         prompts = [encode_prompt(tokenizer, problem) for problem in mine]
         rollouts = sample(  # Alg. 1 l.7
@@ -334,9 +363,12 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
             mask_truncated=cfg.mask_truncated,
             drop_constant_groups=cfg.drop_constant_groups,
         )
+        if cfg.kl_coef == 0:
+            weights_PG = drop_without_gradient(weights_PG, advantages_PG)
         clock.lap("rewards")
         sizes = {"num_prompts": cfg.batch_size, "world_size": dist.world_size}
         batch = make_batch(prompts, rollouts, advantages_PG, weights_PG, **sizes)
+        batch.agree_on_passes(cfg.num_minibatches, dist)
         add_logprobs(cfg, batch, policy, reference, dist)
         clock.lap("logprobs")
         lr = SCHEDULES[cfg.schedule](
@@ -346,7 +378,10 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
         clock.lap("update")
         if is_last:
             refresh_replica(sampling_model, policy, dist)
-            metrics |= evaluate(cfg, sampling_model, tokenizer, heldout, rewards, dist)
+            after = evaluate(cfg, sampling_model, tokenizer, heldout, rewards, dist, run.signal)
+            if not after:
+                run.say(f"the last evaluation was left: evaluate.py --checkpoint {cfg.run_dir}")
+            metrics |= after
             clock.lap("evaluation")
         metrics |= rollout_metrics(rewards_PG, parts, rollouts, dist) | {"lr": lr}
         metrics |= cost_metrics(clock.seconds, batch, cfg.num_updates, dist)

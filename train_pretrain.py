@@ -22,7 +22,7 @@ from nanomath.data import TokenShards, describe_source, epoch_order, write_shard
 from nanomath.dist import Dist, all_reduce_sum, shard
 from nanomath.model import ModelConfig, Transformer
 from nanomath.optim import SCHEDULES, make_adamw
-from nanomath.run.guard import RunLock
+from nanomath.run.guard import RunLock, StopSignal
 from nanomath.run.loop import Run, open_run, supervised_update
 from nanomath.text.tokenizer import Tokenizer
 
@@ -51,8 +51,8 @@ class PretrainConfig(RunConfig):
     schedule: str = opt("multi_step", "learning rate over steps, Sec. 2.2", choices=(*SCHEDULES,))
     warmup_steps: int = opt(2000, "steps of linear warm-up, Sec. 2.2", low=0)
     weight_decay: float = opt(0.1, "AdamW, Sec. 2.2", low=0.0)
-    beta1: float = opt(0.9, "AdamW, Sec. 2.2", low=0.0, high=1.0)
-    beta2: float = opt(0.95, "AdamW, Sec. 2.2", low=0.0, high=1.0)
+    beta1: float = opt(0.9, "AdamW, Sec. 2.2", low=0.0, below=1.0)
+    beta2: float = opt(0.95, "AdamW, Sec. 2.2", low=0.0, below=1.0)
     eval_interval: int = opt(500, "steps between validations", low=1)
     max_valid_tokens: int = opt(1_000_000, "held-out tokens per validation at most", low=1)
 
@@ -146,13 +146,22 @@ def tokenized(name: str, path: str, cfg: PretrainConfig, tokenizer: Tokenizer, d
 
 
 @torch.no_grad()
-def bits_per_byte(model: torch.nn.Module, valid: TokenShards, cfg: PretrainConfig, dist: Dist):
-    """Return the model's code length of held-out text in bits per byte of text."""
+def bits_per_byte(
+    model: torch.nn.Module,
+    valid: TokenShards,
+    cfg: PretrainConfig,
+    dist: Dist,
+    stop: StopSignal | None = None,
+) -> float | None:
+    """Return the model's code length of held-out text in bits per byte of text; None when a signal
+    to `stop` ended that, on all ranks alike."""
     num_windows = max(1, cfg.max_valid_tokens // cfg.context)  # whatever the batches
     rows_per_batch = cfg.micro_batch_size * dist.world_size
     sums = {"nats": 0.0, "tokens": 0.0}
     batches = valid.sequential(cfg.context, rows_per_batch)
     for first, tokens_BT in zip(range(0, num_windows, rows_per_batch), batches, strict=False):
+        if stop is not None and stop.requested(dist):
+            return None
         tokens_BT = tokens_BT[: num_windows - first]
         # Every rank runs every batch's share; the last batch may have fewer rows than ranks.
         mine_BT = tokens_BT[dist.rank :: dist.world_size].to(dist.device)
@@ -186,12 +195,21 @@ def train(cfg: PretrainConfig, dist: Dist, lock: RunLock) -> None:
         optimizer = make_adamw(
             model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
         )
-        run = Run(cfg, dist, lock, {"model": model}, optimizer, tokenizer)
+        data = {
+            "--corpus": train_tokens.source["sha256"],
+            "--valid": valid_tokens.source["sha256"],
+            "--tokenizer": train_tokens.source["tokenizer_sha256"],
+        }
+        run = Run(cfg, dist, lock, {"model": model}, optimizer, tokenizer, data)
     for step in run.steps(cfg.num_steps, desc="pretrain"):
         batch = train_tokens.train_batch(step, cfg.batch_size, cfg.context, cfg.seed)
         metrics = supervised_update(run, cfg, step, batch)
         if (step + 1) % cfg.eval_interval == 0 or step + 1 == cfg.num_steps:
-            metrics["valid_bits_per_byte"] = bits_per_byte(model, valid_tokens, cfg, dist)
+            bits = bits_per_byte(model, valid_tokens, cfg, dist, run.signal)
+            if bits is None:
+                run.say(f"step {step}: the validation was left")
+            else:
+                metrics["valid_bits_per_byte"] = bits
         windows = epoch_order(num_windows, step, cfg.batch_size, cfg.seed)
         shown = ("loss", "valid_bits_per_byte")
         run.log(step, metrics, shown, batch=("first_tokens", windows * cfg.context))

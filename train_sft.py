@@ -10,7 +10,7 @@ inside each. The loss is on solution tokens only, every one with the same weight
 from dataclasses import dataclass
 
 from nanomath.base.config import RunConfig, one_line_errors, opt, parse
-from nanomath.base.files import read_examples
+from nanomath.base.files import content_sha256, read_examples
 from nanomath.base.log import plot_metrics
 from nanomath.data import PackedExamples, encode_examples, epoch_order
 from nanomath.dist import Dist
@@ -41,8 +41,8 @@ class SFTConfig(RunConfig):
     schedule: str = opt("constant", "learning rate over steps, Sec. 3", choices=(*SCHEDULES,))
     warmup_steps: int = opt(0, "steps of linear warm-up (paper silent)", low=0)
     weight_decay: float = opt(0.1, "AdamW (paper silent: as in pretraining)", low=0.0)
-    beta1: float = opt(0.9, "AdamW (paper silent: as in pretraining)", low=0.0, high=1.0)
-    beta2: float = opt(0.95, "AdamW (paper silent: as in pretraining)", low=0.0, high=1.0)
+    beta1: float = opt(0.9, "AdamW (paper silent: as in pretraining)", low=0.0, below=1.0)
+    beta2: float = opt(0.95, "AdamW (paper silent: as in pretraining)", low=0.0, below=1.0)
 
 
 PRESETS = {
@@ -84,14 +84,19 @@ def train(cfg: SFTConfig, dist: Dist, lock: RunLock) -> None:
     with one_line_errors():
         model, tokenizer = load_start(cfg, dist)
         context = min(cfg.context, model.cfg.max_context)
-        examples = encode_examples(tokenizer, read_examples(cfg.data))
+        texts = list(read_examples(cfg.data))
+        examples = encode_examples(tokenizer, texts)
         packed = PackedExamples(examples, context, seed=cfg.seed, pad_id=tokenizer.pad_id)
         if dist.is_main:
             print(packed.summary(), flush=True)
         optimizer = make_adamw(
             model, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay
         )
-        run = Run(cfg, dist, lock, {"model": model}, optimizer, tokenizer)
+        data = {
+            "--data": content_sha256(texts),
+            "--init's tokenizer": content_sha256(examples[:100]),
+        }
+        run = Run(cfg, dist, lock, {"model": model}, optimizer, tokenizer, data)
     for step in run.steps(cfg.num_steps, desc="sft"):
         batch = packed.batch(step, cfg.batch_size, cfg.seed)
         metrics = supervised_update(run, cfg, step, batch)

@@ -17,9 +17,10 @@ N flattened tokens, V vocabulary, D model width. Imports torch; triton only when
 from kernels.linear import linear_cross_entropy, linear_policy_loss, linear_token_logprobs
 from kernels.policy_loss import cross_entropy, policy_loss, token_logprobs
 from kernels.reference import Objective, PolicyLossOutput
-from kernels.rows import check_status
+from kernels.rows import NotFinite, check_status
 
 __all__ = [
+    "NotFinite",
     "Objective",
     "PolicyLossOutput",
     "check_status",

@@ -62,8 +62,13 @@ BAD_ROW_REASONS = {
 }
 
 
+class NotFinite(ValueError):
+    """The model's weights or what they compute are no longer finite: training has diverged."""
+
+
 def bad_row_error(row: int, code: int) -> ValueError:
-    return ValueError(f"row {row} has no loss: {BAD_ROW_REASONS[code]}")
+    kind = NotFinite if code > 2 else ValueError
+    return kind(f"row {row} has no loss: {BAD_ROW_REASONS[code]}")
 
 
 def check_status(status: Tensor | None) -> None:

@@ -12,6 +12,9 @@ from nanomath.rollouts import Rollouts
 
 ADVANTAGES = ("std", "mean", "leave_one_out")
 LOSS_NORMS = ("response", "token", "constant")
+# Rewards are equal when they differ by no more than this share of the largest: 0.1 + 0.2 and 0.3
+# differ by a rounding, which divided by its own std would be an advantage of full size.
+SAME_REWARDS = 1e-9
 
 
 def outcome_advantages(rewards_PG: torch.Tensor, kind: str = "std") -> torch.Tensor:
@@ -19,33 +22,51 @@ def outcome_advantages(rewards_PG: torch.Tensor, kind: str = "std") -> torch.Ten
 
     rewards_PG: [P, G]; NaN marks an output without a reward, which leaves its group: it gets
     advantage 0 and counts in neither mean nor std. std is the population's (ddof 0), without an
-    epsilon; a group whose rewards are all equal gets exactly 0. Raises ValueError for G < 2.
+    epsilon; a group whose rewards are all equal, to SAME_REWARDS, gets exactly 0. Raises ValueError
+    for G < 2.
     kind: std; mean, without the division; leave_one_out, r_i less the mean of the other rewards.
     """
     if rewards_PG.shape[1] < 2:
         raise ValueError("a group needs at least 2 outputs: with one, every advantage is 0")
-    rewards_PG = rewards_PG.double()
-    scored_PG = ~rewards_PG.isnan()
-    count_P1 = scored_PG.sum(dim=1, keepdim=True).clamp(min=1).double()
-    filled_PG = rewards_PG.masked_fill(~scored_PG, 0.0)
-    mean_P1 = filled_PG.sum(dim=1, keepdim=True) / count_P1
-    centred_PG = (filled_PG - mean_P1).masked_fill(~scored_PG, 0.0)
-    scale_P1 = {
-        "std": (centred_PG.square().sum(dim=1, keepdim=True) / count_P1).sqrt(),
-        "mean": torch.ones_like(mean_P1),
+    centred_PG, std_P, unit_P = centred_rewards(rewards_PG)
+    count_P = (~rewards_PG.isnan()).sum(dim=1).double()
+    scale_P = {
+        "std": std_P.where(std_P > 0.0, 1.0),  # of equal rewards: they are centred to 0
+        "mean": torch.ones_like(std_P),
         # r_i - mean = (1 - 1/n) (r_i - mean of the others)
-        "leave_one_out": 1.0 - 1.0 / count_P1,
+        "leave_one_out": 1.0 - 1.0 / count_P.clamp(min=2),
     }[kind]
-    # Test equality, not std == 0: eight rewards of 0.1 have a tiny std by rounding.
-    return torch.where(constant_groups(rewards_PG)[:, None], 0.0, centred_PG / scale_P1)
+    in_units_PG = centred_PG / scale_P[:, None]
+    return in_units_PG if kind == "std" else in_units_PG * unit_P[:, None]
+
+
+def centred_rewards(rewards_PG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return r_i - mean(r) [P, G] and the population std [P] of each group, and their unit [P].
+
+    Both are float64, in units of a power of two near the group's largest reward, so that squares of
+    1e-200 or 1e200 stay numbers and nothing else is rounded. Where rewards are equal all are
+    exactly 0, and so is an output without a reward (NaN).
+    """
+    rewards_PG = rewards_PG.double()
+    missing_PG = rewards_PG.isnan()
+    size_P = rewards_PG.abs().masked_fill(missing_PG, 0.0).amax(dim=1)
+    unit_P = (size_P / (2.0 * torch.frexp(size_P).mantissa)).where(size_P > 0, 1.0)
+    scaled_PG = rewards_PG / unit_P[:, None]
+    low_P1 = scaled_PG.masked_fill(missing_PG, torch.inf).amin(dim=1, keepdim=True)
+    # Less the lowest first, which is exact for rewards near each other: their mean is not.
+    above_PG = (scaled_PG - low_P1).masked_fill(missing_PG, 0.0)
+    is_equal_P1 = (above_PG.amax(dim=1) <= SAME_REWARDS * size_P / unit_P)[:, None]
+    above_PG = above_PG.masked_fill(is_equal_P1, 0.0)
+    count_P1 = (~missing_PG).sum(dim=1, keepdim=True).clamp(min=1).double()
+    mean_P1 = above_PG.sum(dim=1, keepdim=True) / count_P1
+    centred_PG = (above_PG - mean_P1).masked_fill(missing_PG, 0.0)
+    std_P1 = (centred_PG.square().sum(dim=1, keepdim=True) / count_P1).sqrt()
+    return centred_PG, std_P1[:, 0], unit_P
 
 
 def constant_groups(rewards_PG: torch.Tensor) -> torch.Tensor:
     """Return for each group whether all its rewards are equal (or none is known): [P] bool."""
-    missing_PG = rewards_PG.isnan()
-    high_P = rewards_PG.masked_fill(missing_PG, -torch.inf).amax(dim=1)
-    low_P = rewards_PG.masked_fill(missing_PG, torch.inf).amin(dim=1)
-    return high_P <= low_P
+    return centred_rewards(rewards_PG)[1] == 0.0
 
 
 def output_weights(
@@ -79,3 +100,12 @@ def output_weights(
         "token": torch.full_like(lengths_PG, totals["tokens"]),
     }[loss_norm]
     return torch.where(in_loss_PG, 1.0 / denominators_PG, 0.0)
+
+
+def drop_without_gradient(weights_PG: torch.Tensor, advantages_PG: torch.Tensor) -> torch.Tensor:
+    """Return the weights with 0 where the advantage is 0, for an objective without a KL.
+
+    Such an output adds exactly 0 to the loss and to its gradient, so it need not pass the model;
+    the others' weights were fixed with it counted, and stay.
+    """
+    return weights_PG.where(advantages_PG != 0, 0.0)

@@ -12,6 +12,7 @@ without padding. Masks come from lengths, never from token ids.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -161,7 +162,7 @@ def policy_update(
     objective: Objective,
     *,
     lr: float,
-    max_grad_norm: float,
+    max_grad_norm: float | None,
     micro_batch_size: int,
     dist: Dist,
     part: int = 0,
@@ -206,16 +207,18 @@ def policy_update(
 def update_metrics(steps: Sequence[dict[str, float]], kl_coef: float) -> dict[str, float]:
     """Describe the policy_update steps of one batch: sums over sums, never means of means.
 
-    The loss and the gradient's norm are means over the steps.
+    The loss and the gradient's norm are means over the steps. What is said of tokens is of those
+    of weight above 0, and NaN where there are none.
     """
     totals = {name: sum(step[name] for step in steps) for name in steps[0]}
     loss, kl_term = totals["loss"] / len(steps), kl_coef * totals["kl_weighted"] / len(steps)
+    of_tokens = {name: totals[name] / max(totals["tokens"], 1.0) for name in PER_TOKEN}
+    of_tokens |= {name: max(step[name] for step in steps) for name in METRIC_MAXIMA}
     return {
         "loss": loss,
         "loss_policy": loss - kl_term,
         "loss_kl": kl_term,
-        **{name: totals[name] / max(totals["tokens"], 1.0) for name in PER_TOKEN},
-        **{name: max(step[name] for step in steps) for name in METRIC_MAXIMA},
+        **(of_tokens if totals["tokens"] else dict.fromkeys(of_tokens, math.nan)),
         "grad_norm": totals["grad_norm"] / len(steps),
         "stepped": min(step["stepped"] for step in steps),
         "empty_steps": totals["empty_steps"],

@@ -108,7 +108,7 @@ def optimizer_step(
     optimizer: torch.optim.Optimizer,
     *,
     lr: float,
-    max_grad_norm: float,
+    max_grad_norm: float | None,
     dist: Dist,
 ) -> tuple[float, bool]:
     """Clip, step, clear the gradients. Return (gradient norm before clipping, whether it stepped).
@@ -134,7 +134,7 @@ def supervised_step(
     batch: TrainBatch,
     *,
     lr: float,
-    max_grad_norm: float,
+    max_grad_norm: float | None,
     micro_batch_size: int,
     dist: Dist,
 ) -> dict[str, float]:

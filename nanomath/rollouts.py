@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from nanomath.dist import Dist, all_reduce_max
 from nanomath.optim import split_rows
 
 
@@ -52,8 +53,9 @@ class RolloutBatch:
 
     sequences: per output, prompt and response token ids in one list.
     prompt_lengths, response_lengths: B ints each; the sampled EOS is part of the response.
-    num_rows_longest: the largest B of any rank. All ranks run as many passes as that takes, some
-        without rows, because sharded ranks must run each pass together.
+    num_rows_longest: the largest B of any rank, or less, by `agree_on_passes`. All ranks run as
+        many passes as that takes, some without rows, because sharded ranks must run each pass
+        together.
     The others are packed over response tokens: one axis N runs over the tokens of all rows, row by
     row, without padding. advantages_N, weights_N: float64. sampler_logp_N, ref_logp_N, old_logp_N:
     fp32 or wider, the last two as response_logprobs gives them.
@@ -77,14 +79,22 @@ class RolloutBatch:
         weights = self.weights_N.split(self.response_lengths)
         return [row for row, weights_T in enumerate(weights) if weights_T.any()]
 
+    def _rows_of_part(self, part: int, num_parts: int) -> list[int]:
+        first, end = (len(self) * k // num_parts for k in (part, part + 1))
+        return [row for row in self.rows_in_loss() if first <= row < end]
+
+    def agree_on_passes(self, num_parts: int, dist: Dist) -> None:
+        """Run no more passes than the rank with most rows in the loss needs."""
+        mine = max(len(self._rows_of_part(part, num_parts)) for part in range(num_parts))
+        self.num_rows_longest = num_parts * int(all_reduce_max(float(mine), dist))
+
     def micro_batches(self, size: int, part: int = 0, num_parts: int = 1) -> list[list[int]]:
-        """Return the rows of one part of the batch, `size` at a time.
+        """Return the rows of one part of the batch that are in the loss, `size` at a time.
 
         Rows of similar length share a micro-batch, so that little of it is padding. Scoring and
         updating split alike, so that the first ratio is 1 to the last bit.
         """
-        first, end = (len(self) * k // num_parts for k in (part, part + 1))
-        rows = [row for row in self.rows_in_loss() if first <= row < end]
+        rows = self._rows_of_part(part, num_parts)
         rows.sort(key=lambda row: len(self.sequences[row]))
         return split_rows(rows, self.num_rows_longest // num_parts, size)
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels import NotFinite
 from nanomath.draw import choose_tokens, stream_keys, uniform_noise
 from nanomath.model import Transformer, attend, attention_mask, visible
 from nanomath.rollouts import Rollouts
@@ -127,5 +128,5 @@ def sample_groups(
     for prompt, keys_G in zip(prompts, keys_PG, strict=True):
         rows += sample_group(model, prompt, keys_G, **how)
     if not all(bool(logp_T.isfinite().all()) for _, logp_T, _ in rows):
-        raise ValueError("sample_groups: the model's logits are not finite: its weights diverged")
+        raise NotFinite("sample_groups: the model's logits are not finite")
     return Rollouts.of_rows(rows, group_size, from_policy=temperature > 0)

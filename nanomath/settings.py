@@ -43,7 +43,7 @@ class GRPOConfig(RunConfig):
     batch_size: int = opt(16, "questions per step P over all ranks, Sec. 4.2: 1024 outputs", low=1)
     group_size: int = opt(64, "outputs per question G, Sec. 4.2", low=2)
     max_new_tokens: int = opt(1024, "tokens per output at most, Sec. 4.2", low=1)
-    temperature: float = opt(1.0, "sampling temperature (paper silent)", low=1e-3)
+    temperature: float = opt(1.0, "sampling temperature (paper silent)", low=1e-3, high=1e6)
     sampler: str = opt(
         "engine",
         "what draws the outputs: engine, or plain (sampler.py: the same tokens, a group at a time)",
@@ -57,9 +57,17 @@ class GRPOConfig(RunConfig):
     num_updates: int = opt(1, "passes mu over each batch, Sec. 4.2", low=1)
     num_minibatches: int = opt(1, "optimizer steps per pass (paper silent)", low=1)
     # Objective and optimizer
-    clip_eps: float = opt(0.2, "clip range eps of Eq. 3 (paper silent)", low=0.0)
+    clip_eps: float = opt(
+        0.2,
+        "clip range eps of Eq. 3 (paper silent); changes nothing unless --num_updates or "
+        "--num_minibatches is above 1: before a batch's second update every ratio is 1",
+        low=0.0,
+        below=1.0,
+    )
     clip_eps_high: float | None = opt(
-        None, "clip range above 1 (DAPO: 0.28); none: --clip_eps", low=0.0
+        None,
+        "clip range above 1 (DAPO: 0.28), as --clip_eps of later updates alone; none: --clip_eps",
+        low=0.0,
     )
     kl_coef: float = opt(0.04, "weight beta of the KL to the reference, Sec. 4.2", low=0.0)
     kl_estimator: str = opt("k3", "estimate of the KL; k3: Eq. 4", choices=KL_ESTIMATORS)
@@ -88,8 +96,8 @@ class GRPOConfig(RunConfig):
         "constant", "learning rate over steps (paper silent)", choices=(*SCHEDULES,)
     )
     warmup_steps: int = opt(0, "steps of linear warm-up (paper silent)", low=0)
-    beta1: float = opt(0.9, "AdamW (paper silent: as in pretraining)", low=0.0, high=1.0)
-    beta2: float = opt(0.95, "AdamW (paper silent: as in pretraining)", low=0.0, high=1.0)
+    beta1: float = opt(0.9, "AdamW (paper silent: as in pretraining)", low=0.0, below=1.0)
+    beta2: float = opt(0.95, "AdamW (paper silent: as in pretraining)", low=0.0, below=1.0)
     # Rewards
     reward: tuple[str, ...] = opt(
         ("format", "equation"),
@@ -115,7 +123,9 @@ class GRPOConfig(RunConfig):
     num_eval_samples: int = opt(
         8, "samples K per held-out problem for Pass@K and Maj@K; 0: greedy answers only", low=0
     )
-    eval_temperature: float = opt(0.7, "temperature of those samples, Sec. 5.2.2", low=1e-3)
+    eval_temperature: float = opt(
+        0.7, "temperature of those samples, Sec. 5.2.2", low=1e-3, high=1e6
+    )
 
 
 # GSM8K's training file, one question in ten held out. DEVIATION: Sec. 4.2 adds MATH's training set,
@@ -218,10 +228,24 @@ def loss_starts_at_0(cfg: GRPOConfig) -> bool:
     return is_one_update and cfg.loss_norm == "response" and not cfg.mask_truncated
 
 
+def clip_without_effect(cfg: GRPOConfig) -> str | None:
+    """Return a line for a run that sets a clip range which no ratio can ever leave, else None."""
+    names = ("clip_eps", "clip_eps_high")
+    given = [f"--{n}" for n in names if getattr(cfg, n) != getattr(GRPOConfig, n)]
+    if not given or cfg.num_updates * cfg.num_minibatches > 1:
+        return None
+    return (
+        f"note: {' and '.join(given)} will change nothing: with one update per batch every ratio "
+        "is 1; give --num_updates or --num_minibatches above 1"
+    )
+
+
 def check(cfg: GRPOConfig, dist: Dist) -> None:
     """Refuse what would only fail in the middle of a step. Raises ValueError."""
     if cfg.num_eval_samples == 1:
         raise ValueError("--num_eval_samples is 1: give 0, or at least 2 for Pass@K and Maj@K")
+    if cfg.reward_weights and not any(cfg.reward_weights):
+        raise ValueError("--reward_weights are all 0: every advantage would be 0")
     if cfg.problems and "equation" in cfg.reward:
         raise ValueError(
             "--problems needs --reward answer, or one of your own: equation is Countdown's"

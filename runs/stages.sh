@@ -5,7 +5,8 @@
 #
 # FLAGS go to train_grpo.py. The same command continues, and only prints what is finished.
 # Environment: MODEL (folder to start from), RUN (folder of all results), NPROC (processes),
-# EVALUATE (flags for evaluate.py); on several machines NODES, HOST (the first), NODE (0 on it).
+# EVALUATE (flags for evaluate.py); on several machines NODES, HOST (the first), NODE (0 on it);
+# TORCH_ELASTIC_SHUTDOWN_TIMEOUT (seconds from a SIGTERM until torchrun kills what has not ended).
 set -euo pipefail
 
 if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
@@ -19,6 +20,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 MODEL="${MODEL:-models/${HUB#*/}}"
 RUN="${RUN:-runs/$PRESET}"
 NODES="${NODES:-1}"
+# torchrun's own 30 s would kill the ranks before a step ends and is saved.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-900}"
 
 if [ "${1:-}" = download ]; then
     for name in $DATA; do python -m nanomath.hub.download "$name" --to data; done

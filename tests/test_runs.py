@@ -321,6 +321,26 @@ def test_what_the_scripts_call(tmp_path, name):
         assert sum("evaluate.py" in line for line in lines) == 2
 
 
+@pytest.mark.parametrize(("given", "seconds"), [(None, "900"), ("60", "60")])
+def test_torchrun_gives_the_ranks_time_to_save(tmp_path, given, seconds):
+    """Processes that torchrun starts have 900 s after a SIGTERM, not its 30, or what is given."""
+    log = tmp_path / "log"
+    for program, line in (
+        ("python", ""),
+        ("torchrun", f"echo $TORCH_ELASTIC_SHUTDOWN_TIMEOUT >> {log}"),
+    ):
+        (tmp_path / program).write_text(f"#!/usr/bin/env bash\n{line}\n")
+        (tmp_path / program).chmod(0o755)
+    (tmp_path / "config.json").touch()
+    env = {k: v for k, v in os.environ.items() if k != "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"}
+    env |= {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": given} if given else {}
+    env |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MODEL": str(tmp_path), "NPROC": "2"}
+    env |= {"RUN": str(tmp_path), "NODE": "1", "NODES": "2", "HOST": "first"}
+    (tmp_path / "exported").touch()
+    subprocess.run(["bash", ROOT / "runs" / "deepseekmath_7b.sh"], env=env, check=True)
+    assert log.read_text().split() == [seconds] * 3  # evaluate, train, evaluate
+
+
 def test_an_export_is_made_anew_after_more_training(tmp_path):
     """An export older than the newest checkpoint, of a run that a signal ended early, is replaced;
     a newer one is kept."""

@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from nanomath.base.log import read_metrics
 from nanomath.data import PackedExamples, TokenShards, epoch_order, write_shards
 from nanomath.dist import Dist
 from nanomath.engine.stream import sample_groups
+from nanomath.measure import evaluation
 from nanomath.model import ModelConfig, Transformer
 from nanomath.optim import cosine_lr
 from nanomath.run import checkpoint, load
@@ -963,3 +965,265 @@ def test_a_run_in_which_nothing_is_rewarded_ends(tmp_path, start, monkeypatch):
     rows = read_metrics(tmp_path / "grpo")
     assert [row["step"] for row in rows if row["no_reward"] == 8] == sorted(broken_steps)
     assert len(rows) == 12
+
+
+# ------------------------------------------------------------------------------ the same run
+
+
+def test_a_run_continues_without_its_init(tmp_path, start, monkeypatch, capsys):
+    """A run that has a checkpoint needs --init no more: moved away, it ends as if it were there;
+    a run without a checkpoint still names what is missing."""
+    init = tmp_path / "init"
+    shutil.copytree(start, init)
+    argv = [*SMALL_GRPO, "--init", init, "--checkpoint_interval", "2"]
+    for name in ("whole", "cut"):
+        stop_after(monkeypatch, 3 if name == "cut" else None)
+        with contextlib.suppress(SystemExit):
+            run_script(train_grpo, [*argv, "--run_dir", tmp_path / name], monkeypatch)
+    stop_after(monkeypatch, None)
+    shutil.rmtree(init)
+    run_script(train_grpo, [*argv, "--run_dir", tmp_path / "cut"], monkeypatch)
+    whole, cut = (unmeasured(read_metrics(tmp_path / name)) for name in ("whole", "cut"))
+    assert cut == whole and len(cut) == 6
+    for a, b in zip(load_weights(tmp_path / "whole"), load_weights(tmp_path / "cut"), strict=True):
+        assert torch.equal(a, b)
+    capsys.readouterr()
+    text = message(train_grpo, [*argv, "--run_dir", tmp_path / "new"], monkeypatch, capsys)
+    assert f"no checkpoint under {init}" in text
+
+
+def unmeasured(rows):
+    return [
+        {k: v for k, v in row.items() if not any(fnmatch(k, name) for name in MEASURED)}
+        for row in rows
+    ]
+
+
+REAL_UPDATE = train_grpo.update
+
+
+def stop_after(monkeypatch, num_updates):
+    """Send a SIGTERM in this update of the next run; None: none."""
+    calls = []
+
+    def update(*args):
+        calls.append(None)
+        if len(calls) == num_updates:
+            signal.raise_signal(signal.SIGTERM)
+        return REAL_UPDATE(*args)
+
+    monkeypatch.setattr(train_grpo, "update", update)
+
+
+def test_a_run_refuses_other_data_than_it_began_with(tmp_path, tokenizer, monkeypatch, capsys):
+    """A changed problems file, SFT file or corpus is refused by name when the run goes on; the
+    same contents in another place, or said of a run that noted none, are not."""
+    start = save_start(tmp_path / "start", tokenizer, torch.float32, max_context=128)
+    rows = [{"question": f"{i} + 1", "answer": f"#### {i + 1}"} for i in range(30)]
+    write_jsonl(tmp_path / "own.jsonl", rows)
+    argv = [*SMALL_GRPO, "--init", start, "--run_dir", tmp_path / "grpo", "--reward", "answer"]
+    argv += ["--problems", tmp_path / "own.jsonl", "--checkpoint_interval", "1"]
+    stop_after(monkeypatch, 2)
+    with pytest.raises(SystemExit):
+        run_script(train_grpo, argv, monkeypatch)
+    stop_after(monkeypatch, None)
+    for changed in ([*rows[:-1], {**rows[-1], "answer": "#### 7"}], rows[::-1], rows[1:]):
+        write_jsonl(tmp_path / "own.jsonl", changed)
+        text = message(train_grpo, argv, monkeypatch, capsys)
+        assert "other contents of --problems" in text and "--run_dir" in text
+    write_jsonl(tmp_path / "own.jsonl", rows)
+    state = tmp_path / "grpo/checkpoints/step-000002/state.json"
+    assert set(json.loads(state.read_text())["data"]) == {"--problems", "--init's tokenizer"}
+    run_script(train_grpo, argv, monkeypatch)
+    assert len(read_metrics(tmp_path / "grpo")) == 6
+
+    texts = [{"prompt": f"{i} + 1 =", "solution": f" {i + 1}"} for i in range(30)]
+    write_jsonl(tmp_path / "sft.jsonl", texts)
+    sft = ["--preset", "smoke", "--threads", "1", "--init", start, "--run_dir", tmp_path / "sft",
+           "--batch_size", "2", "--context", "32", "--num_steps", "4", "--checkpoint_interval", "1",
+           "--data"]  # fmt: skip
+    run_script(train_sft, [*sft, tmp_path / "sft.jsonl"], monkeypatch)
+    write_jsonl(tmp_path / "moved.jsonl", texts)
+    run_script(train_sft, [*sft, tmp_path / "moved.jsonl"], monkeypatch)
+    write_jsonl(tmp_path / "sft.jsonl", texts[1:])
+    text = message(train_sft, [*sft, tmp_path / "sft.jsonl"], monkeypatch, capsys)
+    assert "other contents of --data" in text
+
+    pages = [{"text": f"1 + {i} = {i + 1}. " * 8} for i in range(40)]
+    write_jsonl(tmp_path / "pages.jsonl", pages)
+    tokenizer.save(tmp_path / "tokenizer")
+    base = ["--preset", "smoke", "--threads", "1", "--corpus", tmp_path / "pages.jsonl",
+            "--valid", tmp_path / "pages.jsonl", "--tokenizer", tmp_path / "tokenizer",
+            "--run_dir", tmp_path / "base", "--context", "64", "--batch_size", "2",
+            "--num_steps", "2", "--checkpoint_interval", "1"]  # fmt: skip
+    run_script(train_pretrain, base, monkeypatch)
+    write_jsonl(tmp_path / "pages.jsonl", pages[1:])
+    shutil.rmtree(tmp_path / "base" / "tokens")  # tokenized anew, nothing there tells
+    text = message(train_pretrain, base, monkeypatch, capsys)
+    assert "other contents of --corpus, --valid" in text
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_changed_reward_file_is_named_and_the_run_goes_on(tmp_path, start, monkeypatch, capsys):
+    """A reward function may be mended within a run; that it has changed is said once."""
+    path = tmp_path / "mine.py"
+    path.write_text("def even(problem, text):\n    return len(text) % 2\n")
+    argv = [*SMALL_GRPO, "--init", start, "--run_dir", tmp_path / "grpo", "--reward",
+            f"{path}:even", "--checkpoint_interval", "1"]  # fmt: skip
+    stop_after(monkeypatch, 2)
+    with pytest.raises(SystemExit):
+        run_script(train_grpo, argv, monkeypatch)
+    stop_after(monkeypatch, None)
+    assert "has changed" not in capsys.readouterr().out
+    path.write_text("def even(problem, text):\n    return len(text) % 3\n")
+    run_script(train_grpo, argv, monkeypatch)
+    assert f"note: --reward {path} has changed since step 2" in capsys.readouterr().out
+    run_script(train_grpo, argv, monkeypatch)
+    assert "has changed" not in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------ left evaluations
+
+
+def signal_in_evaluation(monkeypatch, number):
+    """Send a SIGTERM in the evaluation of this number, before its last output; None: none."""
+    calls = []
+
+    def evaluate_chunk(*args, **settings):
+        calls.append(None)
+        if len(calls) == number:
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError("the evaluation went on")
+        return real(*args, **settings)
+
+    real = evaluation.evaluate_chunk
+    monkeypatch.setattr(evaluation, "evaluate_chunk", evaluate_chunk)
+
+
+def test_sigterm_in_an_evaluation_leaves_it_and_saves(tmp_path, start, monkeypatch, capsys):
+    """A SIGTERM while held-out problems are sampled ends the run at once, with a checkpoint of what
+    was done; continued, it ends as one that was never cut. In the last evaluation the update
+    stands, and the row has no held-out figures."""
+    argv = [*SMALL_GRPO, "--init", start, "--checkpoint_interval", "50", "--eval_interval", "2"]
+    run_script(train_grpo, [*argv, "--run_dir", tmp_path / "whole"], monkeypatch)
+    whole = unmeasured(read_metrics(tmp_path / "whole"))
+    for number, step in ((1, 0), (2, 2), (3, 4)):  # evaluations at steps 0, 2 and 4
+        run_dir = tmp_path / f"cut-{number}"
+        signal_in_evaluation(monkeypatch, number)
+        with pytest.raises(SystemExit) as end:
+            run_script(train_grpo, [*argv, "--run_dir", run_dir], monkeypatch)
+        assert end.value.code == 0
+        saved = [path.name for path in (run_dir / "checkpoints").glob("step-*")]
+        assert saved == ([f"step-{step:06d}"] if step else [])
+        if number == 2:  # again, with nothing done in between: nothing to save, no error
+            signal_in_evaluation(monkeypatch, 1)
+            with pytest.raises(SystemExit) as end:
+                run_script(train_grpo, [*argv, "--run_dir", run_dir], monkeypatch)
+            assert end.value.code == 0
+        signal_in_evaluation(monkeypatch, None)
+        run_script(train_grpo, [*argv, "--run_dir", run_dir], monkeypatch)
+        assert unmeasured(read_metrics(run_dir)) == whole
+    signal_in_evaluation(monkeypatch, 4)
+    capsys.readouterr()
+    run_script(train_grpo, [*argv, "--run_dir", tmp_path / "last"], monkeypatch)
+    *before, last = unmeasured(read_metrics(tmp_path / "last"))
+    assert before == whole[:-1]
+    assert last == {k: v for k, v in whole[-1].items() if not k.startswith("heldout")}
+    assert "the last evaluation was left" in capsys.readouterr().out
+
+
+def test_sigterm_in_a_validation_leaves_it(tmp_path, tokenizer, monkeypatch):
+    """Pretraining leaves a validation, saves the step and ends."""
+    pages = [{"text": f"1 + {i} = {i + 1}. " * 8} for i in range(40)]
+    write_jsonl(tmp_path / "pages.jsonl", pages)
+    tokenizer.save(tmp_path / "tokenizer")
+    base = ["--preset", "smoke", "--threads", "1", "--corpus", tmp_path / "pages.jsonl",
+            "--valid", tmp_path / "pages.jsonl", "--tokenizer", tmp_path / "tokenizer",
+            "--run_dir", tmp_path / "base", "--context", "64", "--batch_size", "2",
+            "--num_steps", "4", "--eval_interval", "2"]  # fmt: skip
+    real = TokenShards.sequential
+
+    def sequential(self, *args):
+        signal.raise_signal(signal.SIGTERM)
+        return real(self, *args)
+
+    monkeypatch.setattr(TokenShards, "sequential", sequential)
+    with pytest.raises(SystemExit) as end:
+        run_script(train_pretrain, base, monkeypatch)
+    assert end.value.code == 0
+    assert (tmp_path / "base/checkpoints/step-000002/COMMIT").exists()
+    rows = read_metrics(tmp_path / "base")
+    assert len(rows) == 2 and "valid_bits_per_byte" not in rows[1]
+
+
+# ------------------------------------------------------------------------------ divergence
+
+
+def test_a_diverged_run_ends_with_one_line(tmp_path, start, monkeypatch, capsys):
+    """Weights that are no longer finite: the line names the step, the cause and the fix, and
+    metrics.jsonl stays strict JSON."""
+
+    def broken_update(cfg, policy, *args):
+        metrics = REAL_UPDATE(cfg, policy, *args)
+        policy.embedding.weight.data.fill_(float("nan"))
+        return metrics | {"grad_norm": float("inf"), "kl": float("nan")}
+
+    monkeypatch.setattr(train_grpo, "update", broken_update)
+    argv = [*SMALL_GRPO, "--init", start, "--run_dir", tmp_path / "grpo"]
+    text = message(train_grpo, argv, monkeypatch, capsys)
+    for part in ("grpo, step 1: sample", "not finite", "weights have diverged", "--lr", "none"):
+        assert part in text
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    lines = (tmp_path / "grpo/metrics.jsonl").read_text().splitlines()
+    (row,) = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert row["grad_norm"] is None and row["kl"] is None
+
+
+def test_a_clip_range_that_changes_nothing_is_said(tmp_path, start, monkeypatch, capsys):
+    """With one update per batch every ratio is 1: a clip range given is named in one line; with
+    two updates, or the defaults, it is not."""
+    argv = [*SMALL_GRPO, "--init", start, "--num_steps", "1", "--run_dir"]
+    for i, (flags, names) in enumerate((
+        ([], None),
+        (["--clip_eps", "0.2"], None),
+        (["--clip_eps", "0.9"], "--clip_eps"),
+        (["--clip_eps", "0"], "--clip_eps"),
+        (["--clip_eps_high", "0.28"], "--clip_eps_high"),
+        (["--clip_eps", "0.1", "--clip_eps_high", "0.28"], "--clip_eps and --clip_eps_high"),
+        (["--clip_eps", "0.9", "--num_updates", "2"], None),
+        (["--clip_eps", "0.9", "--num_minibatches", "2"], None),
+    )):  # fmt: skip
+        run_script(train_grpo, [*argv, tmp_path / str(i), *flags], monkeypatch)
+        out = capsys.readouterr().out
+        assert (f"note: {names} will change nothing" in out) == (names is not None)
+        assert ("will change nothing" in out) == (names is not None)
+
+
+def test_kl_coef_0_passes_only_outputs_with_an_advantage(tmp_path, start, monkeypatch):
+    """Without a KL the trainer's batches leave out outputs of advantage 0; with one, none."""
+    seen = []
+
+    def counted_update(cfg, policy, optimizer, batch, *args):
+        rows = [row for rows in batch.micro_batches(1) for row in rows]
+        with_advantage = [bool(a.any()) for a in batch.advantages_N.split(batch.response_lengths)]
+        seen.append((len(rows), sum(with_advantage), len(batch)))
+        return REAL_UPDATE(cfg, policy, optimizer, batch, *args)
+
+    monkeypatch.setattr(train_grpo, "update", counted_update)
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "def r(problem, text):\n    return len(text) % 2 * (problem.payload['target'] % 2)\n"
+    )
+    for kl_coef in ("0", "0.1"):
+        argv = [*SMALL_GRPO, "--init", start, "--run_dir", tmp_path / kl_coef, "--kl_coef", kl_coef]
+        run_script(train_grpo, [*argv, "--reward", f"{path}:r"], monkeypatch)
+    without, with_kl = seen[:6], seen[6:]
+    assert all(passed == moved for passed, moved, _ in without)
+    assert any(moved < count for _, moved, count in without)
+    assert all(passed == count for passed, _, count in with_kl)

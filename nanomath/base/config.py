@@ -19,6 +19,7 @@ import dataclasses
 import difflib
 import json
 import math
+import operator
 import os
 import sys
 import types
@@ -40,17 +41,20 @@ def opt(
     choices: Sequence[Any] | None = None,
     low: float | None = None,
     high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
     may_change: bool = False,
     short: str | None = None,
 ) -> Any:
     """Declare one hyper-parameter: its default, and a help text with unit and source.
 
-    low and high are inclusive bounds. may_change marks what a resumed run may have different
-    (paths, threads, how often to print): everything else is fixed for the life of a run folder.
-    short is a one-letter flag beside the field's name.
+    low and high are inclusive bounds, above and below exclusive ones. may_change marks what a
+    resumed run may have different (paths, threads, how often to print): everything else is fixed
+    for the life of a run folder. short is a one-letter flag beside the field's name.
     """
-    meta = {"help": help, "choices": choices, "low": low, "high": high, "may_change": may_change}
-    return dataclasses.field(default=default, metadata=meta | {"short": short})
+    meta = {"help": help, "choices": choices, "may_change": may_change, "short": short}
+    bounds = {"low": low, "high": high, "above": above, "below": below}
+    return dataclasses.field(default=default, metadata=meta | bounds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +64,11 @@ class RunConfig:
     run_dir: str = opt(
         "runs/run", "folder of this run: config, metrics, checkpoints, plots", may_change=True
     )
-    seed: int = opt(0, "seed of weights, data order and samples", low=0)
+    seed: int = opt(0, "seed of weights, data order and samples", low=0, high=2**63 - 1)
     device: str = opt("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"), may_change=True)
-    threads: int = opt(0, "torch threads per process; 0: one per core", low=0, may_change=True)
+    threads: int = opt(
+        0, "torch threads per process; 0: one per core", low=0, high=1024, may_change=True
+    )
     micro_batch_size: int = opt(
         8,
         "rows of one forward and backward pass; lower it when memory runs out",
@@ -87,8 +93,10 @@ class RunConfig:
     )
     checkpoint_interval: int = opt(50, "steps between checkpoints", low=1, may_change=True)
     keep_checkpoints: int = opt(2, "how many checkpoints to keep", low=1, may_change=True)
-    max_grad_norm: float = opt(
-        1.0, "largest gradient norm; a larger one is scaled down (paper silent)", low=0.0
+    max_grad_norm: float | None = opt(
+        1.0,
+        "largest gradient norm, a larger one is scaled down; none: any (paper silent)",
+        above=0.0,
     )
 
 
@@ -124,7 +132,8 @@ def parse(
     args.pop("preset", None)
     cfg = cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in args.items()})
     for field in dataclasses.fields(cls):
-        problem = _out_of_bounds(field, getattr(cfg, field.name))
+        _, optional, _ = _unpack(hints[field.name])
+        problem = _out_of_bounds(field, getattr(cfg, field.name), optional)
         if problem:
             parser.error(problem)
     return cfg
@@ -203,15 +212,23 @@ def _reader(kind: type, optional: bool):
     return read
 
 
-def _out_of_bounds(field: dataclasses.Field, value: Any) -> str | None:
-    low, high = field.metadata["low"], field.metadata["high"]
+def _out_of_bounds(field: dataclasses.Field, value: Any, optional: bool) -> str | None:
+    kinds = {
+        "low": ("at least", operator.ge),
+        "high": ("at most", operator.le),
+        "above": ("above", operator.gt),
+        "below": ("below", operator.lt),
+    }
+    or_none = ", or none" if optional else ""
     for number in value if isinstance(value, tuple) else (value,):
+        if number == "" != field.default:
+            return f"--{field.name} is empty: leave it out, or give a value"
         if number is None or isinstance(number, str):
             continue
-        if low is not None and number < low:
-            return f"--{field.name} is {number}, but must be at least {low}"
-        if high is not None and number > high:
-            return f"--{field.name} is {number}, but must be at most {high}"
+        for kind, (words, holds) in kinds.items():
+            bound = field.metadata[kind]
+            if bound is not None and not holds(number, bound):
+                return f"--{field.name} is {number}, but must be {words} {bound}{or_none}"
     return None
 
 
@@ -238,25 +255,31 @@ def to_json(cfg: Any) -> dict[str, Any]:
 def lock_config(cfg: Any, run_dir: str | os.PathLike) -> None:
     """Save cfg as run_dir/config.json, or check that the run there was started with the same.
 
+    A setting that the file does not name, because the run is older than it, had its default.
     Raises SystemExit with a line that names the fields that differ.
     """
     path = Path(run_dir) / "config.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     fixed = {
-        field.name for field in dataclasses.fields(cfg) if not field.metadata.get("may_change")
+        field.name: json.loads(json.dumps(field.default))
+        for field in dataclasses.fields(cfg)
+        if not field.metadata.get("may_change")
     }
     now = to_json(cfg)
     if path.exists():
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(stored, dict):
+                raise ValueError("it holds no settings")
         except ValueError as error:
             raise SystemExit(
                 f"{path}: not JSON ({error}); remove it or give another --run_dir"
             ) from None
+        before = fixed | stored
         changed = [
-            f"--{name} was {before.get(name)!r}, is {now[name]!r}"
+            f"--{name} was {before[name]!r}, is {now[name]!r}"
             for name in sorted(fixed)
-            if before.get(name) != now[name]
+            if before[name] != now[name]
         ]
         if changed:
             raise SystemExit(

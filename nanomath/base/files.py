@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -226,3 +226,11 @@ def read_json(path: str | os.PathLike, cure: str = "the file is damaged or cut s
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not a JSON object; {cure}")
     return value
+
+
+def content_sha256(items: Iterable[Any]) -> str:
+    """Return the sha256 of what a run trains on, as JSON values: the same from another file."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(json.dumps(item, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()

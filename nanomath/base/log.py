@@ -6,6 +6,7 @@ wait in memory; a checkpoint is only made once they are on the disk.
 """
 
 import json
+import math
 import os
 import re
 import sys
@@ -77,18 +78,19 @@ class RunLog:
     def _rewind(self, start_step: int) -> None:
         """Drop the lines of steps that will be run again."""
         metrics = self.run_dir / "metrics.jsonl"
-        kept = [json.dumps(row) for row in read_metrics(self.run_dir) if row["step"] < start_step]
-        write_text(metrics, "".join(line + "\n" for line in kept))
+        kept = [row for row in read_metrics(self.run_dir) if row["step"] < start_step]
+        write_text(metrics, "".join(map(_json_line, kept)))
         samples = self.run_dir / "samples.txt"
         text = samples.read_text(encoding="utf-8", errors="replace") if samples.exists() else ""
         whole = re.finditer(r"(?m)^=== step (\d+)\n(?:  .*\n)*\n", text)  # not one that a kill cut
         write_text(samples, "".join(m.group() for m in whole if int(m.group(1)) < start_step))
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one row under this step; what else listens gets those values that are numbers."""
+        """Append one row under this step, null for what is not finite (JSON has no word for it);
+        what else listens gets those values that are numbers."""
         if not self.is_main:
             return
-        self._metrics.add(json.dumps({"step": step, **values}) + "\n")
+        self._metrics.add(_json_line({"step": step, **values}))
         numbers = {k: value for k, value in values.items() if not isinstance(value, list)}
         try:
             for name, value in numbers.items() if self._events is not None else ():
@@ -195,8 +197,20 @@ def _warn(message: str) -> None:
     print(f"nanomath: warning: {message}", file=sys.stderr, flush=True)
 
 
+def _json_line(row: Mapping[str, Any]) -> str:
+    strict = {k: None if _is_not_finite(value) else value for k, value in row.items()}
+    return json.dumps(strict, allow_nan=False) + "\n"
+
+
+def _is_not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
 def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
-    """Return the rows of metrics.jsonl; a last line cut by a kill is left out."""
+    """Return the rows of metrics.jsonl; a last line cut by a kill is left out.
+
+    What was not finite when it was logged is NaN here, for it stays a number to count with.
+    """
     path = Path(run_dir) / "metrics.jsonl"
     if not path.exists():
         return []
@@ -207,7 +221,8 @@ def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
         except ValueError:
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
+            unknown = {k: math.nan for k, value in row.items() if value is None}
+            rows.append({**row, **unknown})
     return rows
 
 
@@ -230,7 +245,7 @@ def plot_metrics(
     figure, axes = new_figure(len(panels))
     for axis, (title, metrics) in zip(axes, panels, strict=True):
         for metric in metrics:
-            points = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
+            points = [(row["step"], row[metric]) for row in rows if metric in row]
             axis.plot(*zip(*points, strict=True), label=metric, linewidth=1.2)
         axis.set_title(title, y=1.0)  # y given, matplotlib need not look for room
         axis.set_xlabel("step")

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from kernels import NotFinite
 from nanomath.draw import choose_tokens, uniform_noise
 from nanomath.engine.cache import GroupCache
 from nanomath.engine.packed import packed
@@ -285,9 +286,7 @@ class Scheduler:
         self.cache.slot_R[rows_R] = -1
         tokens_RT, logp_RT = self.tokens_RT[rows_R].cpu(), self.logp_RT[rows_R].cpu()
         if not bool(logp_RT.isfinite().all()):
-            raise ValueError(
-                "sample_groups: the model's logits are not finite: its weights diverged"
-            )
+            raise NotFinite("sample_groups: the model's logits are not finite")
         rows = [self.rows.pop(r) for r in ended]
         return [self._sample(*parts) for parts in zip(rows, tokens_RT, logp_RT)]
 

@@ -26,6 +26,7 @@ from nanomath.base.log import new_figure, save_figure
 from nanomath.dist import Dist, gather_json
 from nanomath.engine.stream import sample_stream
 from nanomath.rewards import Rewards, format_reward
+from nanomath.run.guard import StopSignal
 from nanomath.tasks import Problem, benchmarks, countdown, encode_prompt
 
 # Each module has is_correct, answer_class and same_answer.
@@ -405,28 +406,37 @@ def heldout_metrics(
     max_new_tokens: int,
     dist: Dist,
     chunk_problems: int = 256,
+    stop: StopSignal | None = None,
     **more: Any,
 ) -> dict[str, float]:
     """Return Pass@1 and mean reward of greedy answers; of K = num_samples samples Pass@K and Maj@K.
 
     The ranks share the problems out and get the same figures; model is this rank's unsharded one.
     Samples come from a random stream of their own: no training run and no number of ranks changes
-    them. num_samples 0: greedy answers only. more: further settings of the sampler.
+    them. num_samples 0: greedy answers only. more: further settings of the sampler. stop: a signal
+    to it ends the evaluation, on all ranks alike, and {} is returned.
     """
     if not problems:
         raise ValueError("no problems to evaluate")
-    mine, records, rows = problems[dist.rank :: dist.world_size], [], []
-    for chunk in chunks(mine, chunk_problems):
-        records += evaluate_chunk(
-            model,
-            tokenizer,
-            chunk,
-            num_samples=num_samples,
-            temperature=temperature,
-            max_new_tokens=max_new_tokens,
-            **more,
+    mine, rows = problems[dist.rank :: dist.world_size], []
+    settings = {
+        "num_samples": num_samples,
+        "temperature": temperature,
+        "max_new_tokens": max_new_tokens,
+        **more,
+    }
+
+    def sample() -> list[dict[str, Any]]:
+        answered = (
+            evaluate_chunk(model, tokenizer, chunk, **settings)
+            for chunk in chunks(mine, chunk_problems)
         )
-    # All at once: one call is bounded by what other ranks wait (workers.py).
+        return [record for records in answered for record in records]
+
+    records = sample() if stop is None else stop.unless_signalled(sample)
+    if stop is not None and stop.requested(dist):
+        return {}
+    # All at once: one call is bounded by what other ranks wait (reward_workers.py).
     totals, _ = rewards.score(mine, [record["greedy"]["text"] for record in records])
     for record, total in zip(records, totals, strict=True):
         row = {"heldout_reward": total, "heldout_pass@1": float(record["greedy"]["correct"])}
@@ -437,6 +447,8 @@ def heldout_metrics(
             row[f"heldout_pass@{k}"] = pass_at_k(k, sum(correct), k)
             row[f"heldout_maj@{k}"] = maj_at_k(classes, correct, k)
         rows.append(row)
+    if stop is not None and stop.requested(dist):  # judging may take long, too
+        return {}
     rows = [row for part in gather_json(rows, dist) for row in part]
     columns = {name: [row[name] for row in rows if row[name] is not None] for name in rows[0]}
     # fsum is exact: the order of the ranks' problems does not show.

@@ -205,6 +205,11 @@ def _newest_first(root: Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
+def newest_name(run_dir: str | Path) -> str | None:
+    """Return the name of a run's newest checkpoint, unread; None if it has none."""
+    return next((path.name for path in _newest_first(Path(run_dir) / "checkpoints")), None)
+
+
 def damage(folder: Path, part: slice = slice(None)) -> str | None:
     """Return what is wrong with (this rank's part of) the files of a checkpoint, or None.
 

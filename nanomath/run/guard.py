@@ -21,10 +21,11 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as td
@@ -32,6 +33,7 @@ import torch.distributed as td
 from nanomath.dist import Dist, all_ok, barrier, broadcast_json, cleanup
 
 POLL_S = 0.25  # how often a rank looks for another rank's error
+T = TypeVar("T")
 LAST_WORDS_S = 20  # after an error, a process that has not ended by itself is killed
 
 
@@ -123,6 +125,10 @@ def _leave(dist: Dist, watch: ErrorWatch | None) -> None:
     cleanup(dist)
 
 
+class _Signalled(BaseException):
+    """A signal came while work was done that it may cut; no handler of errors may keep it."""
+
+
 class StopSignal:
     """Turn SIGTERM and SIGUSR1 into a question asked at the end of a step; a second one kills.
 
@@ -140,11 +146,31 @@ class StopSignal:
 
     def __init__(self):
         self._first = math.inf  # when the first signal came
+        self._may_cut = False
 
     def _handle(self, number: int, frame: object) -> None:
         if time.monotonic() - self._first > self.SAME_SIGNAL_S:
             os._exit(128 + number)
         self._first = min(self._first, time.monotonic())
+        if self._may_cut:
+            self._may_cut = False
+            raise _Signalled
+
+    def unless_signalled(self, work: Callable[[], T]) -> T | None:
+        """Return work(), or None when this rank is signalled before it is done: at once.
+
+        The work may be cut anywhere, so it must be such as can be thrown away, and wait for no
+        other rank. Ask `requested` after it, for the other ranks may have done theirs.
+        """
+        try:
+            self._may_cut = True
+            result = work() if self._first == math.inf else None
+            self._may_cut = False
+            return result
+        except _Signalled:
+            return None
+        finally:
+            self._may_cut = False
 
     def requested(self, dist: Dist) -> bool:
         """Return True on all ranks if any rank was signalled. Call it at the same step on all."""
@@ -168,6 +194,7 @@ class RunLock:
 
     def __init__(self, path: Path):
         self.path, self._file = path, None
+        self.doing = "before the first step"  # what its holder is at, for the line that ends it
 
     def take(self) -> str | None:
         """Lock the file, or return a message that names folder and holder."""

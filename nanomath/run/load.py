@@ -41,17 +41,34 @@ def load_model(
     name = module or ("policy" if "policy" in names else "model")
     if name not in names:
         raise ValueError(f"{folder} holds no module {name}: {sorted(names)}")
-    cfg = ModelConfig(**json.loads((folder / "config.json").read_text()))
-    stored = StoredTensors(folder, name)
-    model = empty_model(
-        cfg, dist, dtype or stored.pieces["embedding.weight"][0][:0].dtype, **sharding
-    )
+    stored, model, tokenizer = _unfilled(folder, name, dist, dtype, **sharding)
     wanted = module_tensors(model)
     stored.check(wanted)
     for key, tensor in wanted.items():
         local(tensor).copy_(stored.read(key, tensor, dist))
-    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
     return model, tokenizer, json.loads((folder / "state.json").read_text())
+
+
+def load_unfilled(
+    run_dir: str | Path, dist: Dist, **sharding: str
+) -> tuple[Transformer, Tokenizer | None] | None:
+    """Return the model of a run's newest sound checkpoint, which holds no values yet, and its
+    tokenizer; None if the run has none. `load_latest` fills it; sharding: as for load_model."""
+    folder = newest_sound(Path(run_dir) / "checkpoints", dist, set_aside=True)
+    return None if folder is None else _unfilled(folder, "model", dist, None, **sharding)[1:]
+
+
+def _unfilled(
+    folder: Path, name: str, dist: Dist, dtype: torch.dtype | None, **sharding: str
+) -> tuple[StoredTensors, Transformer, Tokenizer | None]:
+    cfg = ModelConfig(**json.loads((folder / "config.json").read_text()))
+    stored = StoredTensors(folder, name)
+    if "embedding.weight" not in stored.pieces:
+        raise ValueError(f"{folder} holds no module {name}: give another --run_dir")
+    dtype = dtype or stored.pieces["embedding.weight"][0][:0].dtype
+    model = empty_model(cfg, dist, dtype, **sharding)
+    tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
+    return stored, model, tokenizer
 
 
 def is_hf_folder(path: Path) -> bool:

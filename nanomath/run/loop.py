@@ -10,12 +10,13 @@ What every trainer owes its users is here; what its steps are about stays in the
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from kernels import NotFinite
 from nanomath.base.config import RunConfig, lock_config, one_line_errors, to_json
 from nanomath.base.log import RunLog, progress
 from nanomath.data import TrainBatch
@@ -35,7 +36,7 @@ MAX_FAILED_SAVES = 3  # in a row; the run goes on in between, on the older check
 def open_run(cfg: RunConfig) -> Iterator[tuple[Dist, RunLock]]:
     """Set up the processes and lock the run folder; clean up at the end.
 
-    Raises SystemExit with one line when the folder is in use.
+    Raises SystemExit with one line when the folder is in use, and when training has diverged.
     """
     with one_line_errors():
         dist = setup(cfg.device, cfg.threads)
@@ -44,19 +45,41 @@ def open_run(cfg: RunConfig) -> Iterator[tuple[Dist, RunLock]]:
             lock = stack.enter_context(run_lock(cfg.run_dir, dist))
         try:
             yield dist, lock
+        except NotFinite as error:
+            newest = checkpoint.newest_name(cfg.run_dir) or "none"
+            raise SystemExit(
+                f"{lock.doing}: {error}. The weights have diverged; the last checkpoint in "
+                f"{cfg.run_dir}, {newest}, may have, too: start again in another --run_dir, with a "
+                "lower --lr, more --warmup_steps or a smaller --max_grad_norm"
+            ) from None
         except KeyboardInterrupt:
             raise SystemExit(
                 f"interrupted: the same command continues {cfg.run_dir} from its last checkpoint"
             ) from None
 
 
+def start_model(cfg: Any, dist: Dist, **sharding: str) -> tuple[nn.Module, Tokenizer | None]:
+    """Return the model of --init and its tokenizer.
+
+    A run that has a checkpoint can do without --init: the model is then the checkpoint's, and holds
+    no values until Run restores them.
+    """
+    try:
+        return load.load_model(cfg.init, dist, **sharding)[:2]
+    except (OSError, ValueError):
+        own = load.load_unfilled(cfg.run_dir, dist, **sharding)
+        if own is None:
+            raise
+        return own
+
+
 def load_start(cfg: Any, dist: Dist) -> tuple[nn.Module, Tokenizer]:
-    """Return the model of --init, sharded, and its tokenizer with --chat_template set.
+    """Return start_model, sharded, and its tokenizer with --chat_template set.
 
     Raises ValueError where the folder holds no tokenizer.
     """
-    model, tokenizer, _ = load.load_model(
-        cfg.init,
+    model, tokenizer = start_model(
+        cfg,
         dist,
         activation_checkpointing=cfg.activation_checkpointing,
         compile=cfg.compile,
@@ -78,6 +101,7 @@ class Run:
         modules: dict[str, nn.Module],  # "model", and what else a checkpoint must hold
         optimizer: torch.optim.Optimizer,
         tokenizer: Tokenizer | None,
+        data: Mapping[str, str] | None = None,  # what it trains on: a flag and a sha256 each
     ):
         self.cfg, self.dist, self.lock = cfg, dist, lock
         self.modules, self.optimizer, self.tokenizer = modules, optimizer, tokenizer
@@ -86,6 +110,9 @@ class Run:
         barrier(dist)
         state = checkpoint.load_latest(cfg.run_dir, modules=modules, optimizer=optimizer, dist=dist)
         self.state: dict[str, Any] = state or {"step": 0, "seconds": 0.0, "skipped_in_a_row": 0}
+        self._check_data(data or {})
+        self.signal = StopSignal()
+        self._desc, self._saved_step = "", self.state["step"]
         self.failed_saves = 0
         self.ends_with: str | None = None  # once set, the run ends with this line after its step
         self._log = RunLog(
@@ -98,13 +125,29 @@ class Run:
         self.samples = self._log.samples
         self._shown: dict[str, str] = {}
 
+    def _check_data(self, data: Mapping[str, str]) -> None:
+        """Refuse to go on with other data than the run began with (older runs did not note it)."""
+        before = self.state.get("data", {})
+        changed = [name for name in data if before.get(name, data[name]) != data[name]]
+        if changed:
+            raise SystemExit(
+                f"{self.cfg.run_dir} was trained on other contents of {', '.join(changed)} than it "
+                "has now: give back the old ones, or another --run_dir"
+            )
+        self.state["data"] = dict(data)
+
     def steps(self, num_steps: int, *, desc: str) -> Iterator[int]:
         """Yield the steps still to do.
 
         When the loop asks for the next step, this one is done: it is then saved, after each
         interval, at the end, and when a signal or `ends_with` asks to stop, on all ranks alike.
         """
-        first = self.state["step"]
+        first, self._desc = self.state["step"], desc
+        if getattr(self.cfg, "warmup_steps", 0) > num_steps:
+            self.say(
+                f"note: --warmup_steps {self.cfg.warmup_steps} outlast the {num_steps} steps: the "
+                "learning rate never reaches --lr"
+            )
         if first >= num_steps:
             self.say(f"{desc}: all {num_steps} steps are done ({self.cfg.run_dir})")
             return
@@ -114,9 +157,10 @@ class Run:
             total=num_steps, initial=first, desc=desc, unit="step", disable=not self.dist.is_main
         )
         # Warnings, such as those of rewards, go above the bar and not behind it.
-        with StopSignal() as signal, self.bar, logging_redirect_tqdm():
+        with self.signal as signal, self.bar, logging_redirect_tqdm():
             started = time.monotonic() - self.state["seconds"]
             for step in range(first, num_steps):
+                self.lock.doing = f"{desc}, step {step}"
                 yield step
                 self.bar.update()
                 if step == first:
@@ -128,9 +172,20 @@ class Run:
                 if stop and step + 1 < num_steps:
                     if self.ends_with is not None:
                         raise SystemExit(f"step {step}: {self.ends_with}")
-                    self.say(f"{desc}: stopped after step {step}; the same command continues")
-                    raise SystemExit(0)
+                    self._end()
         self.say(f"{desc}: all {num_steps} steps are done ({self.cfg.run_dir})")
+
+    def leave_step(self) -> NoReturn:
+        """End the run before its step has changed anything, when a signal asked for that."""
+        if self.state["step"] > self._saved_step:
+            self._save(must_succeed=True)
+        self._end()
+
+    def _end(self) -> NoReturn:
+        done = self.state["step"]
+        where = f"after step {done - 1}" if done else "before the first step was done"
+        self.say(f"{self._desc}: stopped {where}; the same command continues")
+        raise SystemExit(0)
 
     def log(
         self,
@@ -173,7 +228,7 @@ class Run:
                 keep=self.cfg.keep_checkpoints,
                 lock=self.lock,
             )
-            self.failed_saves = 0
+            self.failed_saves, self._saved_step = 0, self.state["step"]
         except RunInUse as error:
             raise SystemExit(str(error)) from None
         except checkpoint.SaveFailed as error:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from nanomath.advantages import constant_groups
+from nanomath.advantages import centred_rewards
 from nanomath.base.log import plot_metrics
 from nanomath.dist import Dist, all_reduce_sum, gather_json
 from nanomath.rollouts import RolloutBatch, Rollouts
@@ -74,18 +74,14 @@ def rollout_metrics(
     """Describe a batch of rollouts: rewards [P, G] (NaN: none), each function's, and lengths."""
     missing_PG = rewards_PG.isnan()
     known = rewards_PG[~missing_PG]
-    count_P = (~missing_PG).sum(dim=1)
-    mean_P = rewards_PG.nansum(dim=1) / count_P.clamp(min=1)
-    centred_PG = (rewards_PG - mean_P[:, None]).masked_fill(missing_PG, 0.0)
-    std_P = (centred_PG.square().sum(dim=1) / count_P.clamp(min=1)).sqrt()
+    _, std_P, unit_P = centred_rewards(rewards_PG)
     sums = {
         "outputs": rewards_PG.numel(),
         "known": known.numel(),
         "reward": known.sum(),
-        "reward_square": known.square().sum(),
         "groups": rewards_PG.shape[0],
-        "group_std": std_P.sum(),
-        "constant": constant_groups(rewards_PG).sum(),
+        "group_std": (std_P * unit_P).sum(),
+        "constant": (std_P == 0.0).sum(),
         "tokens": rollouts.lengths_PG.sum(),
         "truncated": (~rollouts.finished_PG).sum(),
     }
@@ -93,14 +89,17 @@ def rollout_metrics(
         given = [value for value in values if value is not None]
         sums |= {f"sum_{name}": sum(given), f"count_{name}": len(given)}
     totals = all_reduce_sum({name: float(value) for name, value in sums.items()}, dist)
+    # Around the mean: a mean of squares less the mean's square is nothing but rounding where
+    # rewards are large and near each other.
+    squares = (known - totals["reward"] / max(totals["known"], 1.0)).square().sum()
+    totals |= all_reduce_sum({"squares": float(squares)}, dist)
 
     def mean(name: str, count: str) -> float:
         return totals[name] / max(totals[count], 1.0)
 
-    reward = mean("reward", "known")
     return {
-        "reward": reward,
-        "reward_std": max(mean("reward_square", "known") - reward**2, 0.0) ** 0.5,
+        "reward": mean("reward", "known"),
+        "reward_std": mean("squares", "known") ** 0.5,
         "group_std": mean("group_std", "groups"),
         **{f"reward_{name}": mean(f"sum_{name}", f"count_{name}") for name in parts},
         "no_reward": totals["outputs"] - totals["known"],

@@ -1,11 +1,15 @@
 """Command lines built from dataclasses: precedence, errors that name the flag, run-folder locks."""
 
 import json
+import re
 from dataclasses import dataclass
 
 import pytest
 
 from nanomath.base.config import lock_config, opt, parse
+from nanomath.settings import GRPOConfig
+from train_pretrain import PretrainConfig
+from train_sft import SFTConfig
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,65 @@ def test_run_folder_refuses_other_settings_but_not_another_place(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["run_dir"] == "runs/b"
     with pytest.raises(SystemExit, match="--lr was 1e-06, is 0.5"):
         lock_config(Config(lr=0.5), tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(SystemExit, match="not JSON"):
-        lock_config(Config(), tmp_path)
+    for text in ("{", "[1]", "3"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(SystemExit, match="not JSON"):
+            lock_config(Config(), tmp_path)
+
+
+def test_a_run_older_than_a_setting_had_its_default(tmp_path):
+    """Each setting in turn is missing from config.json: its default continues the run, another
+    value is refused, with the default named as what it was."""
+    others = {"lr": 0.5, "names": ("z",), "limit": 7, "fast": False, "kind": "y"}
+    for name, other in others.items():
+        lock_config(Config(), tmp_path / name)
+        path = tmp_path / name / "config.json"
+        stored = json.loads(path.read_text())
+        default = stored.pop(name)
+        path.write_text(json.dumps(stored))
+        lock_config(Config(), tmp_path / name)
+        assert json.loads(path.read_text())[name] == default
+        path.write_text(json.dumps(stored))
+        with pytest.raises(SystemExit, match=re.escape(f"--{name} was {default!r}, is ")):
+            lock_config(Config(**{name: other}), tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "refused", "kept"),
+    [
+        *((cls, "max_grad_norm", ["0", "-1", "nan", "inf", ""], ["none", "1e-9"])
+          for cls in (GRPOConfig, SFTConfig, PretrainConfig)),
+        *((cls, name, ["1", "1.5", "-0.1"], ["0", "0.999"])
+          for cls in (GRPOConfig, SFTConfig, PretrainConfig) for name in ("beta1", "beta2")),
+        (GRPOConfig, "clip_eps", ["1", "2", "-0.1"], ["0", "0.9"]),
+        (GRPOConfig, "clip_eps_high", ["-0.1", "inf"], ["none", "0", "5"]),
+        (GRPOConfig, "temperature", ["0", "1e7"], ["0.001", "1"]),
+        (GRPOConfig, "eval_temperature", ["0", "1e7"], ["0.001", "1"]),
+        (GRPOConfig, "group_size", ["1", "0"], ["2"]),
+        (GRPOConfig, "problems", [""], ["none", "a.jsonl"]),
+        (GRPOConfig, "reward", [""], ["answer"]),
+        (GRPOConfig, "run_dir", [""], ["x"]),
+        (SFTConfig, "data", [""], ["x"]),
+        (SFTConfig, "threads", ["-1", "100000000"], ["0", "1"]),
+        (PretrainConfig, "seed", ["-1", str(2**63)], [str(2**63 - 1)]),
+    ],
+)  # fmt: skip
+def test_bounds_of_the_trainers_flags(cls, name, refused, kept, capsys):
+    """What would train nothing, or fail in the middle of a step, is refused with one line that
+    names the flag; what lies just inside the bound is not."""
+    for value in refused:
+        with pytest.raises(SystemExit) as error:
+            parse(cls, {}, [f"--{name}={value}"])
+        assert error.value.code == 2
+        text = capsys.readouterr().err
+        assert f"--{name}" in text and text.count("\n") == 1
+    for value in kept:
+        parse(cls, {}, [f"--{name}={value}"])
+
+
+def test_refused_clipping_says_how_to_turn_it_off(capsys):
+    """--max_grad_norm 0 would scale every gradient to 0: the line names `none`, which is None."""
+    with pytest.raises(SystemExit):
+        parse(GRPOConfig, {}, ["--max_grad_norm", "0"])
+    assert "--max_grad_norm is 0.0, but must be above 0.0, or none" in capsys.readouterr().err
+    assert parse(GRPOConfig, {}, ["--max_grad_norm", "none"]).max_grad_norm is None

@@ -3,6 +3,7 @@ drive a terminal."""
 
 import importlib
 import json
+import math
 import sys
 
 import pytest
@@ -166,3 +167,27 @@ def test_a_disk_that_refuses_a_plot_costs_a_warning(tmp_path, capsys):
     (tmp_path / "plots").touch()  # where the folder should be
     assert plot_metrics(tmp_path, [("loss", ["lo*"])]) is None
     assert "no plot" in capsys.readouterr().err
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+    """metrics.jsonl is strict JSON: NaN and infinities are null there, also of a file written
+    before, NaN to a reader, and no gap stops a plot."""
+    old = '{"step": 0, "loss": NaN, "kl": -Infinity, "lr": 1.0}\n'
+    (tmp_path / "metrics.jsonl").write_text(old)
+    log = RunLog(tmp_path, start_step=1, tensorboard=False)
+    log.metrics(1, {"loss": math.inf, "kl": 0.5, "lr": 1, "skipped_rows": [3]})
+    log.metrics(2, {"loss": math.nan, "kl": -math.inf, "lr": 2.0})
+    log.close()
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line, parse_constant=refuse) for line in lines] == [
+        {"step": 0, "loss": None, "kl": None, "lr": 1.0},
+        {"step": 1, "loss": None, "kl": 0.5, "lr": 1, "skipped_rows": [3]},
+        {"step": 2, "loss": None, "kl": None, "lr": 2.0},
+    ]
+    rows = read_metrics(tmp_path)
+    assert all(math.isnan(row["loss"]) for row in rows) and rows[1]["kl"] == 0.5
+    assert plot_metrics(tmp_path, [("loss", ["loss"]), ("KL", ["kl"])]).exists()

@@ -59,6 +59,33 @@ def test_constant_group_has_advantage_exactly_zero(reward, kind):
 
 
 @pytest.mark.parametrize("kind", ["std", "mean", "leave_one_out"])
+@pytest.mark.parametrize("unit", [1.0, -1.0, 3.0, 1e-200, 1e200, 5e-324, 1e308])
+def test_rewards_that_differ_by_a_rounding_are_equal(kind, unit):
+    """A spread of at most 1e-9 of the largest reward is none; a larger one counts, and the
+    advantages sum to 0, whatever the rewards' size."""
+    groups = [[0.1 + 0.2, 0.3, 0.3, NAN], [1.0, 1.0 - 9e-10, 1.0, 1.0], [NAN, 1.0, NAN, NAN]]
+    if unit == 5e-324:
+        groups = [[3.0] * 4, [NAN, 1.0, NAN, NAN]]
+    equal_PG = torch.tensor(groups, dtype=torch.float64) * unit
+    assert constant_groups(equal_PG).all()
+    assert (outcome_advantages(equal_PG, kind) == 0).all()
+    unequal_PG = torch.tensor([[1.0, 0.0, NAN, 1.0, 0.0]], dtype=torch.float64) * unit
+    assert not constant_groups(unequal_PG).any()
+    expected = {"std": 1.0 * (-1 if unit < 0 else 1), "mean": unit / 2, "leave_one_out": unit / 1.5}
+    if unit != 5e-324 or kind == "std":  # half of the smallest number is not a number
+        assert outcome_advantages(unequal_PG, kind)[0, 0].item() == pytest.approx(expected[kind])
+    assert outcome_advantages(unequal_PG, kind).sum() == 0
+
+
+def test_a_spread_just_above_a_rounding_sums_to_zero():
+    """Rewards 2e-9 apart are centred to rounding of their spread, not of their size."""
+    near_PG = torch.tensor([[0.7, 0.7 + 2e-9, 0.7, 0.7, 0.7]], dtype=torch.float64)
+    advantages_PG = outcome_advantages(near_PG)
+    assert advantages_PG[0, 1].item() == pytest.approx(2.0, abs=1e-14)
+    assert abs(advantages_PG.sum().item()) < 1e-14
+
+
+@pytest.mark.parametrize("kind", ["std", "mean", "leave_one_out"])
 def test_output_without_reward_leaves_mean_std_and_group_size(kind):
     """NaN (no reward) is left out of the group; 0.0 is a reward like any other."""
     rewards_PG = torch.tensor([[1.0, NAN, 0.0, 0.0], [NAN] * 4, [NAN, NAN, NAN, 2.0]])

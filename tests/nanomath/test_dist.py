@@ -355,3 +355,11 @@ def test_default_threads(monkeypatch):
 
 if __name__ == "__main__":
     globals()[f"worker_{sys.argv[1]}"](Path(sys.argv[2]))
+
+
+def test_no_limit_scales_nothing():
+    """max_norm None leaves gradients of any norm as they are, and still returns the norm."""
+    weight = torch.nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([300.0, 400.0])
+    assert nd.clip_grad_norm([weight], None, ALONE) == 500.0
+    assert weight.grad.tolist() == [300.0, 400.0]

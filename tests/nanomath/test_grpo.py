@@ -10,10 +10,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from kernels import Objective
-from nanomath.advantages import outcome_advantages, output_weights
+from nanomath.advantages import drop_without_gradient, outcome_advantages, output_weights
 from nanomath.dist import Dist, shard
 from nanomath.grpo import (
+    METRIC_MAXIMA,
     METRIC_SUMS,
+    PER_TOKEN,
     objective_of_rows,
     pad_rows,
     policy_update,
@@ -254,3 +256,64 @@ def test_a_batch_holds_advantages_and_weights_per_token():
     surrogate.backward()
     exact = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert (flat - exact).abs().max() < 1e-10 * exact.abs().max()
+
+
+# ------------------------------------------------------------------------------ without a KL
+
+
+@pytest.mark.parametrize("num_parts", [1, 3])
+def test_outputs_of_advantage_0_need_not_pass_the_model(num_parts):
+    """Without a KL they have no gradient: the update is the same with and without them, the passes
+    are as few as the others fill, and metrics are means over the tokens of the others."""
+    advantages_PG = torch.tensor([[0.0, 0.0], [0.7, -0.7], [0.0, 0.4]], dtype=torch.float64)
+    results = []
+    for passes_all in (True, False):
+        batch = random_batch(advantages=advantages_PG)
+        if not passes_all:
+            batch.weights_N = drop_without_gradient(batch.weights_N, batch.advantages_N)
+        batch.agree_on_passes(num_parts, ALONE)
+        model = tiny_model()
+        if num_parts > 1:
+            batch.old_logp_N = score(tiny_model(seed=1), batch, num_parts=num_parts)
+        passed = [len(tokens) for tokens in passed_tokens(model, batch, num_parts)]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        steps = [
+            policy_update(
+                model, optimizer, batch, Objective(0.2, 0.2, 0.0, 1.0), lr=0.5, max_grad_norm=None,
+                micro_batch_size=1, dist=ALONE, part=part, num_parts=num_parts,
+            )
+            for part in range(num_parts)
+        ]  # fmt: skip
+        weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+        results.append(
+            (weights, update_metrics(steps, 0.0), sum(s["tokens"] for s in steps), passed)
+        )
+    (full, all_metrics, all_tokens, all_passed), (fewer, metrics, tokens, passed) = results
+    assert torch.allclose(full, fewer, rtol=0, atol=1e-14)
+    assert (all_tokens, tokens) == (24, 1 + 5 + 2)
+    assert metrics["loss"] == pytest.approx(all_metrics["loss"], abs=1e-14)
+    assert metrics["grad_norm"] == pytest.approx(all_metrics["grad_norm"], rel=1e-12)
+    assert metrics["entropy"] != all_metrics["entropy"]
+    assert len(all_passed) == 6 and all(all_passed)
+    assert sum(1 for length in passed if length) == 3
+    assert len(passed) == {1: 3, 3: 6}[num_parts]  # each part as many as the fullest: 0, 2, 1
+
+
+def passed_tokens(model, batch, num_parts):
+    rows = [batch.micro_batches(1, part, num_parts) for part in range(num_parts)]
+    return [[batch.sequences[row] for row in few] for part in rows for few in part]
+
+
+def test_metrics_of_no_token_are_not_numbers():
+    """With every group constant and no KL nothing passes: the step is empty, and what is said of
+    tokens (entropy, gap, ratio) is NaN, not an entropy of 0."""
+    batch = random_batch(advantages=torch.zeros(3, 2, dtype=torch.float64))
+    batch.weights_N = drop_without_gradient(batch.weights_N, batch.advantages_N)
+    batch.agree_on_passes(1, ALONE)
+    model = tiny_model()
+    metrics = update_metrics(
+        [update(model, torch.optim.SGD(model.parameters(), lr=1.0), batch)], 0.0
+    )
+    named = {name for name, value in metrics.items() if value != value}
+    assert named == {*PER_TOKEN, *METRIC_MAXIMA}
+    assert (metrics["loss"], metrics["empty_steps"], metrics["stepped"]) == (0.0, 1.0, 1.0)

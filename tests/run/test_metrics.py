@@ -87,6 +87,18 @@ def test_rollout_metrics_are_those_of_all_outputs(monkeypatch, world_size):
         assert metrics == pytest.approx(expected, rel=1e-12)
 
 
+def test_spreads_of_large_and_of_equal_rewards():
+    """Rewards 1, 2, 6 above 2^30 keep their spread; rewards equal to a rounding have none."""
+    rewards_PG = torch.tensor([[1.0, 2.0, 6.0]], dtype=torch.float64) + 2.0**30
+    rollouts = Rollouts(torch.zeros(1, 3, 0), torch.ones(1, 3).long(), None, torch.ones(1, 3) > 0)
+    metrics = rollout_metrics(rewards_PG, {}, rollouts, ALONE)
+    assert metrics["reward_std"] == pytest.approx(math.sqrt(14 / 3), rel=1e-12)
+    assert metrics["group_std"] == pytest.approx(math.sqrt(14 / 3), rel=1e-12)
+    rewards_PG = torch.tensor([[0.1 + 0.2, 0.3, 0.3]], dtype=torch.float64)
+    metrics = rollout_metrics(rewards_PG, {}, rollouts, ALONE)
+    assert (metrics["group_std"], metrics["constant_groups"]) == (0.0, 1.0)
+
+
 # -------------------------------------------------------------------------------- held-out
 
 
