@@ -140,7 +140,9 @@ def training_pages(
     if not len(others):  # everything was collected: the lower half of it has to do
         others = np.flatnonzero(~seed_N)
     positives = rng.permutation(positives)[: settings.num_positives]
-    others = rng.permutation(others)[: settings.num_negatives]
+    # As many negatives as positives, as in the paper (500K and 500K): with more of them the
+    # cheapest way to a low loss is to doubt every page, and few unsure ones are ranked right.
+    others = rng.permutation(others)[: min(settings.num_negatives, len(positives))]
     both = [(int(i), True) for i in positives] + [(int(i), False) for i in others]
     return [both[i] for i in rng.permutation(len(both))]
 

@@ -68,8 +68,26 @@ def test_training_pages_are_seed_against_uncollected(web):
     seed_N[:5], collected_N[3:20] = True, True
     drawn = recall.training_pages(web, seed_N, collected_N, ["extra"], 1, SETTINGS)
     assert sorted(i for i, is_math in drawn if is_math) == [0, 1, 2, 3, 4, len(web)]
-    assert sorted(i for i, is_math in drawn if not is_math) == list(range(20, len(web)))
+    others = [i for i, is_math in drawn if not is_math]
+    assert len(others) == len({*others}) == 6 and {*others} <= {*range(20, len(web))}
     assert drawn != recall.training_pages(web, seed_N, collected_N, ["extra"], 2, SETTINGS)
+
+
+@pytest.mark.parametrize("num_seed, num_extra", [(1, 0), (0, 1), (7, 3), (40, 0)])
+def test_there_are_never_more_negatives_than_positives(web, num_seed, num_extra):
+    """As many of each while pages last, in every round and whatever the caps allow (Sec. 2.1)."""
+    for num_positives, num_negatives in ((2000, 1500), (5, 2000), (2000, 3)):
+        settings = dataclasses.replace(
+            SETTINGS, num_positives=num_positives, num_negatives=num_negatives
+        )
+        seed_N = np.arange(len(web)) < num_seed
+        none_N = np.zeros(len(web), bool)
+        for number in (1, 2):
+            drawn = recall.training_pages(web, seed_N, none_N, ["x"] * num_extra, number, settings)
+            positives = sum(is_math for _, is_math in drawn)
+            assert positives == min(num_seed + num_extra, num_positives)
+            others = len(web) - num_seed
+            assert len(drawn) - positives == min(positives, num_negatives, others)
 
 
 def test_metrics_by_hand():
