@@ -116,3 +116,14 @@ def test_flags_named_alone_exist():
             if code.startswith("--"):
                 wrong = set(FLAG.findall(code)) - known
                 assert not wrong, (page, code, wrong)
+
+
+def test_every_deviation_has_a_row():
+    """The files of docs/deviations.md's table are those with a `# DEVIATION:` comment."""
+    sources = [*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py"), *ROOT.glob("nanomath/**/*.py")]
+    marked = {
+        path.relative_to(ROOT).as_posix()
+        for path in sources
+        if "DEVIATION:" in path.read_text(encoding="utf-8")
+    }
+    assert {*re.findall(r"(?m)^\| `([^`]+)`", text_of("docs/deviations.md"))} == marked
