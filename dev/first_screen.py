@@ -1,11 +1,11 @@
-"""Write README's first screen from finished runs, one per seed.
+"""Write docs/results.md and README's table from finished runs, one per seed.
 
     for seed in 0 1 2; do bash speedrun.sh --preset cpu --seed $seed; done
     bash speedrun.sh --preset cpu --table1
     python dev/first_screen.py --machine "two cores of an AMD EPYC" --run_dir runs/speedrun-cpu \\
         runs/speedrun-cpu-seed1 runs/speedrun-cpu-seed2
 
-Replaces the lines of README.md between the two marks, and copies what they link to into
+Replaces the lines of both pages between the two marks, and copies what they link to into
 dev/speedrun-cpu/. Every figure is read from the runs' files; a second call changes nothing.
 """
 
@@ -53,21 +53,42 @@ def first_screen(runs: list[Path], machine: str) -> str:
         "continued.",
         report.seeds_table(evals),
         how_to_read(models["sft"], configs[0]["num_eval_problems"]),
-        f"![Held-out accuracy and reward during GRPO]({SHOWN}/seeds.png)",
-        f"Seed {seeds[0]} ([whole report]({SHOWN}/report.md), [rollouts]({SHOWN}/samples.md), "
-        f"[losses]({SHOWN}/losses.png), [GRPO's curves]({SHOWN}/grpo.png)):",
+        f"![Held-out accuracy and reward during GRPO](../{SHOWN}/seeds.png)",
+        f"Seed {seeds[0]} ([whole report](../{SHOWN}/report.md), "
+        f"[rollouts](../{SHOWN}/samples.md), [losses](../{SHOWN}/losses.png), "
+        f"[GRPO's curves](../{SHOWN}/grpo.png)):",
         report.accuracy_table(models),
-        f"![Pass@K and Maj@K before and after GRPO]({SHOWN}/pass_and_maj_at_k.png)",
+        f"![Pass@K and Maj@K before and after GRPO](../{SHOWN}/pass_and_maj_at_k.png)",
         rollout(models),
         report.time_tables(first).split("\n\n")[0],
     ]
     if (first / "table1.md").exists():
         table, notes = (first / "table1.md").read_text(encoding="utf-8").split("\n\n")
         parts += [
-            f"Table 1 in small (`speedrun.sh --table1`, seed {seeds[0]}):\n\n{table}",
+            f"Table 1 at small scale (`speedrun.sh --table1`, seed {seeds[0]}):\n\n{table}",
             notes,
         ]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def four_rows(section: str) -> str:
+    """Return README's table: a row for each model, the figures those of a section's own tables."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines()]
+    header = next(row for row in rows if row[:1] == ["greedy"])
+    mean = next(row for row in rows if row and row[0].startswith("mean of "))
+    base = next(row[1] for row in rows if row[:1] == ["pass@1 greedy"]).split(" ")[0]
+    seed = next(row[0] for row in rows if row and row[0].startswith("seed "))
+    _, sft, control, grpo, over_sft, over_control, sft_at_k, grpo_at_k = mean
+    at_k = header[-1].removesuffix(" grpo")
+    return report.markdown_table(
+        [f"greedy, {mean[0]} seeds", "solved", "GRPO's gain over it", at_k],
+        [
+            [f"base ({seed})", base, "", ""],
+            ["SFT", sft, over_sft, sft_at_k],
+            ["control: SFT continued", control, over_control, ""],
+            ["GRPO", grpo, "", grpo_at_k],
+        ],
+    )
 
 
 def how_to_read(evaluation: dict, num_eval_problems: int) -> str:
@@ -97,14 +118,12 @@ def rollout(evals: dict[str, dict]) -> str:
     return ""
 
 
-def replaced(readme: str, section: str) -> str:
-    """Return readme with section between the marks. Raises ValueError where a mark is not once."""
+def replaced(page: str, section: str) -> str:
+    """Return page with section between the marks. Raises ValueError where a mark is not once."""
     begin, end = MARKS
-    if readme.count(begin) != 1 or readme.count(end) != 1:
-        raise ValueError(
-            f"README.md needs each of the lines {begin.strip()} and {end.strip()} once"
-        )
-    before, _, rest = readme.partition(begin)
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise ValueError(f"a page needs each of the lines {begin.strip()} and {end.strip()} once")
+    before, _, rest = page.partition(begin)
     _, _, after = rest.partition(end)
     return f"{before}{begin}{section}{end}{after}"
 
@@ -113,13 +132,18 @@ def main() -> None:
     cfg = parse(ScreenConfig, description=__doc__)
     with one_line_errors():
         runs = [Path(folder) for folder in cfg.run_dir]
-        readme = ROOT / "README.md"
-        text = replaced(readme.read_text(encoding="utf-8"), first_screen(runs, cfg.machine))
+        section = first_screen(runs, cfg.machine)
+        sections = {"docs/results.md": section, "README.md": four_rows(section).strip() + "\n"}
+        pages = {
+            ROOT / name: replaced((ROOT / name).read_text(encoding="utf-8"), text)
+            for name, text in sections.items()
+        }
         for name in COPIED:
             if (runs[0] / name).exists():
                 shutil.copyfile(runs[0] / name, ROOT / SHOWN / Path(name).name)
-        write_text(readme, text)
-    print(f"{readme} and {ROOT / SHOWN}: see git diff")
+        for path, text in pages.items():
+            write_text(path, text)
+    print(f"{', '.join(sections)} and {SHOWN}: see git diff")
 
 
 if __name__ == "__main__":

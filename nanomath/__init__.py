@@ -1,4 +1,4 @@
-"""nanomath: DeepSeekMath (arXiv:2402.03300), from web pages to a policy trained by GRPO.
+"""nanomath: DeepSeekMath (arXiv:2402.03300) at small scale, from web pages to a policy by GRPO.
 
 Shapes. Tensors carry their axes as a suffix, `hidden_BTD`:
 
@@ -8,41 +8,41 @@ Shapes. Tensors carry their axes as a suffix, `hidden_BTD`:
     T  time                         E  head width
     V  vocabulary                   F  feed-forward width
     N  flattened tokens             R  rows being sampled, or packed
+    S  time of the keys             M  rows of N that are kept
 
 Time alignment, everywhere: `logp_BT[:, t]` scores `tokens_BT[:, t + 1]`.
 
-Read in this order (the order of the paper, then down into each part):
+Read in this order; docs/tour.md goes the same way in evenings, with exercises.
 
-    speedrun.sh        the story: every stage is a command
-    train_grpo.py      Algorithm 1; settings.py: its settings and presets
-    advantages.py      rewards -> advantage and weight of each output (Sec. 4.1.2, Eq. 3)
-    grpo.py            the objective (Eq. 3, 4), the update
-    ../kernels/        the loss over the vocabulary: reference.py first, then the fused forms
-    stream.py         groups of outputs, as a stream
-    scheduler.py           what is being sampled: admit, step, collect; draw.py chooses a token
-    cache.py           keys and values: a prompt's once for its group
-    model.py           the Transformer
-    rewards.py         what an output is worth; workers.py: functions of your own
-    tasks/countdown.py    Countdown's problems and judge; judge/equation.py: its equations;
-                          tasks/expressions.py: all its solutions
-    tasks/benchmarks.py   GSM8K, MATH, CMATH, ... and your own questions and answers
-    judge/answers.py   is this answer right? exact.py: exact numbers; tokens.py, reader.py: LaTeX
-    optim.py, data.py  one weighted step; packed examples and token shards (files.py reads lines)
-    corpus/            Sec. 2.1: pages, classifier, domains, decontamination, recall (the loop);
-                       ../compare_corpora.py: Table 1
-    tokenizer.py       byte-level BPE (foreign.py: its file, in Hugging Face's layout)
-    chat.py            how a prompt becomes ids: plain, or a chat model's turns
-    download.py        models and data sets: the only file that opens connections
-    hf.py              Hugging Face folders, in and out; hf_config.py: their config.json
-    evaluation.py      Pass@K, Maj@K, intervals; report.py puts a whole run on one page
-    metrics.py         what a run of GRPO shows: metrics, samples, plots
-    loop.py             what every trainer owes its users: resume, log, checkpoint, stop
-    dist.py            processes, FSDP2; activations.py: what blocks recompute, and torch.compile
-    checkpoint.py      save and resume; lock.py: one trainer per run; guard.py: ending together
-    config.py, log.py  command lines; what a run writes
-    plan.py            memory, FLOPs, time, traffic: does it fit, what will it cost
+The core: flat files, ../kernels/ and the trainers.
 
-Imports run one way: kernels -> config, dist, failures, lock, log, tokenizer, chat, judge, corpus
--> model, data, optim -> cache, draw, batch, sampler, checkpoint, rewards, tasks
--> grpo, evaluation, run -> monitor -> the scripts. This file imports nothing.
+    algorithm1.py         GRPO whole on one page: `python -m nanomath.algorithm1`
+    ../kernels/           the loss over the vocabulary: reference.py, the math; then rows.py,
+                          policy_loss*.py and linear.py, the fast forms
+    advantages.py         rewards -> advantage and weight of each output (Sec. 4.1.2, Eq. 3)
+    grpo.py               the objective (Eq. 3, 4) on a batch, the policy update
+    ../train_grpo.py      Algorithm 1 with what a real run needs; settings.py: its flags
+    model.py              the Transformer; `visible` says who sees whom
+    sampler.py            groups of outputs, plainly; rollouts.py: what comes out of it
+    draw.py               a token from its logits; randomness by counters
+    rewards.py            what an output is worth
+    optim.py, data.py     one weighted step; token shards and packed examples
+    dist.py               processes, FSDP2; activations.py: what blocks recompute
+    ../train_pretrain.py, ../train_sft.py         Sec. 2.2, 2.3 and 3
+
+The wings, by interest: each has its own first page in its __init__.py.
+
+    engine/     the fast sampler: the same tokens as sampler.py
+    judge/      is this answer right? exact values, never by evaluating a text
+    tasks/      Countdown, benchmarks, workers for reward functions of your own
+    text/       tokenizers, chat templates
+    corpus/     Sec. 2.1: pages, classifier, domains, decontamination, recall (the loop)
+    hub/        Hugging Face folders, in and out; download.py is all that opens connections
+    run/        what a trainer owes its users: resume, log, checkpoint, stop
+    measure/    Pass@K, Maj@K, intervals; a run on one page; Table 1; the planner
+    play/       commands to look at a model and to export it
+    base/       command lines from dataclasses, files, logs
+
+Imports run down the floors: kernels, base, judge < text < tasks < corpus and the core < engine, hub
+< run < measure, play < the scripts. tests/test_layout.py holds this. This file imports nothing.
 """

@@ -1,7 +1,7 @@
 """From rewards to what each output counts for in the loss: its advantage and its weight (Sec. 4.1).
 
-Other objectives than the paper's are other advantages and weights (the table in README.md): the
-loss itself knows nothing of them. Weights are fixed here, from counts over all ranks, before
+Other objectives than the paper's are other advantages and weights (docs/objectives.md): the loss
+itself knows nothing of them. Weights are fixed here, from counts over all ranks, before
 anything is split, so that micro-batch size and world size never change the update.
 """
 

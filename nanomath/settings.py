@@ -1,7 +1,7 @@
 """The settings of train_grpo.py: each with its default, which is the paper's, and its presets.
 
 What a run costs by these names: nanomath/measure/plan.py. What the objective's settings change as
-formulas: the table in README.md.
+formulas: the table in docs/objectives.md.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""README's first screen: what is replaced, and which rollout it shows."""
+"""The results page and README's table: what is replaced, and which rollout is shown."""
 
 import json
 from pathlib import Path
@@ -20,11 +20,21 @@ def test_only_what_is_between_the_marks_is_replaced():
     after = first_screen.replaced(before, "new\n")
     assert after == f"# top\n\n{begin}new\n{end}\n## more\n"
     assert first_screen.replaced(after, "new\n") == after
-    readme = (Path(first_screen.ROOT) / "README.md").read_text(encoding="utf-8")
-    assert "new\n" in first_screen.replaced(readme, "new\n")  # README has the marks
+    for name in ("docs/results.md", "README.md"):
+        page = (Path(first_screen.ROOT) / name).read_text(encoding="utf-8")
+        assert "new\n" in first_screen.replaced(page, "new\n")  # the page has the marks
     for broken in ("# top\n", f"{begin}{begin}{end}"):
         with pytest.raises(ValueError, match="once"):
             first_screen.replaced(broken, "new\n")
+
+
+def test_the_readme_has_the_figures_of_the_results_page():
+    """README's table of four models is what the tables of docs/results.md give."""
+    root = Path(first_screen.ROOT)
+    section = (root / "docs" / "results.md").read_text(encoding="utf-8")
+    section = section.split(first_screen.MARKS[0])[1].split(first_screen.MARKS[1])[0]
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    assert first_screen.MARKS[0] + first_screen.four_rows(section).strip() + "\n" in readme
 
 
 def test_the_rollout_is_the_first_that_grpo_mended():
@@ -89,6 +99,14 @@ def test_the_section_shows_every_seed_and_the_first_runs_figures(tmp_path, monke
         assert [name, "25.0%", "50.0%", "75.0%"] in rows
     assert "GRPO right:\n\n    1 2 3 -> 6\n\n    SFT:\n    sft\n" in text
     assert "| where the time goes" in text and "Table 1" not in text
+    short = [
+        [c.strip() for c in row.split("|")] for row in first_screen.four_rows(text).split("\n")
+    ]
+    assert [row[1:3] for row in short[2:6]] == [
+        *(["base (seed 0)", "0.0%"], ["SFT", "25.0%"]),
+        *(["control: SFT continued", "50.0%"], ["GRPO", "75.0%"]),
+    ]
+    assert [row[3].split(" ")[0] for row in short[3:5]] == ["+50.0%", "+25.0%"]
     (runs[0] / "table1.md").write_text("| a table |\n\nand its notes\n")
     with_table = first_screen.first_screen(runs, "a machine")
     assert with_table.startswith(text.rstrip("\n"))

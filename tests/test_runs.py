@@ -54,21 +54,21 @@ def planned(name: str, **changes) -> tuple[float, float, float]:
     return sum(plan.memory(cfg, "grpo").values()) / 1e9, cfg.gpu_memory_gb, seconds
 
 
-def row_of_readme(name: str) -> str:
-    lines = (ROOT / "README.md").read_text().splitlines()
+def row_of_docs(name: str) -> str:
+    lines = (ROOT / "docs" / "running.md").read_text().splitlines()
     (row,) = (line for line in lines if line.startswith(f"| `bash runs/{name}.sh` |"))
     return row
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_headers_show_what_the_planner_says(name):
-    """Every script's header, and the README, give the plan's memory and time; the header also the
-    sizes, the GPUs' number and memory, and the size of a checkpoint."""
+    """Every script's header, and docs/running.md, give the plan's memory and time; the header also
+    the sizes, the GPUs' number and memory, and the size of a checkpoint."""
     header = (ROOT / "runs" / f"{name}.sh").read_text()
     shown = re.search(r"Plan: ([\d.]+) GB of (\d+), (\d+) s a step", header).groups()
     gb, gpu_gb, seconds = planned(name)
     assert shown == (f"{gb:.1f}", f"{gpu_gb:.0f}", f"{seconds:.0f}")
-    assert f"{gb:.1f} of {gpu_gb:.0f} GB, {seconds:.0f} s" in row_of_readme(name)
+    assert f"{gb:.1f} of {gpu_gb:.0f} GB, {seconds:.0f} s" in row_of_docs(name)
     assert f"--preset {name})" in header and f"PRESET={name}\n" in header
     assert f'NPROC="${{NPROC:-{plan.PRESETS[name].get("num_gpus", 8)}}}"' in header
     grpo = grpo_preset(name)
@@ -83,7 +83,7 @@ def test_other_figures_of_the_headers():
     header = (ROOT / "runs" / "deepseekmath_7b.sh").read_text()
     gb, _, seconds = planned("deepseekmath_7b", num_gpus=16)
     assert f"({gb:.1f} GB, {seconds:.0f} s a step)" in header
-    assert f"{gb:.1f} of 80 GB, {seconds:.0f} s" in row_of_readme("deepseekmath_7b")
+    assert f"{gb:.1f} of 80 GB, {seconds:.0f} s" in row_of_docs("deepseekmath_7b")
     cfg = plan.PlanConfig(**plan.PRESETS["deepseekmath_7b"])
     assert f"{plan.sampled_at_a_time(cfg)[0]} of its 128 outputs" in header
     anyhow = replace(cfg, cache_gb=0.0)
@@ -97,14 +97,14 @@ def test_other_figures_of_the_headers():
     assert f"are {state:.0f} GB by themselves" in header
 
 
-def test_the_plan_in_the_readme():
-    """The README shows, word for word, what the planner prints for 7B."""
+def test_the_plan_in_the_docs():
+    """docs/performance.md shows, word for word, what the planner prints for 7B."""
     lines = plan.report(plan.PlanConfig(**plan.PRESETS["deepseekmath_7b"])).splitlines()
     shown = "\n".join(f"    {line}".rstrip() for line in lines)
-    readme = (ROOT / "README.md").read_text()
-    assert shown in readme
+    page = (ROOT / "docs" / "performance.md").read_text()
+    assert shown in page
     anyhow = plan.PlanConfig(**plan.PRESETS["deepseekmath_7b"] | {"cache_gb": 0.0})
-    assert f"would take {sum(plan.memory(anyhow, 'grpo').values()) / 1e9:.1f} GB" in readme
+    assert f"would take {sum(plan.memory(anyhow, 'grpo').values()) / 1e9:.1f} GB" in page
     assert plan.advice(anyhow, "grpo") == "NO; fits with --max_rows 64"
 
 

@@ -719,16 +719,16 @@ def test_evaluations_leave_training_as_it_is(tmp_path, start, monkeypatch, capsy
 
 
 def test_every_metric_has_a_line_in_the_glossary(tmp_path, start, monkeypatch):
-    """The names in metrics.jsonl of a run, one step of it skipped, and those of the README's table
-    are the same; and all but what says that a step was skipped is plotted."""
+    """The names in metrics.jsonl of a run, one step of it skipped, and those of docs/metrics.md are
+    the same; and all but what says that a step was skipped is plotted."""
     real = optim.clip_grad_norm
     norms = iter([float("nan"), 1.0, 1.0])
     monkeypatch.setattr(optim, "clip_grad_norm", lambda *args: real(*args) * next(norms))
     argv = [*SMALL_GRPO, "--init", start, "--num_steps", "3", "--run_dir", tmp_path / "grpo"]
     run_script(train_grpo, argv, monkeypatch)
     logged = {name for row in read_metrics(tmp_path / "grpo") for name in row} - {"step"}
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = readme.split("### Metrics of train_grpo.py")[1].split("|---|---|\n")[1].split("\n\n")[0]
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    table = page.split("|---|---|\n")[1].split("\n\n")[0]
     names = [
         name for line in table.splitlines() for name in re.findall("`([^`]+)`", line.split("|")[1])
     ]
@@ -859,9 +859,9 @@ def test_sft_and_pretraining_lower_the_loss_and_resume_exactly(
     assert read_metrics(tmp_path / "sft") == rows
 
 
-def readme_block(after: str) -> str:
-    """Return the indented block that follows a line of the README which ends with `after`."""
-    text = (ROOT / "README.md").read_text().split(after + "\n\n")[1]
+def docs_block(after: str) -> str:
+    """Return the indented block that follows a line of docs/models.md which ends with `after`."""
+    text = (ROOT / "docs" / "models.md").read_text().split(after + "\n\n")[1]
     lines = []
     for line in text.splitlines():
         if line and not line.startswith("    "):
@@ -871,15 +871,15 @@ def readme_block(after: str) -> str:
 
 
 @pytest.mark.slow
-def test_readme_from_own_problems_and_reward_to_a_run(tmp_path, tokenizer):
-    """The README's rows, reward file and commands, as printed, on a tiny model and few outputs."""
+def test_docs_from_own_problems_and_reward_to_a_run(tmp_path, tokenizer):
+    """The rows, reward file and commands of docs/models.md, on a tiny model and few outputs."""
     save_start(tmp_path / "start", tokenizer, torch.float32, max_context=512)
-    row = json.loads(readme_block("has lines like"))
+    row = json.loads(docs_block("has lines like"))
     rows = [{**row, "question": f"{row['question']} ({i})"} for i in range(40)]
     del rows[3]["steps"]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "my_reward.py").write_text(readme_block("Say `my_reward.py` is"))
-    commands = readme_block("Then train, evaluate and export:").replace("\\\n", "").splitlines()
+    (tmp_path / "my_reward.py").write_text(docs_block("Say `my_reward.py` is"))
+    commands = docs_block("Then train, evaluate and export:").replace("\\\n", "").splitlines()
     assert [command.split()[1] for command in commands] == ["train_grpo.py", "evaluate.py", "-m"]
     small = "--device cpu --threads 1 --max_new_tokens 8"
     extra = ["--batch_size 40 --group_size 4 --num_steps 1", "--num_samples 2"]

@@ -1,7 +1,7 @@
 """What a run of GRPO shows: metrics of a step, held-out accuracy, whole samples, plots.
 
 Metrics are sums over sums across ranks, so they do not depend on how many there are; times and
-memory are those of the rank that took most. The README's glossary has a line for each.
+memory are those of the rank that took most. The glossary in docs/metrics.md has a line for each.
 """
 
 import json

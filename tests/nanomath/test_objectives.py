@@ -164,7 +164,7 @@ def plain_advantages(rewards: list[float], kind: str) -> list[float]:
 
 
 def plain_loss(model, options: dict, old: bool = True) -> torch.Tensor:
-    """The objective of README.md's table, written out group by group and output by output."""
+    """The objective of docs/objectives.md, written out group by group and output by output."""
     cfg = SETTINGS | {"advantage": "std", "loss_norm": "response"} | options
     models = {"ref": tiny_model(seed=1), "old": old_model()}
     terms, num_groups, num_tokens = [], 0, 0
