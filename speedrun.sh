@@ -16,7 +16,7 @@ usage: bash speedrun.sh [--preset smoke|cpu|gpu] [--seed N] [--run_dir DIR] [--t
   --preset gpu     one NVIDIA GPU (default where there is one)
   --seed N         seed of weights, solutions, data order and samples [0]
   --run_dir DIR    where everything is written [runs/speedrun-PRESET, with -seedN after it]
-  --table1         up to SFT only, then Table 1 in small: does the recalled corpus beat its seed, and
+  --table1         up to SFT only, then a small Table 1: does the recalled corpus beat its seed, and
                    random pages? Takes up what is in the folder, and trains three models more
 
 Environment: PYTHON (interpreter for the virtual environment), VENV (its folder, .venv),

@@ -1,4 +1,4 @@
-"""Table 1 in small: does the recalled corpus beat its seed, and both beat random pages?
+"""Table 1 at small scale: does the recalled corpus beat its seed, and both beat random pages?
 
     bash speedrun.sh --preset cpu --table1                    every step, the trainings included
     python -m nanomath.measure.table1 --run_dir RUN --write pages     three files to train on
