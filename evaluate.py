@@ -39,6 +39,7 @@ from nanomath.measure.evaluation import (
     sample_problems,
     summarise,
 )
+from nanomath.run import presets
 from nanomath.run.guard import RunInUse, raise_together, run_lock
 from nanomath.run.load import load_model
 from nanomath.tasks import Problem, benchmarks, countdown, encode_prompt
@@ -90,37 +91,6 @@ class EvalConfig:
     device: str = opt("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
     threads: int = opt(0, "torch threads per process; 0: one per core", low=0)
 
-
-# The problems of train_grpo.py's presets; of GSM8K and MATH the test files.
-_GSM8K_QWEN = {"tasks": ("gsm8k",), "chat_template": "chatml", "max_new_tokens": 512}
-PRESETS = {
-    "smoke": {
-        "num_problems": 50,
-        **countdown.RANGES["smoke"],
-        "max_new_tokens": 96,
-    },
-    "cpu": {
-        **countdown.RANGES["cpu"],
-        "max_new_tokens": 144,
-    },
-    "gpu": {
-        **countdown.RANGES["gpu"],
-        "max_new_tokens": 256,
-        "chunk_problems": 256,
-    },
-    "gsm8k_qwen_0b5": _GSM8K_QWEN,
-    "gsm8k_qwen_1b5": _GSM8K_QWEN,
-    "deepseekmath_7b": {
-        "tasks": ("gsm8k", "math"),
-        "chat_template": "deepseekmath",
-        "cache_gb": 40.0,
-    },
-    "countdown_qwen_3b": {
-        "prompt_style": "full",
-        "chat_template": "chatml",
-        "chunk_problems": 128,
-    },
-}
 
 # What does not change the figures: it may differ when an evaluation is continued.
 NOT_IN_HASH = (
@@ -488,7 +458,7 @@ def show(
 
 
 def main() -> None:
-    cfg = parse(EvalConfig, PRESETS, description=__doc__)
+    cfg = parse(EvalConfig, presets.EVALUATION, description=__doc__)
     with one_line_errors():
         dist = setup(cfg.device, cfg.threads)
     with raise_together(dist):

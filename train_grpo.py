@@ -41,6 +41,7 @@ from nanomath.model import Transformer
 from nanomath.optim import SCHEDULES, make_adamw
 from nanomath.rewards import Rewards
 from nanomath.rollouts import RolloutBatch, Rollouts, make_batch
+from nanomath.run import presets
 from nanomath.run.guard import RunLock, StopSignal
 from nanomath.run.loop import Run, load_start, open_run, start_model
 from nanomath.run.metrics import (
@@ -52,7 +53,7 @@ from nanomath.run.metrics import (
     rollout_metrics,
     sample_lines,
 )
-from nanomath.settings import PRESETS, GRPOConfig, check, clip_without_effect, loss_starts_at_0
+from nanomath.settings import GRPOConfig, check, clip_without_effect, loss_starts_at_0
 from nanomath.tasks import Problem, benchmarks, countdown, encode_prompt
 from nanomath.text.tokenizer import Tokenizer
 
@@ -397,7 +398,7 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
 
 
 def main() -> None:
-    cfg = parse(GRPOConfig, PRESETS, description=__doc__)
+    cfg = parse(GRPOConfig, presets.GRPO, description=__doc__)
     with open_run(cfg) as (dist, lock):
         with one_line_errors():
             rewards = Rewards(

@@ -1,4 +1,4 @@
-"""The settings of train_grpo.py: each with its default, which is the paper's, and its presets.
+"""The settings of train_grpo.py: each with its default, which is the paper's, .
 
 What a run costs by these names: nanomath/measure/plan.py. What the objective's settings change as
 formulas: the table in docs/objectives.md.
@@ -126,100 +126,6 @@ class GRPOConfig(RunConfig):
     eval_temperature: float = opt(
         0.7, "temperature of those samples, Sec. 5.2.2", low=1e-3, high=1e6
     )
-
-
-# GSM8K's training file, one question in ten held out. DEVIATION: Sec. 4.2 adds MATH's training set,
-# 144K questions in all. Rates, KL and batch are Sec. 4.2's, the defaults.
-_GSM8K = {"problems": "data/gsm8k_train.jsonl", "reward": ("answer",)}
-# From chat models, as in Sec. 4.2: they end their answers and box them before any training. What
-# the presets of real models need of a machine: nanomath/measure/plan.py, by the same names.
-_GSM8K_QWEN = {
-    **_GSM8K,
-    "chat_template": "chatml",
-    "max_new_tokens": 512,  # as verl's GSM8K runs of these models (docs/algo/baseline.md)
-    "num_steps": 417,  # once through the 6,676 questions
-}
-PRESETS = {
-    "gsm8k_qwen_0b5": {
-        **_GSM8K_QWEN,
-        "init": "models/Qwen2.5-0.5B-Instruct",
-        "micro_batch_size": 4,  # fits 24 GB
-    },
-    "gsm8k_qwen_1b5": {**_GSM8K_QWEN, "init": "models/Qwen2.5-1.5B-Instruct"},
-    "deepseekmath_7b": {  # Sec. 4.2 on 8 GPUs of 80 GB, or 16
-        **_GSM8K,
-        "init": "models/deepseek-math-7b-instruct",
-        "chat_template": "deepseekmath",
-        "activation_checkpointing": "full",
-        "cache_gb": 40.0,  # 78 of a GPU's 128 outputs at a time: all of them would take 65 GB
-    },
-    # The well-known Countdown run (philschmid.de/mini-deepseek-r1): 3 GPUs trained on one question
-    # each, 8 times per step, and a fourth sampled. Here all 4 do both.
-    "countdown_qwen_3b": {
-        "init": "models/Qwen2.5-3B-Instruct",
-        "chat_template": "chatml",
-        "num_numbers": (3, 4),
-        "prompt_style": "full",
-        "lr": 5e-7,
-        "schedule": "cosine",
-        "warmup_steps": 14,  # 3% of the steps
-        "num_steps": 450,
-        "kl_coef": 0.001,
-        "batch_size": 24,
-        "group_size": 8,
-        "max_new_tokens": 1024,
-        "micro_batch_size": 4,  # fits 80 GB
-    },
-    # DEVIATION: a small model takes a higher rate, fewer and shorter outputs; Countdown a smaller
-    # KL coefficient; preset cpu none, a lower temperature and no reward for the format.
-    "gpu": {
-        **countdown.RANGES["gpu"],
-        "max_new_tokens": 256,
-        "num_steps": 400,
-        "temperature": 0.7,  # this and the reward: as preset cpu
-        "reward": ("equation",),
-        "lr": 1e-4,
-        "kl_coef": 0.001,
-        "batch_size": 64,
-        "group_size": 32,
-        "micro_batch_size": 256,
-    },
-    "cpu": {
-        **countdown.RANGES["cpu"],
-        "num_problems": 10_000,
-        "max_new_tokens": 144,  # a search through nine attempts takes 131
-        "num_steps": 60,
-        # At 1 a small model slips in every other search; held-out samples are drawn so, too.
-        "temperature": 0.7,
-        # With a reward for the format alone, giving up pays more than being cut off.
-        "reward": ("equation",),
-        "lr": 1e-4,  # at 3e-4 it unlearns to calculate
-        "schedule": "cosine",
-        "warmup_steps": 5,
-        "beta2": 0.99,  # the gradient of 256 outputs is noisy
-        "kl_coef": 0.0,  # an exact judge cannot be fooled; no reference saves a sixth of the time
-        "batch_size": 32,
-        "group_size": 8,
-        "micro_batch_size": 32,  # stays in the cache: 128 takes 1.6 times as long
-        "checkpoint_interval": 20,
-        "eval_interval": 10,
-        "num_eval_samples": 4,
-    },
-    "smoke": {
-        **countdown.RANGES["smoke"],
-        "num_problems": 500,
-        "max_new_tokens": 96,
-        "num_steps": 6,
-        "lr": 3e-4,
-        "kl_coef": 0.001,
-        "batch_size": 4,
-        "group_size": 8,
-        "micro_batch_size": 32,
-        "checkpoint_interval": 3,
-        "eval_interval": 3,
-        "num_eval_problems": 50,
-    },
-}
 
 
 def loss_starts_at_0(cfg: GRPOConfig) -> bool:

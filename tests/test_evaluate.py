@@ -18,7 +18,7 @@ from nanomath.engine import stream as sampler
 from nanomath.hub import hf
 from nanomath.measure import evaluation
 from nanomath.model import ModelConfig, Transformer
-from nanomath.run import checkpoint, load
+from nanomath.run import checkpoint, load, presets
 from nanomath.tasks import benchmarks
 from nanomath.tasks.countdown import generate, split_of, worked_solution
 from nanomath.text.tokenizer import Tokenizer
@@ -64,7 +64,7 @@ def save_checkpoint(folder, step, tokenizer, dist, *, seed):
 
 
 def config(run_folder, **changes):
-    cfg = parse(evaluate.EvalConfig, evaluate.PRESETS, ["--preset", "smoke", "--threads", "1"])
+    cfg = parse(evaluate.EvalConfig, presets.EVALUATION, ["--preset", "smoke", "--threads", "1"])
     fields = {"num_problems": 10, "num_samples": 2, "max_new_tokens": 6, "chunk_problems": 3}
     paths = {"checkpoint": str(run_folder), "out": str(run_folder.parent / "figures.json")}
     return dataclasses.replace(cfg, **{**fields, **paths, **changes})
@@ -364,7 +364,7 @@ def test_missing_benchmark_names_its_source(run_folder, dist, tmp_path):
 def test_command_line_takes_all_of_a_file():
     """No preset but smoke limits the rows of --problems; without it there are 1000 problems."""
     for name in ("", "gpu", "countdown_qwen_3b", "cpu"):
-        cfg = parse(evaluate.EvalConfig, evaluate.PRESETS, ["--preset", name] if name else [])
+        cfg = parse(evaluate.EvalConfig, presets.EVALUATION, ["--preset", name] if name else [])
         assert cfg.num_problems is None
     assert len(evaluate.load_problems(cfg, "countdown")[0]) == 1000
 
@@ -417,10 +417,10 @@ def test_folder_in_use(run_folder, dist):
         evaluate.run(cfg, dist)
 
 
-@pytest.mark.parametrize("name", sorted(evaluate.PRESETS))
+@pytest.mark.parametrize("name", sorted(presets.EVALUATION))
 def test_presets_hold_enough_heldout_problems(name):
     """Every preset's ranges hold held-out problems (a part of them is drawn)."""
-    cfg = parse(evaluate.EvalConfig, evaluate.PRESETS, ["--preset", name])
+    cfg = parse(evaluate.EvalConfig, presets.EVALUATION, ["--preset", name])
     few = dataclasses.replace(cfg, num_problems=50)
     assert len(evaluate.load_problems(few, "countdown")[0]) == 50
 

@@ -24,7 +24,7 @@ import train_grpo
 from nanomath.base.config import parse
 from nanomath.base.log import read_metrics
 from nanomath.measure import plan
-from nanomath.run import load
+from nanomath.run import load, presets
 from nanomath.tasks import benchmarks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +42,7 @@ RUNS = {
 
 
 def grpo_preset(name: str) -> train_grpo.GRPOConfig:
-    return parse(train_grpo.GRPOConfig, train_grpo.PRESETS, ["--preset", name])
+    return parse(train_grpo.GRPOConfig, presets.GRPO, ["--preset", name])
 
 
 def planned(name: str, **changes) -> tuple[float, float, float]:
@@ -117,7 +117,7 @@ def test_the_plan_is_of_the_run(name):
     for field in (*same, "activation_checkpointing"):
         assert getattr(planner, field) == getattr(grpo, field), field
     assert (planner.questions, planner.kl) == (grpo.batch_size, grpo.kl_coef > 0)
-    after = parse(evaluate.EvalConfig, evaluate.PRESETS, ["--preset", name])
+    after = parse(evaluate.EvalConfig, presets.EVALUATION, ["--preset", name])
     for field in ("max_new_tokens", "chat_template", "prompt_style", "num_numbers", "max_number"):
         assert getattr(after, field) == getattr(grpo, field), field
     assert ("countdown" in after.tasks) == (grpo.problems is None)
@@ -215,7 +215,7 @@ def check_run(name: str, start, run_dir) -> None:
     rows = read_metrics(run_dir)
     assert [row["step"] for row in rows] == [0, 1, 2] and all(row["stepped"] for row in rows)
     assert rows[0]["kl"] == 0.0 < rows[2]["kl"]  # the reference is the policy, to the last bit
-    tasks = evaluate.PRESETS[name].get("tasks", ("countdown",))
+    tasks = presets.EVALUATION[name].get("tasks", ("countdown",))
     for task in tasks:
         end = f"-{task}.json" if len(tasks) > 1 else ".json"
         after = json.loads((run_dir / f"after{end}").read_text())

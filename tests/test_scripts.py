@@ -31,7 +31,7 @@ from nanomath.engine.stream import sample_groups
 from nanomath.measure import evaluation
 from nanomath.model import ModelConfig, Transformer
 from nanomath.optim import cosine_lr
-from nanomath.run import checkpoint, load
+from nanomath.run import checkpoint, load, presets
 from nanomath.run.guard import run_lock
 from nanomath.run.loop import Run
 from nanomath.run.metrics import MEASURED, PANELS
@@ -263,7 +263,7 @@ def test_train_grpo_is_algorithm_1(tmp_path, tokenizer, monkeypatch, sampler):
     ]  # fmt: skip
     run_script(train_grpo, argv, monkeypatch)
     trained, _, _ = load.load_model(tmp_path / "grpo", device="cpu")
-    cfg = parse(train_grpo.GRPOConfig, train_grpo.PRESETS, argv)
+    cfg = parse(train_grpo.GRPOConfig, presets.GRPO, argv)
     policy, _, _ = load.load_model(start, device="cpu")
     started = copy.deepcopy(policy)
     problems, _ = train_grpo.problem_sets(cfg)
@@ -314,7 +314,7 @@ def test_every_flag_of_the_objective_equals_a_plain_loop(tmp_path, tokenizer, mo
     ]  # fmt: skip
     run_script(train_grpo, argv, monkeypatch)
     model, _, _ = load.load_model(tmp_path / "grpo", device="cpu")
-    cfg = parse(train_grpo.GRPOConfig, train_grpo.PRESETS, argv)
+    cfg = parse(train_grpo.GRPOConfig, presets.GRPO, argv)
     expected = plain_loop(cfg, start, reward)
     actual = torch.cat([p.detach().flatten() for p in model.parameters()])
     started, _, _ = load.load_model(start, device="cpu")

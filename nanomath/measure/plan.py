@@ -27,6 +27,7 @@ from nanomath.base.config import one_line_errors, opt, parse
 from nanomath.engine.cache import cache_bytes_per_token, fit_rows
 from nanomath.hub.hf_config import read_config
 from nanomath.model import MODEL_PRESETS, ModelConfig
+from nanomath.run import presets
 
 PEAK_FLOPS = 989e12  # H100 SXM, dense bf16 (NVIDIA's data sheet)
 STAGES = ("pretrain", "sft", "grpo")
@@ -101,26 +102,21 @@ def _qwen(num_layers: int, width: int, num_heads: int, ffn_width: int) -> dict[s
     return shape | {"ffn_width": ffn_width, "vocab_size": 151_936, "tied_head": True}
 
 
-# The settings are those of train_grpo.py's presets of the same names (tests/test_runs.py), on the
-# machines of runs/*.sh. An output is taken to be half of the maximum.
-_GSM8K = {"stages": ("grpo",), "num_gpus": 1, "max_new_tokens": 512, "mean_new_tokens": 256}
+# The settings of the runs are those that train_grpo.py reads; here are the shapes and the machines
+# of runs/*.sh. An output is taken to be half of the maximum.
 PRESETS = {
     "deepseek_llm_1b3": _shape("deepseek_llm_1b3"),
-    "deepseekmath_7b": {  # Sec. 2.3 and 4.2
-        **_shape("deepseek_llm_7b"),
-        "pretrain_rows": 2560,
-        "activation_checkpointing": "full",
-        "cache_gb": 40.0,
-    },
+    "deepseekmath_7b": {**_shape("deepseek_llm_7b"), "pretrain_rows": 2560},  # Sec. 2.3 and 4.2
     "gsm8k_qwen_0b5": {
-        **_qwen(24, 896, 14, 4864), **_GSM8K, "micro_batch_size": 4, "gpu_memory_gb": 24.0,
+        **_qwen(24, 896, 14, 4864), "stages": ("grpo",), "num_gpus": 1, "mean_new_tokens": 256,
+        "gpu_memory_gb": 24.0,
     },
-    "gsm8k_qwen_1b5": {**_qwen(28, 1536, 12, 8960), **_GSM8K},
-    "countdown_qwen_3b": {
-        **_qwen(36, 2048, 16, 11008), "stages": ("grpo",), "num_gpus": 4, "questions": 24,
-        "group_size": 8, "micro_batch_size": 4,
+    "gsm8k_qwen_1b5": {
+        **_qwen(28, 1536, 12, 8960), "stages": ("grpo",), "num_gpus": 1, "mean_new_tokens": 256,
     },
+    "countdown_qwen_3b": {**_qwen(36, 2048, 16, 11008), "stages": ("grpo",), "num_gpus": 4},
 }  # fmt: skip
+PRESETS = {name: presets.planning(name) | more for name, more in PRESETS.items()}
 
 
 # ---------------------------------------------------------------------------- FLOPs

@@ -28,7 +28,7 @@ from nanomath.hub.hf_config import make_config
 from nanomath.model import ModelConfig, Transformer
 from nanomath.play import export, sample
 from nanomath.run import checkpoint as ck
-from nanomath.run import load
+from nanomath.run import load, presets
 from nanomath.run.guard import raise_together
 from nanomath.text.tokenizer import Tokenizer
 
@@ -329,7 +329,7 @@ def test_every_command_takes_a_folder(folder, tmp_path, monkeypatch, capsys):
     biases = [(a - b).abs().max() for a, b in zip(trained.parameters(), start.parameters())]
     assert min(biases) > 0  # every tensor is trained, biases too
     cfg = parse(
-        evaluate.EvalConfig, evaluate.PRESETS, ["--preset", "smoke", "--checkpoint", str(folder)]
+        evaluate.EvalConfig, presets.EVALUATION, ["--preset", "smoke", "--checkpoint", str(folder)]
     )
     model = evaluate.prepare(cfg, dist_tests.ALONE)[0]
     assert torch.equal(model(tokens(1, 9, 300)), start(tokens(1, 9, 300)))
