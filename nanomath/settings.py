@@ -1,7 +1,7 @@
-"""The settings of train_grpo.py: each with its default, which is the paper's, .
+"""The settings of train_grpo.py: each with its default, which is the paper's.
 
-What a run costs by these names: nanomath/measure/plan.py. What the objective's settings change as
-formulas: the table in docs/objectives.md.
+Presets: nanomath/run/presets.py. What a run costs by these names: nanomath/measure/plan.py. What
+the objective's settings change as formulas: the table in docs/objectives.md.
 """
 
 from dataclasses import dataclass
