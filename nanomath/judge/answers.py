@@ -41,8 +41,8 @@ def read_answer(text: str) -> Answer:
 
 
 def same_answer(a: Answer, b: Answer) -> bool:
-    """Say whether two answers are equal: what verdict and vote ask. "70,110" is a list of two only
-    beside one that is no number, and in its order."""
+    """Say whether two answers are equal: what verdict and vote ask. "70,110" is a number; it
+    is a list, in its order, only beside what is no number."""
     if same_value(a.value, b.value):
         return True
     if not a.listed or not b.listed or a.value.kind == b.value.kind:

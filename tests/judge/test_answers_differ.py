@@ -46,6 +46,10 @@ xy z | x yz w
 (ten) | (net)
 \{ten\} | \{net\}
 on/off | no/off
+xy z | yx z
+at ant | ta ant
+x - ten | x - net
+x = at noon | x = ta noon
 x = ten | x = net
 """
 WORDS_EQUAL = r"""
