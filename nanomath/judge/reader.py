@@ -262,7 +262,7 @@ class Reader:
             if token.kind == "word" and re.search(r"\d|\b(?:or|and)\b", token.text):
                 raise Refused("more than a unit")  # "5 \\text{ or 6}"
             if token.kind in ("word", "letter"):
-                words += re.split(r"[\s*^-]+", token.text.lower().replace("/", " per "))
+                words += re.split(r"[\s*^(),.;:!?-]+", token.text.lower().replace("/", " per "))
             words += ["per"] if token.text in ("/", r"\div") else []
             self.position += 1
         self.take(")")

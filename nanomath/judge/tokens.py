@@ -186,6 +186,8 @@ _UNITS |= {
         "month", "ms millisecond", "decade", "century centurie", "euro", "nickel", "dime",
         "w watt", "kw kilowatt", "hz hertz", "j joule", "n newton", "v volt", "pa pascal", "kpa",
         "ohm", "mol mole", "角", "rad radian", "celsius c", "fahrenheit f", "ampere amp",
+        "khz kilohertz", "mhz megahertz", "kj kilojoule", "kwh", "kv kilovolt", "mw megawatt",
+        "um micrometer micrometre micron", "kn kilonewton",
     )
     for name in names.split()
 }  # fmt: skip

@@ -49,6 +49,7 @@ on/off | no/off
 xy z | yx z
 at ant | ta ant
 x - ten | x - net
+x-ten | x-net
 x = at noon | x = ta noon
 x = ten | x = net
 """
@@ -163,6 +164,10 @@ x = 5 cm, y = 3 cm | x = 5 km, y = 3 km
 5 nickels | 5 dimes
 5\text{ euros} | 5 dollars
 5 over two | 5
+5\text{ (incorrect)} | 5
+5\text{, not six} | 5
+5 Hz | 5 kHz
+5 millimeters | 5 micrometers
 5\% | 5 cm
 5\text{ units squared} | 5\text{ units cubed}
 """
