@@ -6,6 +6,7 @@ answer; copying.py tells one that was only copied from the question.
 """
 
 import re
+from typing import NamedTuple
 
 from nanomath.judge.exact import Algebra, Exact, Refused, is_name, number
 from nanomath.judge.extraction import MAX_COMPLETION as MAX_COMPLETION
@@ -22,13 +23,32 @@ def is_equivalent(prediction: str, reference: str) -> bool:
         return bool(prediction.strip())
     if max(len(prediction), len(reference)) > MAX_CHARS:
         return False
-    if same_value(read_value(prediction), read_value(reference)):
+    a, b = read_value(prediction), read_value(reference)
+    if "," not in prediction or "," not in reference:
+        return same_value(a, b)
+    return same_value(a, b) or same_answer(read_answer(prediction), read_answer(reference))
+
+
+class Answer(NamedTuple):
+    """An answer as a value and, where its commas may part a list, as one: "70,110"."""
+
+    value: Value
+    listed: Value | None
+
+
+def read_answer(text: str) -> Answer:
+    return Answer(read_value(text), read_value(text, thousands=False) if "," in text else None)
+
+
+def same_answer(a: Answer, b: Answer) -> bool:
+    """Say whether two answers are equal: what verdict and vote ask. "70,110" is a number; it
+    is a list, in its order, only beside what is no number."""
+    if same_value(a.value, b.value):
         return True
-    if "," not in prediction + reference:
+    if not a.listed or not b.listed or a.value.kind == b.value.kind:
         return False
-    # "70,110" is a number, or a list of two.
-    lists = [read_value(text, thousands=False) for text in (prediction, reference)]
-    return all(value.kind == "list" for value in lists) and same_value(*lists)
+    lists = [Value("parts", items=x.listed.items) for x in (a, b) if x.listed.kind == "list"]
+    return len(lists) == 2 and same_value(*lists)
 
 
 def is_strict(prediction: str, reference: str) -> bool:
@@ -64,7 +84,8 @@ def _same(a: Value, b: Value, algebra: Algebra) -> bool:
     if a.kind == "number":
         return _same_number(a, b, algebra)
     if a.kind in ("text", "choice"):
-        return a.label == b.label != ""
+        stated = bool(a.items and b.items)  # of two options with their texts, the texts count too
+        return a.label == b.label != "" and not (stated and not _same(*a.items, *b.items, algebra))
     if len(a.items) != len(b.items) or a.label != b.label:
         return False
     if a.kind in ("list", "union"):
@@ -74,6 +95,9 @@ def _same(a: Value, b: Value, algebra: Algebra) -> bool:
         return alike and _same_items(a.items, b.items, algebra)
     if a.kind == "equation" and all(side.exact for side in (*a.items, *b.items)):
         if _solves(a) != _solves(b):  # 2x = 10 is the question to which x = 5 is the answer
+            return False
+        units = [next((side.label for side in v.items if side.label), "") for v in (a, b)]
+        if not _agree(*units):
             return False
         differences = [algebra.add(*(side.exact for side in v.items), -1) for v in (a, b)]
         return algebra.proportional(*differences)
@@ -101,11 +125,16 @@ def _same_items(left: tuple[Value, ...], right: tuple[Value, ...], algebra: Alge
 def _same_number(a: Value, b: Value, algebra: Algebra) -> bool:
     if "%" in (a.label, b.label) and a.label != b.label:  # 25% is 25, as MATH writes it, and 0.25
         percent, other = (a, b) if a.label == "%" else (b, a)
+        if other.label:
+            return False
         hundredth = algebra.divide(percent.exact, _HUNDRED)
         return algebra.equal(a.exact, b.exact) or algebra.equal(hundredth, other.exact)
-    if a.label and b.label and a.label != b.label:  # 5 cm and 5 km
-        return False
-    return algebra.equal(a.exact, b.exact)
+    return _agree(a.label, b.label) and algebra.equal(a.exact, b.exact)
+
+
+def _agree(a: str, b: str) -> bool:
+    """Say whether two units agree: 5 cm is 5 and not 5 km; 20 degrees is 20 degrees Celsius."""
+    return not a or not b or a == b or a.startswith(b + " ") or b.startswith(a + " ")
 
 
 def _is_unknown(side: Value) -> bool:

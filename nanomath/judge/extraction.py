@@ -17,7 +17,8 @@ box that holds nothing. Whether an answer is right is the business of answers.py
 import re
 from typing import NamedTuple
 
-from nanomath.judge.reader import MAX_CHARS, option_letter, read_value
+from nanomath.judge.reader import MAX_CHARS, read_value
+from nanomath.judge.tokens import option_letter
 
 MAX_COMPLETION = 50_000
 MAX_JOINED = 20  # boxes that give one answer together

@@ -33,22 +33,23 @@ from nanomath.judge.tokens import (
     FUNCTIONS,
     MAX_DIGITS,
     Token,
+    choice_letters,
+    is_applied,
+    is_words,
     normalise,
+    option_letter,
     spell_out,
     tokenize,
     unit_of,
     without_text_commands,
+    words_ahead,
 )
 
 MAX_CHARS = 1000
 MAX_DEPTH = 30
 
 _PLAIN = re.compile(r"[-+]?\d{1,100}(?:\.\d{1,100})?")
-_CHOICE = re.compile(r"\(?([A-Z]|[A-J](?:[ ,]{0,2}[A-J]){1,9})\)?\.?")
-# An option with its text, "(C) 12"; no other letter may stand in it: "(A) or (B)" names two.
-_OPTION = re.compile(
-    r"(?:\(([A-J])\)|([A-J])[.):])\s*(?![-+*/^=<>,_\s])(?!.*(?<!\w)[A-J](?!\w)).+", re.DOTALL
-)
+_LEADING_ZERO = re.compile(r"(?<![\d.,])\d+,0\d")  # "0,001" is no number, and no list
 _WORD = re.compile(r"[A-Z]{2,}|[A-Z][a-z]+|yes|no|true|false")
 
 
@@ -64,7 +65,7 @@ class Value(NamedTuple):
     equation    two sides
     chain       sides; label holds the relations, turned to "<"
     ratio       items: "3:4"
-    choice      label: "AC"
+    choice      label: "AC"; items, of one letter: what the option says, if it is given
     text        label: what is not read, without spaces and case
     """
 
@@ -82,14 +83,18 @@ def read_value(text: str, *, thousands: bool = True) -> Value:
         return _scalar(number(Fraction(text)))
     text = normalise(text)
     shown = without_text_commands(text)
-    if match := _CHOICE.fullmatch(shown):
-        return Value("choice", label="".join(sorted(set(match[1]) - set(" ,"))))
+    if letters := choice_letters(shown):
+        return Value("choice", label=letters)
     if letter := option_letter(shown):
-        return Value("choice", label=letter)
+        option = shown.partition(letter)[2].lstrip(").: ")
+        return Value("choice", label=letter, items=(read_value(option, thousands=thousands),))
     try:
-        if _WORD.fullmatch(shown):
+        if _WORD.fullmatch(shown) or is_words(shown):
             raise Refused("a word")
-        tokens = tokenize(spell_out(text, thousands=thousands))
+        spelled = spell_out(shown if shown.isalpha() else text, thousands=thousands)
+        if "," in spelled and _LEADING_ZERO.search(spelled):
+            raise Refused("a number wrong in its commas")
+        tokens = tokenize(spelled)
         value = Reader(tokens, 1).answer()
         if any(token.text in (r"\pm", r"\mp") for token in tokens):
             value = _both_signs(value, Reader(tokens, -1).answer())
@@ -97,12 +102,6 @@ def read_value(text: str, *, thousands: bool = True) -> Value:
     except Refused:
         label = re.sub(r"[\s$\"']|\.(?!\d)", "", shown.casefold().removeprefix("the "))
         return Value("text", label=label)
-
-
-def option_letter(text: str) -> str | None:
-    """Return the letter of "(C) 12" and "C. 12"."""
-    match = _OPTION.fullmatch(text)
-    return (match[1] or match[2]) if match else None
 
 
 def _both_signs(plus: Value, minus: Value) -> Value:
@@ -119,6 +118,8 @@ def _scalar(exact: Exact) -> Value:
 def _exact(value: Value) -> Exact:
     if value.exact is None:
         raise Refused(f"a {value.kind} in a sum")
+    if value.label:
+        raise Refused("a unit in a product")
     return value.exact
 
 
@@ -222,6 +223,8 @@ class Reader:
         last = sides[-1].exact
         steps = [side.exact for side in sides[named:]]
         if last and all(step and self.algebra.equal(step, last) for step in steps):
+            if len({side.label for side in sides[named:] if side.label}) > 1:
+                raise Refused("several units")  # 5 km = 5 cm
             sides = [*sides[:named], sides[-1]]
         if len(sides) == 1:
             return sides[0]
@@ -238,14 +241,17 @@ class Reader:
                 items.append(self.sum())
             return Value("union", items=tuple(items))
         unit = self.unit()
+        if unit and not value.exact:
+            raise Refused("the unit of what is no number")
         return value._replace(label=unit or currency or value.label) if value.exact else value
 
     def unit(self) -> str:
         """Take %, a degree sign and words with their powers, up to the end of the item."""
         sign = self.take("%", r"\degree")
-        if not self.words_ahead():
+        if not words_ahead(self.tokens, self.position):
             return (sign or "").replace(r"\degree", "degree")
-        self.take("(")
+        in_product = [token.kind for token in self.tokens[: self.position][-2:]] == ["letter"] * 2
+        bracketed = self.take("(") is not None
         words, power = [], ""
         while self.here.kind == "word" or self.here.text not in _ENDS - {"}"}:
             token, before = self.here, self.tokens[self.position - 1].text
@@ -256,23 +262,16 @@ class Reader:
             if token.kind == "word" and re.search(r"\d|\b(?:or|and)\b", token.text):
                 raise Refused("more than a unit")  # "5 \\text{ or 6}"
             if token.kind in ("word", "letter"):
-                words += re.split(r"[\s/*^-]+", token.text.lower())
+                words += re.split(r"[\s*^(),.;:!?-]+", token.text.lower().replace("/", " per "))
+            words += ["per"] if token.text in ("/", r"\div") else []
             self.position += 1
         self.take(")")
         if len(words) > 12:
             raise Refused("a sentence")
-        return (sign or "").replace(r"\degree", "degree") or unit_of(words, power)
-
-    def words_ahead(self) -> bool:
-        """Say whether words follow, as they are or in brackets: "9 apples", "9 (red apples)"."""
-        if self.here.text != "(" or self.here.kind == "word":
-            return self.here.kind == "word"
-        kinds = []
-        for token in self.tokens[self.position + 1 : self.position + 12]:
-            if token.text == ")":
-                break
-            kinds.append(token.kind)
-        return "word" in kinds and "number" not in kinds
+        unit = unit_of(words, power, bracketed=bracketed)
+        if in_product and not unit and words[:1] != ["units"]:
+            raise Refused("a sentence")  # x = no solution
+        return "%" if sign == "%" else unit_of(["degree", *words], power) if sign else unit
 
     # Arithmetic. What is no number (a set, a matrix) passes through where it stands alone.
 
@@ -304,7 +303,7 @@ class Reader:
         """Say whether a factor follows without a sign: 2x, 2(3), 2\\sqrt 3; never "2 3"."""
         token = self.here
         if token.kind == "letter" or token.text in ("(", "{"):
-            return not self.words_ahead()
+            return not words_ahead(self.tokens, self.position)
         return token.kind == "command" and token.text not in _NO_FACTOR
 
     def factor(self) -> Value:
@@ -379,7 +378,17 @@ class Reader:
             name += "_" + index.strip("{}")
         while self.take("'"):
             name += "'"
-        if name in ("f", "g", "h") and self.take("("):
+        power = self.position
+        if name in ("f", "g", "h") and self.take("^"):  # f^{-1}(0); but f^2 is a power
+            self.primary()
+            index = "".join(token.text for token in self.tokens[power : self.position])
+            if self.here.text == "(":
+                name += index
+            else:
+                self.position = power
+        following = self.tokens[self.position : self.position + 25]
+        named = name[:2] in ("f", "g", "h", "f^", "g^", "h^")
+        if (named or is_applied(name, following)) and self.take("("):
             arguments = self.items()
             self.expect(")")
             return _scalar(formal(name, *map(_exact, arguments)))
@@ -425,6 +434,10 @@ class Reader:
         if self.take("_"):
             name += f"_{_exact(self.primary())}"
         exponent = _exact(self.primary()) if self.take("^") else None
+        if exponent and rational(exponent) == -1:  # the inverse function, of those that have one
+            if name in ("ln", "log", "lg", "exp", "max", "min") or "_" in name:
+                raise Refused("an inverse")
+            name, exponent = "arc" + name, None
         bracketed = self.here.text in ("(", "{")
         value = self.postfix(self.primary())
         while not bracketed and self.starts_factor() and self.here.text[1:] not in FUNCTIONS:

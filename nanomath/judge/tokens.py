@@ -5,6 +5,7 @@ Every pattern here takes time linear in the text, or nearly: none can backtrack 
 """
 
 import re
+from itertools import pairwise
 from typing import NamedTuple
 
 from nanomath.judge.exact import Refused
@@ -64,6 +65,29 @@ def without_text_commands(text: str) -> str:
     return _TEXT_COMMAND.sub(r"\1", text).strip()
 
 
+_CHOICE = re.compile(r"\(?([A-Z]|[A-J](?:[ ,]{0,2}[A-J]){1,9})\)?\.?")
+# An option with its text, "(C) 12"; no other letter may stand in it: "(A) or (B)" names two.
+_OPTION = re.compile(
+    r"(?:\(([A-J])\)|([A-J])[.):])\s*(?![-+*/^=<>,_\s])(?!.*(?<!\w)[A-J](?!\w)).+", re.DOTALL
+)
+
+
+def choice_letters(text: str) -> str:
+    """Return the letters of a choice, as a set; those from A on, all of them, are an order."""
+    match = _CHOICE.fullmatch(text)
+    if not match:
+        return ""
+    letters = "".join(dict.fromkeys(re.sub("[ ,]", "", match[1])))
+    ordered = "".join(sorted(letters))
+    return letters if "ABCDEFGHIJ".startswith(ordered) else ordered
+
+
+def option_letter(text: str) -> str | None:
+    """Return the letter of "(C) 12" and "C. 12"."""
+    match = _OPTION.fullmatch(text)
+    return (match[1] or match[2]) if match else None
+
+
 _THOUSANDS = re.compile(
     r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])|(?<![\d. ])\d{1,3}(?: \d{3})+$"
 )
@@ -116,10 +140,27 @@ _PLAIN_COMMANDS = {name: name for name in (*FUNCTIONS, "sqrt", "pi", "infty")} |
     "infinity": "infty", "inf": "infty", "oo": "infty", "U": "cup", "union": "cup",
 }  # fmt: skip
 _JOINING = dict.fromkeys(("and", "or", "和", "或", "与"), ",") | {"percent": "%"}
-# After a number these words change it: "3 plus one", "3 squared" (but "3 cm squared").
-_NO_UNITS = ("plus", "minus", "half", "halves", "squared", "cubed", "not", "wrong", "maybe")
-_POWERS = {"square": "^2", "sq": "^2", "squared": "^2", "cubic": "^3"}
+# Common words of two letters, but "am", "as" and "at", which are products in physics.
+_SHORT_WORDS = frozenset(
+    ("an", "be", "by", "do", "go", "he", "hi", "if", "in", "is", "it", "me", "my", "no")
+    + ("of", "ok", "on", "or", "so", "to", "up", "us", "we")
+)
+# After a number these words change it or speak of it; "3 squared" does, "3 cm squared" does not.
+_NO_UNITS = re.compile(
+    "plus|minus|negative|divided|multiplied|added|subtracted|raised|mod|modulo|factorial|than|not|no"
+    "|never|none|nor|neither|cannot|without|except|unless|if|but|wrong|false|incorrect|invalid|maybe"
+    "|untrue|perhaps|is|are|was|were|be|permille|least|most|on|so|[a-z]{1,20}n['’]t"
+)
+_ORDINALS = "third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|twelfth|twentieth|hundredth"
+_ORDINALS += r"|thousandth|[a-z]{1,12}illionth|quarter"
+_NUMBER_WORD = re.compile(
+    "zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|half|halves|twice|hundreds?"
+    "|(?:thir|four|fif|six|seven|eigh|nine)teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|dozens?"
+    rf"|thousands?|[a-z]{{1,12}}illions?|(?:{_ORDINALS})s|.*[不没错非无半一二三四五六七八九十].*"
+)
+_POWERS = {"square": "^2", "sq": "^2", "squared": "^2", "cubic": "^3", "cubed": "^3"}
 _SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
+_SCALES |= {"trillion": 10**12}
 _SCALES |= {"百": 100, "千": 1000, "万": 10**4, "亿": 10**8}
 _SCALE = re.compile(rf"({'|'.join(_SCALES)})(?![a-zA-Z克米瓦分])\s*")
 # Units that must agree where both answers give one; other words after a number are ignored.
@@ -130,10 +171,58 @@ _UNITS = {
         "km kilometer kilometre 千米", "ft foot feet", "inch in inche", "mile mi", "yard yd",
         "g gram gm 克", "kg kilogram 千克", "lb pound", "$ dollar usd 元", "cent",
         "second sec s 秒", "minute min 分钟", "hour hr h 小时", "day 天", "week", "year 年",
-        "am a.m.", "pm p.m.", "liter litre l 升", "ml", "mph", "degree",
+        "am a.m.", "pm p.m.", "liter litre l 升", "ml milliliter millilitre 毫升", "degree",
     )
     for name in names.split()
 }  # fmt: skip
+_UNITS |= {"mph": "mile/hour", "kph": "km/hour"}
+_GLUED = frozenset(_UNITS)  # "3cm"; but "3mg" is a product
+_UNITS |= {
+    name: names.split()[0]
+    for names in (
+        "mg milligram 毫克", "ton tonne 吨", "oz ounce", "cl centiliter centilitre", "pint pt",
+        "dl deciliter decilitre", "kl kiloliter kilolitre", "quart qt", "gallon gal", "acre",
+        "dm decimeter decimetre 分米", "nm nanometer nanometre", "hectare ha 公顷",
+        "month", "ms millisecond", "decade", "century centurie", "euro", "nickel", "dime",
+        "w watt", "kw kilowatt", "hz hertz", "j joule", "n newton", "v volt", "pa pascal", "kpa",
+        "ohm", "mol mole", "角", "rad radian", "celsius c", "fahrenheit f", "ampere amp",
+        "khz kilohertz", "mhz megahertz", "kj kilojoule", "kwh", "kv kilovolt", "mw megawatt",
+        "um micrometer micrometre micron", "kn kilonewton",
+    )
+    for name in names.split()
+}  # fmt: skip
+
+
+def is_word(run: str) -> bool:
+    """Say whether a run of letters is a word. A product has two letters or three: without a vowel
+    ("zyx"), or in the order of the alphabet, in which no other run has the same ("abx")."""
+    if len(run) == 1 or run in _PLAIN_COMMANDS:
+        return False
+    lower = run.lower()
+    if len(run) == 2:
+        return lower in _SHORT_WORDS
+    ordered = all(a < b for a, b in pairwise(lower)) or set(lower) <= set("abcd")
+    return len(run) > 3 or (not ordered and not set(lower).isdisjoint("aeiou"))
+
+
+_PLAIN_TEXT = re.compile(r"[A-Za-z][A-Za-z .,'?!-]*")
+_JOINING_WORD = re.compile(r"\b(?:and|or|percent)\b")
+
+
+def is_words(text: str) -> bool:
+    """Say whether an answer is plain words: no digit, no mark of math, and a word among the runs of
+    letters, or a blank between them; "x and y" and "sin x" are none, "x cm" is an amount."""
+    if not _PLAIN_TEXT.fullmatch(text):
+        return False
+    for phrase in re.split(r"[.,?!-]", _JOINING_WORD.sub(",", text)):
+        runs = re.findall("[A-Za-z]+", phrase)
+        amount = bool(runs) and _unit(runs[-1].lower()) and len(runs[-1]) > 1 < len(runs)
+        if amount and all(len(run) == 1 and run not in "aAI" for run in runs[:-1]):
+            continue
+        long = [run for run in runs if len(run) > 1 and run not in _PLAIN_COMMANDS]
+        if any(map(is_word, runs)) or (long and len(runs) > 1):
+            return True
+    return False
 
 
 def tokenize(text: str) -> list[Token]:
@@ -150,7 +239,7 @@ def tokenize(text: str) -> list[Token]:
         elif kind in ("text", "inner"):
             tokens += _text_tokens(piece, (match["inner"] or "").strip())
         elif kind in ("letters", "cjk"):
-            tokens += _letter_tokens(piece, spaced, after_number)
+            tokens += _letter_tokens(piece, spaced, tokens)
         elif kind == "matrix":
             tokens.append(Token("command", piece[:4] if piece.startswith(r"\end") else r"\begin"))
         elif kind != "space":
@@ -180,25 +269,87 @@ def _word_tokens(words: str) -> list[Token]:
     return [*tokens, Token("word", words)] if words else tokens
 
 
-def _letter_tokens(piece: str, spaced: bool, after_number: bool) -> list[Token]:
+# Where a word may begin, which no number, root or power is before: "(ten)", "on/off".
+_BEFORE_WORDS = ("(", r"\{", ",", ";", "=", ":", "/")
+
+
+def _letter_tokens(piece: str, spaced: bool, tokens: list[Token]) -> list[Token]:
     if piece in _JOINING:
         return [Token("symbol", _JOINING[piece])]
     if piece in _PLAIN_COMMANDS:
         return [Token("command", "\\" + _PLAIN_COMMANDS[piece])]
     # Words stand apart or are long; "3qr" and "xy" are products.
-    is_unit = piece.lower().removesuffix("s") in _UNITS and len(piece) > 1
-    is_word = len(piece) > 3 or (len(piece) == 3 and (spaced or piece.istitle() or piece == "not"))
-    if is_word or piece[0] > "\x7f" or (is_unit and (spaced or after_number)):
+    lower, after_number = piece.lower(), bool(tokens) and tokens[-1].kind == "number"
+    is_unit = lower.removesuffix("s") in _GLUED or (spaced and after_number and _unit(lower))
+    apart = len(piece) > 3 or (len(piece) == 3 and (spaced or piece.istitle() or piece == "not"))
+    if spaced and len(piece) == 2:
+        apart = is_word(piece) or (after_number and lower in _SHORT_WORDS)
+    if not tokens or tokens[-1].text in _BEFORE_WORDS:
+        apart = apart or is_word(piece)
+    if apart or piece[0] > "\x7f" or (len(piece) > 1 and is_unit and (spaced or after_number)):
         return _word_tokens(piece)
     return [Token("letter", letter) for letter in piece]
 
 
-def unit_of(words: list[str], power: str) -> str:
-    """Return the unit that words after a number name, as "cm^2"; "" for none that is known.
+def _unit(word: str) -> str:
+    return _UNITS.get(word) or _UNITS.get(word.removesuffix("s")) or ""
 
-    Raises Refused where the words say another number."""
-    if words[:1] and words[0] in _NO_UNITS:
+
+def unit_of(words: list[str], power: str, *, bracketed: bool = False) -> str:
+    """Return the unit that words after a number name, as "cm^2", "m/second" or, where less may be
+    said as well, "degree celsius" and "$ /hour"; "" for none that is known.
+
+    Raises Refused where the words say another number, or that it is wrong. In brackets a quarter is
+    a coin."""
+    words = [word for word in words if word]
+    if words[:1] and (words[0] in ("squared", "cubed") or re.fullmatch(_ORDINALS, words[-1])):
         raise Refused("more than a unit")
-    known = [_UNITS.get(word) or _UNITS.get(word.removesuffix("s")) for word in words]
+    for word in words:
+        number = _NUMBER_WORD.fullmatch(word) and not (bracketed and word == "quarters")
+        variable = not bracketed and len(word) == 1 and "b" <= word <= "z" and not _unit(word)
+        if number or variable or _NO_UNITS.fullmatch(word):
+            raise Refused("more than a unit")
     power = power or "".join(_POWERS.get(word, "") for word in words)
-    return next((unit for unit in known if unit), "") + power
+    if words and (match := re.match("(平方|立方)(.+)", words[0])):
+        words, power = [match[2], *words[1:]], "^2" if match[1] == "平方" else "^3"
+    place = words.index("per") if "per" in words else len(words)
+    top, bottom = (
+        next((unit for unit in map(_unit, part) if unit), "")
+        for part in (words[:place], words[place + 1 :])
+    )
+    if top == "degree":
+        scale = {"celsius", "fahrenheit"} & set(map(_unit, words))
+        top = " ".join([top, *scale])
+    if bottom:
+        top += (" /" if top in ("$", "cent") else "/") + bottom
+    return top + power
+
+
+def words_ahead(tokens: list[Token], position: int) -> bool:
+    """Say whether words follow, as they are or in brackets: "9 apples", "9 (red apples)"."""
+    here = tokens[position]
+    if here.text != "(" or here.kind == "word":
+        return here.kind == "word"
+    kinds = []
+    for token in tokens[position + 1 : position + 12]:
+        if token.text == ")":
+            break
+        kinds.append(token.kind)
+    return "word" in kinds and "number" not in kinds
+
+
+_GREEK = ("Gamma", "Phi", "Psi", "phi", "psi", "varphi", "zeta")  # functions, before a bracket
+
+
+def is_applied(name: str, following: list[Token]) -> bool:
+    """Say whether a letter is a function of what follows: H(0), P(x); k(k + 1) is a product."""
+    base = name.partition("_")[0].rstrip("'")
+    if following[0].text != "(" or base in ("e", "i") or (len(base) > 1 and base not in _GREEK):
+        return False
+    inside = []
+    for token in following[1:]:
+        if token.text == ")":
+            break
+        inside.append(token)
+    is_sum = any(token.text in ("+", "-", r"\pm", r"\mp") for token in inside[1:])
+    return not (is_sum and any(token.kind in ("letter", "command") for token in inside))

@@ -51,30 +51,38 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def group_answers(
-    answers: Sequence[Any], equal: Callable[[Any, Any], bool] = operator.eq
+    answers: Sequence[Any],
+    equal: Callable[[Any, Any], bool] = operator.eq,
+    correct: Sequence[bool] | None = None,
 ) -> list[int | None]:
-    """Number the classes of equal answers in order of appearance; None (unreadable) has none.
+    """Number the classes of answers in order of appearance; None (unreadable) has none.
 
-    An answer joins the first class whose representative, its first member, it equals.
+    A class holds the answers with one verdict (correct) that equal the same answers. So it is a
+    partition that no order of samples changes, also where equality is not transitive: 5 is 5 cm and
+    is 5 km, and these three differ; 5 and 5 cm alone are one.
     """
-    representatives: list[Any] = []
-    classes: list[int | None] = []
-    for answer in answers:
-        if answer is None:
-            classes.append(None)
-            continue
-        found = [i for i, first in enumerate(representatives) if equal(first, answer)]
-        if not found:
-            representatives.append(answer)
-        classes.append(found[0] if found else len(representatives) - 1)
-    return classes
+    distinct: list[tuple[Any, bool]] = []
+    indices: list[int | None] = []
+    for answer, verdict in zip(answers, correct or [False] * len(answers), strict=True):
+        if answer is not None and (answer, verdict) not in distinct:
+            distinct.append((answer, verdict))
+        indices.append(None if answer is None else distinct.index((answer, verdict)))
+    equals = [{i} for i in range(len(distinct))]
+    for i, (answer, verdict) in enumerate(distinct):
+        for j in range(i):
+            if verdict == distinct[j][1] and equal(distinct[j][0], answer):
+                equals[i].add(j)
+                equals[j].add(i)
+    classes: dict[frozenset[int], int] = {}
+    labels = [classes.setdefault(frozenset(same), len(classes)) for same in equals]
+    return [None if index is None else labels[index] for index in indices]
 
 
 def maj_at_k(classes: Sequence[int | None], correct: Sequence[bool], k: int) -> float:
     """Return Maj@k: the mean over all k-subsets of the samples of the majority vote's credit.
 
     classes as from group_answers; correct[i] says whether sample i is right, and a class is right
-    when its first member is. Samples of class None do not vote. Classes that tie for the most votes
+    when its members are. Samples of class None do not vote. Classes that tie for the most votes
     share the credit: a subset counts (right classes among the tied) / (tied), and 0 without votes.
     """
     return majority_credits(classes, correct, [k])[0]
@@ -248,12 +256,11 @@ def judge_outputs(problem: Problem, outputs: Sequence[dict[str, Any]]) -> list[d
     "class" for the vote."""
     judge = TASKS[problem.task]
     answers = [judge.answer_class(problem, output["text"]) for output in outputs]
+    verdicts = [bool(judge.is_correct(problem, output["text"])) for output in outputs]
+    classes = group_answers(answers, judge.same_answer, verdicts)
     judged = []
-    for output, answer, label in zip(
-        outputs, answers, group_answers(answers, judge.same_answer), strict=True
-    ):
+    for output, answer, correct, label in zip(outputs, answers, verdicts, classes, strict=True):
         text = output["text"]
-        correct = bool(judge.is_correct(problem, text))
         strict, is_formatted = correct, format_reward(problem, text) == 1.0
         if judge is benchmarks:
             strict, is_formatted = benchmarks.is_strictly_correct(problem, text), answer is not None

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanomath.base.files import read_jsonl, text_field
-from nanomath.judge.answers import is_equivalent, is_readable, is_strict, same_value
-from nanomath.judge.copying import is_copied, symbols
+from nanomath.judge.answers import Answer, is_equivalent, is_readable, is_strict, read_answer
+from nanomath.judge.answers import same_answer as same_readings
+from nanomath.judge.copying import is_copied
 from nanomath.judge.extraction import Extraction, extract_answer
-from nanomath.judge.reader import Value, read_value
 from nanomath.tasks import Problem
 
 
@@ -295,18 +295,15 @@ def is_strictly_correct(problem: Problem, completion: str) -> bool:
     return answer is not None and is_strict(answer, problem.payload["answer"])
 
 
-def answer_class(problem: Problem, completion: str) -> Value | None:
-    """Return what Maj@K counts as one answer, to be compared with same_answer.
+def answer_class(problem: Problem, completion: str) -> Answer | None:
+    """Return the answer that Maj@K counts, by the judge's own reading; None, without one: no vote.
 
-    None, without an answer: no vote. An answer that is not read votes as its string ("Monday"), and
-    so does a copy of the question that only has the reference's value: it is no right answer.
+    An answer that is not read votes as its string ("Monday"). A right answer and a copy of the
+    question with its value are told apart by their verdicts, see group_answers.
     """
     answer = find_answer(problem, completion).answer
-    if answer is None:
-        return None
-    if is_equivalent(answer, problem.payload["answer"]) and not is_correct(problem, completion):
-        return Value("text", label=" ".join(symbols(answer)))
-    return read_value(answer)
+    return None if answer is None else read_answer(answer)
 
 
-same_answer = same_value
+# The judge's own comparison: two answers that it calls equal vote together.
+same_answer = same_readings

@@ -121,10 +121,13 @@ def test_maj_at_k_of_many_samples():
 
 
 def test_group_answers():
-    """An answer joins the first class whose first member it equals; None joins none."""
+    """A class holds the answers that equal the same answers, under one verdict; None joins none."""
     assert group_answers(["a", None, "b", "a", "c", None, "b"]) == [0, None, 1, 0, 2, None, 1]
     # an equality that is not transitive: 1.0 ~ 1.4 ~ 1.8, but 1.0 is not 1.8
-    assert group_answers([1.0, 1.4, 1.8, 1.4], lambda a, b: abs(a - b) <= 0.5) == [0, 0, 1, 0]
+    close = lambda a, b: abs(a - b) <= 0.5  # noqa: E731
+    assert group_answers([1.0, 1.4, 1.8, 1.4], close) == [0, 1, 2, 1]
+    assert group_answers([1.0, 1.4, 1.0], close) == [0, 0, 0]
+    assert group_answers([1.0, 1.4, 1.0], close, [True, False, True]) == [0, 1, 0]
     assert group_answers([]) == []
 
 
