@@ -144,6 +144,12 @@ def _is_unknown(side: Value) -> bool:
     return side.exact is not None and is_name(side.exact)
 
 
+def _is_ray(value: Value) -> bool:
+    """Say whether a value is an interval without an end, as "x < 2" is and the point (1, 2) not."""
+    ends = [end.exact for end in value.items] if value.kind == "tuple" else []
+    return any(end is not None and "infty" in _names(end) for end in ends)
+
+
 _CONSTANTS = {"", "pi", "e"}  # "": a root
 
 
@@ -167,6 +173,10 @@ def _same_across(a: Value, b: Value, algebra: Algebra) -> bool:
             _is_unknown(side) and _same(other, b, algebra)
             for side, other in (a.items, a.items[::-1])
         )
+    if a.kind == "list" and len(a.items) == 1:  # {5}
+        return _same(a.items[0], b, algebra)
+    if a.kind == "list" and b.kind == "union" and all(map(_is_ray, a.items)):
+        return len(a.items) == len(b.items) and _same_items(a.items, b.items, algebra)
     if a.kind == "parts" and b.kind == "list" and len(a.items) == len(b.items):
         return all(_same(x, y, algebra) for x, y in zip(a.items, b.items))
     return False

@@ -150,7 +150,7 @@ class Algebra:
     def power(self, base: Exact, exponent: Exact) -> Exact:
         power = rational(exponent)
         if power is None:
-            return formal("power", base, exponent)
+            return self._symbolic_power(base, exponent)
         if power.denominator > 1:
             if power.denominator > 64:
                 raise Refused("root too high")
@@ -171,6 +171,33 @@ class Algebra:
         result = number(1)
         for _ in range(count):
             result = self.multiply(result, base)
+        return result
+
+    def _symbolic_power(self, base: Exact, exponent: Exact) -> Exact:
+        """Return base^exponent in one form: 2^{n+1} is 2 * 2^n, 4^n is 2^{2n}, a^m a^n is a^{m+n}.
+
+        A sum in the exponent becomes a product, a positive whole base its primes.
+        """
+        n = rational(base)
+        parts = [(base, 1)]
+        if n is not None and n > 1 and n.denominator == 1:
+            parts = [(number(prime), count) for prime, count in _prime_powers(int(n), 1)]
+        result = number(1)
+        for part, count in parts:
+            if exponent.bottom != _ONE:
+                whole = self.multiply(exponent, number(count))
+                result = self.multiply(result, formal("power", part, whole))
+                continue
+            for term, coefficient in exponent.top.items():
+                times = coefficient * count
+                if not term:
+                    factor = self.power(part, number(times))
+                elif times.denominator == 1 and abs(times) <= 64:
+                    atom = formal("power", part, Exact({term: Fraction(1)}, _ONE))
+                    factor = self.power(atom, number(times))
+                else:
+                    factor = formal("power", part, Exact({term: times}, _ONE))
+                result = self.multiply(result, factor)
         return result
 
     def root(self, value: Exact, k: int) -> Exact:

@@ -34,6 +34,7 @@ from nanomath.judge.tokens import (
     MAX_DIGITS,
     Token,
     choice_letters,
+    inside_text_command,
     is_applied,
     is_words,
     normalise,
@@ -82,16 +83,20 @@ def read_value(text: str, *, thousands: bool = True) -> Value:
     if _PLAIN.fullmatch(text):
         return _scalar(number(Fraction(text)))
     text = normalise(text)
+    text = inside_text_command(text) or text
     shown = without_text_commands(text)
-    if letters := choice_letters(shown):
+    is_set = r"\mathbb" in text
+    if not is_set and (letters := choice_letters(shown)):
         return Value("choice", label=letters)
     if letter := option_letter(shown):
         option = shown.partition(letter)[2].lstrip(").: ")
         return Value("choice", label=letter, items=(read_value(option, thousands=thousands),))
+    if shown.casefold() in _SETS_IN_WORDS:
+        return _SETS_IN_WORDS[shown.casefold()]
     try:
         if _WORD.fullmatch(shown) or is_words(shown):
             raise Refused("a word")
-        spelled = spell_out(shown if shown.isalpha() else text, thousands=thousands)
+        spelled = spell_out(shown if shown.isalpha() and not is_set else text, thousands=thousands)
         if "," in spelled and _LEADING_ZERO.search(spelled):
             raise Refused("a number wrong in its commas")
         tokens = tokenize(spelled)
@@ -141,7 +146,7 @@ def _whole(value: Value, low: int, high: int) -> int:
     return int(found)
 
 
-_RELATIONS = ("=", r"\lt", r"\gt", r"\le", r"\ge", r"\ne", r"\in", ":")
+_RELATIONS = ("=", r"\lt", r"\gt", r"\le", r"\ge", r"\ne", r"\in", ":", r"\approx")
 _TURNED = {r"\gt": r"\lt", r"\ge": r"\le"}
 _ENDS = {*_RELATIONS, ")", "]", "}", r"\}", ",", ";", "&", r"\cr", r"\end", r"\cup", ""}
 # Commands that begin no factor of an implicit product.
@@ -156,12 +161,17 @@ class Reader:
         self.tokens = [*tokens, Token("end", "")]
         self.position = 0
         self.depth = 0
+        self.in_bars = False
         self.signs = {"+": 1, "-": -1, r"\pm": sign, r"\mp": -sign}
         self.algebra = Algebra()
 
     @property
     def here(self) -> Token:
         return self.tokens[self.position]
+
+    def ahead(self, count: int) -> str:
+        """Return the text of a token further on, "" behind the last one."""
+        return self.tokens[min(self.position + count, len(self.tokens) - 1)].text
 
     def take(self, *texts: str) -> str | None:
         """Take the next token if it is one of the texts, and not a word."""
@@ -199,10 +209,15 @@ class Reader:
     # Relations
 
     def item(self) -> Value:
+        self.take(r"\approx")  # "about 0.67", alone
         sides, relations = [self.side()], []
         while relation := self.take(*_RELATIONS):
+            side = self.side()
+            if relation == r"\approx":
+                self.check_close(sides[-1], side)
+                break
             relations.append(relation)
-            sides.append(self.side())
+            sides.append(side)
         kinds = set(relations)
         if not relations:
             return sides[0]
@@ -214,8 +229,39 @@ class Reader:
             sides, relations = sides[::-1], [_TURNED[relation] for relation in relations[::-1]]
         if not set(relations) <= {r"\lt", r"\le"} and kinds != {r"\ne"}:
             raise Refused("relations")
+        if len(sides) == 2 and (solved := self.solved(sides, relations[0])):
+            return solved
         chain = Value("chain", items=tuple(sides), label=" ".join(relations))
         return _interval(sides, relations) or chain
+
+    def solved(self, sides: list[Value], relation: str) -> Value | None:
+        """Return what "-x > -1" or "2x + 1 < 5" says of its one letter, as an interval; of
+        "x \\ne 3" the two; None where it is not linear in one letter."""
+        if any(side.exact is None for side in sides):
+            return None
+        left, right = (side.exact for side in sides)
+        difference = self.algebra.add(left, right, -1)
+        terms = dict(difference.top)
+        constant = terms.pop((), Fraction(0))
+        is_scaled = difference.bottom == number(1).top and len(terms) == 1
+        if not is_scaled or not is_name(Exact({next(iter(terms)): Fraction(1)}, number(1).top)):
+            return None
+        (coefficient,) = terms.values()
+        bound, minus, plus = _scalar(number(-constant / coefficient)), _infinity(-1), _infinity(1)
+        if relation == r"\ne":
+            pairs = (minus, bound), (bound, plus)
+            items = [Value("tuple", items=pair, label="()") for pair in pairs]
+            return Value("union", items=tuple(items))
+        closed = relation == r"\le"
+        if coefficient > 0:  # x < bound
+            return Value("tuple", items=(minus, bound), label="(]" if closed else "()")
+        return Value("tuple", items=(bound, plus), label="[)" if closed else "()")
+
+    def check_close(self, value: Value, decimal: Value) -> None:
+        """Raise Refused unless a decimal may stand for a value: "2/3 \\approx 0.67" is 2/3."""
+        a, b = (None if side.exact is None else rational(side.exact) for side in (value, decimal))
+        if b is None or (a is not None and 20 * abs(a - b) > abs(b)):
+            raise Refused("not close")
 
     def equation(self, sides: list[Value]) -> Value:
         """Read "x = 5"; the steps of "x = 10/2 = 5" and of "2 + 3 = 5" are dropped if right."""
@@ -301,7 +347,12 @@ class Reader:
 
     def starts_factor(self) -> bool:
         """Say whether a factor follows without a sign: 2x, 2(3), 2\\sqrt 3; never "2 3"."""
-        token = self.here
+        token, before = self.here, self.tokens[self.position - 1].text
+        if token.kind == "number":  # (n + 1)2^n, 2^n 3^n
+            follows = self.tokens[self.position - 1].kind == "letter" or before == "}"
+            return before == ")" or (follows and self.ahead(1) == "^")
+        if token.text == "|" and token.kind == "symbol":  # 2|x|, where this bar closes nothing
+            return not self.in_bars
         if token.kind == "letter" or token.text in ("(", "{"):
             return not words_ahead(self.tokens, self.position)
         return token.kind == "command" and token.text not in _NO_FACTOR
@@ -351,15 +402,25 @@ class Reader:
             value = self.command(token.text)
         elif token.text in ("(", "[", "{") and token.kind == "symbol":
             value = self.group(token.text)
-        elif token.text == "|":
-            inside = _exact(self.sum())
+        elif token.text == "|" and not self.in_bars:
+            self.in_bars = True
+            value = _scalar(self.absolute(_exact(self.sum())))
+            self.in_bars = False
             self.expect("|")
-            n = rational(inside)
-            value = _scalar(formal("abs", inside) if n is None else number(abs(n)))
         else:
             raise Refused("syntax")
         self.depth -= 1
         return value
+
+    def absolute(self, inside: Exact) -> Exact:
+        """Return |inside|, of which |1 - x| and |x - 1|, |2x| and 2|x| are one form."""
+        if not inside.top:
+            return inside
+        lead = inside.top[max(inside.top)]
+        form = Exact({term: c / lead for term, c in inside.top.items()}, inside.bottom)
+        if rational(form) == 1:
+            return number(abs(lead))
+        return self.algebra.multiply(number(abs(lead)), formal("abs", form))
 
     def number(self, text: str) -> Value:
         mantissa, _, power = text.lower().partition("e")
@@ -372,10 +433,7 @@ class Reader:
 
     def letter(self, name: str) -> Value:
         if self.take("_"):
-            start = self.position
-            self.primary()
-            index = "".join(token.text for token in self.tokens[start : self.position])
-            name += "_" + index.strip("{}")
+            name += "_" + self.index()
         while self.take("'"):
             name += "'"
         power = self.position
@@ -394,10 +452,32 @@ class Reader:
             return _scalar(formal(name, *map(_exact, arguments)))
         return _scalar(symbol(name))
 
+    def index(self) -> str:
+        """Take a subscript as it stands: 1, {max}, {i,j}."""
+        if not self.take("{"):
+            self.position += self.here.kind != "end"
+            return self.tokens[self.position - 1].text
+        start = self.position
+        while self.here.text not in ("}", "{", ""):
+            self.position += 1
+        inside = "".join(token.text for token in self.tokens[start : self.position])
+        self.expect("}")
+        return inside
+
     def group(self, opening: str) -> Value:
         """Read up to the closing bracket: a value in brackets, a tuple, an interval or a set."""
+        if opening == r"\{":
+            if self.take(r"\}"):
+                return EMPTY
+            if condition := self.condition():
+                return condition
         items = self.items()
+        while self.here.text == ";" and opening != "{" and len(items) < MAX_DEPTH:  # (0; 0; 0)
+            self.position += 1
+            items += (self.item(),)
         closing = self.expect(*{"{": "}", r"\{": [r"\}"]}.get(opening, ")]"))
+        if len(items) == 1 and items[0].kind == "matrix" and opening != r"\{":
+            return items[0]
         if opening == r"\{" or (opening == "{" and len(items) > 1):
             return Value("list", items=items)
         if len(items) == 1 and opening + closing in ("()", "{}"):
@@ -405,7 +485,23 @@ class Reader:
             return self.scaled(symbol("degree"), items[0]) if degrees else items[0]
         return Value("tuple", items=items, label=opening + closing)
 
+    def condition(self) -> Value | None:
+        """Read "x : x > 2" and "x \\in \\mathbb{R} | x > 2" of a set, up to its end."""
+        bar = 3 if (self.ahead(1), self.ahead(2)) == (r"\in", r"\mathbbR") else 1
+        if self.here.kind != "letter" or self.ahead(bar) not in (":", "|"):
+            return None
+        self.position += bar + 1
+        value = self.item()
+        self.expect(r"\}")
+        if value.kind not in ("tuple", "union"):
+            raise Refused("a condition")
+        return value
+
     def command(self, name: str) -> Value:
+        if name == r"\mathbbR":
+            return REALS
+        if name == r"\emptyset":
+            return EMPTY
         if name == r"\frac":
             top = _exact(self.primary())
             return _scalar(self.algebra.divide(top, _exact(self.primary())))
@@ -469,15 +565,28 @@ class Reader:
 def _interval(sides: list[Value], relations: list[str]) -> Value | None:
     """Return the interval that "x < 3" or "1 < x <= 2" says, with relations turned to "<"."""
     variables = [_is_name(side) and not is_formal(side.exact) for side in sides]
-    infinity = symbol("infty")
     if variables == [True, False]:
-        minus = Exact({term: -c for term, c in infinity.top.items()}, infinity.bottom)
-        sides, relations = [_scalar(minus), *sides], [r"\lt", *relations]
+        sides, relations = [_infinity(-1), *sides], [r"\lt", *relations]
     elif variables == [False, True]:
-        sides, relations = [*sides, _scalar(infinity)], [*relations, r"\lt"]
+        sides, relations = [*sides, _infinity(1)], [*relations, r"\lt"]
     elif variables != [False, True, False]:
         return None
     if r"\ne" in relations:
         return None
     brackets = ("[" if relations[0] == r"\le" else "(") + ("]" if relations[1] == r"\le" else ")")
     return Value("tuple", items=(sides[0], sides[2]), label=brackets)
+
+
+def _infinity(sign: int) -> Value:
+    infinity = symbol("infty")
+    return _scalar(Exact({term: sign * c for term, c in infinity.top.items()}, infinity.bottom))
+
+
+REALS = Value("tuple", items=(_infinity(-1), _infinity(1)), label="()")
+EMPTY = Value("list")
+_SETS_IN_WORDS = {
+    **dict.fromkeys(
+        ("all real numbers", "all reals", "the real numbers", "any real number"), REALS
+    ),
+    **dict.fromkeys(("empty set", "the empty set", "null set"), EMPTY),
+}

@@ -19,9 +19,14 @@ _CHARACTERS = str.maketrans(
     | {"√": r"\sqrt ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne "}
     | {"∪": r"\cup ", "∈": r"\in ", "±": r"\pm ", "°": r"\degree ", "℃": r"\degree "}
     | {"、": ",", "。": ".", "￥": "$", "¥": "$", "€": "$", "£": "$"}
-    | {power: f"^{{{i}}}" for i, power in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
+    | {"≈": r"\approx ", "≃": r"\approx ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}"}
+    | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", "")  # without a width
     | dict(zip("½⅓⅔¼¾⅕⅛", (" 1/2 ", " 1/3 ", " 2/3 ", " 1/4 ", " 3/4 ", " 1/5 ", " 1/8 ")))
 )
+_SCRIPTS = [  # x², 10⁻³, a₁
+    (mark, re.compile(f"[{signs}]+"), str.maketrans(signs, "0123456789+-n"[: len(signs)]))
+    for mark, signs in (("^", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ"), ("_", "₀₁₂₃₄₅₆₇₈₉₊₋"))
+]
 _REWRITES = [
     (re.compile(pattern.replace("END", "(?![a-zA-Z])")), replacement)
     for pattern, replacement in (
@@ -30,7 +35,12 @@ _REWRITES = [
         (r"\\frac ?(\d)", r"\\frac{\1}"),  # TeX takes one digit: \frac12, \frac1{10}, \frac{1}2
         (r"(\\frac ?\{[^{}]{0,50}\}) ?(\d)", r"\1{\2}"),
         (r"\\(?:left|right|[bB]igg?[lr]?)END\.?", ""),
-        (r"\\(?:displaystyle|limits|textstyle|bf|it|rm)END", " "),
+        (r"\\(?:text)?color ?\{[^{}]{0,30}\}", " "),
+        (r"\\[hv]?(?:phantom|space) ?\*?\{[^{}]{0,30}\}", " "),
+        (r"\\(?:[lr]vert|vert|mid)END", "|"),
+        (r"\\(?:varnothing|empty)END", r"\\emptyset"),
+        (r"\\(?:thickapprox|simeq|approxeq)END", r"\\approx"),
+        (r"\\(?:(?:display|text|script)style|limits|bf|it|rm|sf|tt|large|Large|small)END", " "),
         (r"\^ ?(?:\\circ|\{ ?\\circ ?\})END", r"\\degree "),
         (r"\^ ?(?:\\prime|\{ ?\\prime ?\})END", "'"),
         (r"(?<=\d)(?:, ?\\!|\{,\}|\\,)\s?(?=\d{3}(?!\d))", ""),  # thousands
@@ -43,13 +53,19 @@ _REWRITES = [
     )
 ]
 _ROOT = re.compile(r"√\s?(?:\((\d{1,50})\)|(\d{1,50}))")
-_TEXT = r"\\(?:text(?:bf|it|rm)?|mbox|math(?:rm|bf|it|bb|cal)|operatorname|boldsymbol)\s?"
+_TEXT = (
+    r"\\(?:text(?:bf|it|rm|sf|tt|sc|normal|up)?|[mhf]box|math(?:rm|bf|it|bb|cal|sf|tt|normal)|emph"
+    r"|operatorname\*?|boldsymbol|bm|underline)\s?"
+)
 _TEXT_COMMAND = re.compile(_TEXT + r"\{([^{}]*)\}")
 
 
 def normalise(text: str) -> str:
     """Return the text in one spelling: what `is_strict` compares, and the reader reads."""
-    text = _ROOT.sub(r"\\sqrt{\1\2}", text).translate(_CHARACTERS)
+    if not text.isascii():
+        text = _ROOT.sub(r"\\sqrt{\1\2}", text).translate(_CHARACTERS)
+        for mark, run, plain in _SCRIPTS:
+            text = run.sub(lambda m, a=mark, b=plain: f"{a}{{{m[0].translate(b)}}}", text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text = " ".join(text.split())
@@ -59,6 +75,12 @@ def normalise(text: str) -> str:
             if text.startswith(start) and text.endswith(end) and len(text) >= len(start + end):
                 text = text[len(start) : len(text) - len(end)]
     return text.strip()
+
+
+def inside_text_command(text: str) -> str | None:
+    """Return what a \\text{...} around the whole answer holds, else None."""
+    match = _TEXT_COMMAND.fullmatch(text)
+    return None if match is None or text.startswith(r"\math") else match[1].strip()
 
 
 def without_text_commands(text: str) -> str:
@@ -255,6 +277,8 @@ def _text_tokens(command: str, inner: str) -> list[Token]:
         return tokenize(inner)
     # \mathbf{x} and \mathrm{e} are letters; \mathrm{m} and \text{m} are words, and may be units.
     roman = command.startswith((r"\text", r"\mbox", r"\mathrm", r"\op"))
+    if command.startswith(r"\mathbb"):
+        return [Token("command", rf"\mathbb{inner}")]
     if len(inner) == 1 and (not roman or (inner in "ied" and command.startswith(r"\mathrm"))):
         return [Token("letter", inner)]
     return _word_tokens(inner) if inner else []
