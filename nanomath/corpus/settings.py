@@ -60,6 +60,7 @@ _SMALL = {
     "dim": 64,
     "lr": 1.0,
     "buckets": 200_000,
+    "epochs": 30,
     "num_positives": 2000,
     "num_negatives": 1500,
 }
