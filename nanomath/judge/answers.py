@@ -11,8 +11,9 @@ from typing import NamedTuple
 from nanomath.judge.exact import Algebra, Exact, Refused, is_name, number
 from nanomath.judge.extraction import MAX_COMPLETION as MAX_COMPLETION
 from nanomath.judge.extraction import extract_answer as extract_answer
-from nanomath.judge.reader import MAX_CHARS, Value, read_value
+from nanomath.judge.reader import MAX_CHARS, read_value
 from nanomath.judge.tokens import normalise, without_text_commands
+from nanomath.judge.values import Value
 
 _HUNDRED = number(100)
 

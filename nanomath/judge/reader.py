@@ -16,15 +16,12 @@ Nothing is evaluated by Python; the caps, and the work limit of exact.py, bound 
 import re
 from fractions import Fraction
 from math import comb, factorial
-from typing import NamedTuple
 
 from nanomath.judge.exact import (
     Algebra,
     Exact,
     Refused,
     formal,
-    is_formal,
-    is_name,
     number,
     rational,
     symbol,
@@ -45,6 +42,16 @@ from nanomath.judge.tokens import (
     without_text_commands,
     words_ahead,
 )
+from nanomath.judge.values import (
+    EMPTY,
+    REALS,
+    SETS_IN_WORDS,
+    Value,
+    interval,
+    names_one,
+    scalar,
+    solved,
+)
 
 MAX_CHARS = 1000
 MAX_DEPTH = 30
@@ -54,34 +61,12 @@ _LEADING_ZERO = re.compile(r"(?<![\d.,])\d+,0\d")  # "0,001" is no number, and n
 _WORD = re.compile(r"[A-Z]{2,}|[A-Z][a-z]+|yes|no|true|false")
 
 
-class Value(NamedTuple):
-    """What an answer says. kind, and what goes with it:
-
-    number      exact; label the unit, "%" for percent
-    list        items in any order: "1, 2", "{1, 2}", "x = 1 or x = 2", "3 +- 2"
-    parts       items in order, the answers of several blanks: "5; 10"
-    tuple       items in order; label holds the brackets: "()" may also be an open interval
-    union       items in any order
-    matrix      rows as tuples
-    equation    two sides
-    chain       sides; label holds the relations, turned to "<"
-    ratio       items: "3:4"
-    choice      label: "AC"; items, of one letter: what the option says, if it is given
-    text        label: what is not read, without spaces and case
-    """
-
-    kind: str
-    exact: Exact | None = None
-    items: tuple["Value", ...] = ()
-    label: str = ""
-
-
 def read_value(text: str, *, thousands: bool = True) -> Value:
     """Read an answer; with thousands=False "1,234" is a list of two numbers."""
     if len(text) > MAX_CHARS:
         return Value("text", label=text.strip())
     if _PLAIN.fullmatch(text):
-        return _scalar(number(Fraction(text)))
+        return scalar(number(Fraction(text)))
     text = normalise(text)
     text = inside_text_command(text) or text
     shown = without_text_commands(text)
@@ -91,12 +76,12 @@ def read_value(text: str, *, thousands: bool = True) -> Value:
     if letter := option_letter(shown):
         option = shown.partition(letter)[2].lstrip(").: ")
         return Value("choice", label=letter, items=(read_value(option, thousands=thousands),))
-    if shown.casefold() in _SETS_IN_WORDS:
-        return _SETS_IN_WORDS[shown.casefold()]
+    if shown.casefold() in SETS_IN_WORDS:
+        return SETS_IN_WORDS[shown.casefold()]
     try:
         if _WORD.fullmatch(shown) or is_words(shown):
             raise Refused("a word")
-        spelled = spell_out(shown if shown.isalpha() and not is_set else text, thousands=thousands)
+        spelled = spell_out(text, thousands=thousands)
         if "," in spelled and _LEADING_ZERO.search(spelled):
             raise Refused("a number wrong in its commas")
         tokens = tokenize(spelled)
@@ -116,10 +101,6 @@ def _both_signs(plus: Value, minus: Value) -> Value:
     return Value("list", items=(plus, minus))
 
 
-def _scalar(exact: Exact) -> Value:
-    return Value("number", exact)
-
-
 def _exact(value: Value) -> Exact:
     if value.exact is None:
         raise Refused(f"a {value.kind} in a sum")
@@ -133,10 +114,6 @@ def _finite(value: Value) -> Exact:
     if any(name == "infty" for side in exact for term in side for (name, _, _), _ in term):
         raise Refused("infinity in a sum or product")
     return exact
-
-
-def _is_name(value: Value) -> bool:
-    return value.exact is not None and is_name(value.exact)
 
 
 def _whole(value: Value, low: int, high: int) -> int:
@@ -229,33 +206,10 @@ class Reader:
             sides, relations = sides[::-1], [_TURNED[relation] for relation in relations[::-1]]
         if not set(relations) <= {r"\lt", r"\le"} and kinds != {r"\ne"}:
             raise Refused("relations")
-        if len(sides) == 2 and (solved := self.solved(sides, relations[0])):
-            return solved
+        if len(sides) == 2 and (found := solved(sides, relations[0], self.algebra)):
+            return found
         chain = Value("chain", items=tuple(sides), label=" ".join(relations))
-        return _interval(sides, relations) or chain
-
-    def solved(self, sides: list[Value], relation: str) -> Value | None:
-        """Return what "-x > -1" or "2x + 1 < 5" says of its one letter, as an interval; of
-        "x \\ne 3" the two; None where it is not linear in one letter."""
-        if any(side.exact is None for side in sides):
-            return None
-        left, right = (side.exact for side in sides)
-        difference = self.algebra.add(left, right, -1)
-        terms = dict(difference.top)
-        constant = terms.pop((), Fraction(0))
-        is_scaled = difference.bottom == number(1).top and len(terms) == 1
-        if not is_scaled or not is_name(Exact({next(iter(terms)): Fraction(1)}, number(1).top)):
-            return None
-        (coefficient,) = terms.values()
-        bound, minus, plus = _scalar(number(-constant / coefficient)), _infinity(-1), _infinity(1)
-        if relation == r"\ne":
-            pairs = (minus, bound), (bound, plus)
-            items = [Value("tuple", items=pair, label="()") for pair in pairs]
-            return Value("union", items=tuple(items))
-        closed = relation == r"\le"
-        if coefficient > 0:  # x < bound
-            return Value("tuple", items=(minus, bound), label="(]" if closed else "()")
-        return Value("tuple", items=(bound, plus), label="[)" if closed else "()")
+        return interval(sides, relations) or chain
 
     def check_close(self, value: Value, decimal: Value) -> None:
         """Raise Refused unless a decimal may stand for a value: "2/3 \\approx 0.67" is 2/3."""
@@ -265,7 +219,7 @@ class Reader:
 
     def equation(self, sides: list[Value]) -> Value:
         """Read "x = 5"; the steps of "x = 10/2 = 5" and of "2 + 3 = 5" are dropped if right."""
-        named = _is_name(sides[0])
+        named = names_one(sides[0])
         last = sides[-1].exact
         steps = [side.exact for side in sides[named:]]
         if last and all(step and self.algebra.equal(step, last) for step in steps):
@@ -325,7 +279,7 @@ class Reader:
         value = self.product()
         while sign := self.take(*self.signs):
             left, right = _finite(value), _finite(self.product())
-            value = _scalar(self.algebra.add(left, right, self.signs[sign]))
+            value = scalar(self.algebra.add(left, right, self.signs[sign]))
         return value
 
     def product(self) -> Value:
@@ -343,7 +297,7 @@ class Reader:
             cells = tuple(self.scaled(scale, cell) for cell in value.items)
             return value._replace(items=cells)
         is_sign = scale == number(-1)
-        return _scalar(self.algebra.multiply(scale, (_exact if is_sign else _finite)(value)))
+        return scalar(self.algebra.multiply(scale, (_exact if is_sign else _finite)(value)))
 
     def starts_factor(self) -> bool:
         """Say whether a factor follows without a sign: 2x, 2(3), 2\\sqrt 3; never "2 3"."""
@@ -367,7 +321,7 @@ class Reader:
             exponent = _exact(self.postfix(self.primary()))
             if inverse:
                 exponent = self.algebra.multiply(number(-1), exponent)
-            value = self.postfix(_scalar(self.algebra.power(_finite(value), exponent)))
+            value = self.postfix(scalar(self.algebra.power(_finite(value), exponent)))
         return value if sign == 1 else self.scaled(number(-1), value)
 
     def postfix(self, value: Value) -> Value:
@@ -379,7 +333,7 @@ class Reader:
                 inside = _exact(value)
                 n = rational(inside)
                 exact = n is not None and 0 <= n <= 100 and n.denominator == 1
-                value = _scalar(number(factorial(int(n))) if exact else formal("!", inside))
+                value = scalar(number(factorial(int(n))) if exact else formal("!", inside))
             elif following.text in _ENDS or following.kind == "word":
                 break  # the unit of the whole
             else:
@@ -404,7 +358,7 @@ class Reader:
             value = self.group(token.text)
         elif token.text == "|" and not self.in_bars:
             self.in_bars = True
-            value = _scalar(self.absolute(_exact(self.sum())))
+            value = scalar(self.absolute(_exact(self.sum())))
             self.in_bars = False
             self.expect("|")
         else:
@@ -429,7 +383,7 @@ class Reader:
         value = number(Fraction(mantissa.rstrip(".")) * Fraction(10) ** int(power or 0))
         if self.take("_") and (base := rational(_exact(self.primary()))) != 10:
             value = formal(f"base {base}", symbol(text))
-        return _scalar(value)
+        return scalar(value)
 
     def letter(self, name: str) -> Value:
         if self.take("_"):
@@ -449,8 +403,8 @@ class Reader:
         if (named or is_applied(name, following)) and self.take("("):
             arguments = self.items()
             self.expect(")")
-            return _scalar(formal(name, *map(_exact, arguments)))
-        return _scalar(symbol(name))
+            return scalar(formal(name, *map(_exact, arguments)))
+        return scalar(symbol(name))
 
     def index(self) -> str:
         """Take a subscript as it stands: 1, {max}, {i,j}."""
@@ -504,16 +458,16 @@ class Reader:
             return EMPTY
         if name == r"\frac":
             top = _exact(self.primary())
-            return _scalar(self.algebra.divide(top, _exact(self.primary())))
+            return scalar(self.algebra.divide(top, _exact(self.primary())))
         if name == r"\sqrt":
             degree = 2
             if self.take("["):
                 degree = _whole(self.sum(), 2, 64)
                 self.expect("]")
-            return _scalar(self.algebra.root(_exact(self.primary()), degree))
+            return scalar(self.algebra.root(_exact(self.primary()), degree))
         if name == r"\binom":
             n = _whole(self.primary(), 0, 1000)
-            return _scalar(number(comb(n, _whole(self.primary(), 0, n))))
+            return scalar(number(comb(n, _whole(self.primary(), 0, n))))
         if name == r"\{":
             return self.group(name)
         if name == r"\begin":
@@ -521,7 +475,7 @@ class Reader:
         if name[1:] in FUNCTIONS:
             return self.function(name[1:])
         if name in _ACCENTS:
-            return _scalar(formal(name, _exact(self.primary())))
+            return scalar(formal(name, _exact(self.primary())))
         if name in _NO_FACTOR:
             raise Refused("syntax")
         return self.letter(name[1:])  # a Greek letter, or a name that is not known
@@ -546,7 +500,7 @@ class Reader:
             result = self.algebra.power(symbol("e"), inside[0])
         else:
             result = formal(name, *inside)
-        return _scalar(self.algebra.power(result, exponent) if exponent else result)
+        return scalar(self.algebra.power(result, exponent) if exponent else result)
 
     def matrix(self) -> Value:
         rows, cells = [], []
@@ -560,33 +514,3 @@ class Reader:
             if not self.take(r"\cr"):
                 self.expect(r"\end")
                 return Value("matrix", items=tuple(row for row in rows if row.items))
-
-
-def _interval(sides: list[Value], relations: list[str]) -> Value | None:
-    """Return the interval that "x < 3" or "1 < x <= 2" says, with relations turned to "<"."""
-    variables = [_is_name(side) and not is_formal(side.exact) for side in sides]
-    if variables == [True, False]:
-        sides, relations = [_infinity(-1), *sides], [r"\lt", *relations]
-    elif variables == [False, True]:
-        sides, relations = [*sides, _infinity(1)], [*relations, r"\lt"]
-    elif variables != [False, True, False]:
-        return None
-    if r"\ne" in relations:
-        return None
-    brackets = ("[" if relations[0] == r"\le" else "(") + ("]" if relations[1] == r"\le" else ")")
-    return Value("tuple", items=(sides[0], sides[2]), label=brackets)
-
-
-def _infinity(sign: int) -> Value:
-    infinity = symbol("infty")
-    return _scalar(Exact({term: sign * c for term, c in infinity.top.items()}, infinity.bottom))
-
-
-REALS = Value("tuple", items=(_infinity(-1), _infinity(1)), label="()")
-EMPTY = Value("list")
-_SETS_IN_WORDS = {
-    **dict.fromkeys(
-        ("all real numbers", "all reals", "the real numbers", "any real number"), REALS
-    ),
-    **dict.fromkeys(("empty set", "the empty set", "null set"), EMPTY),
-}

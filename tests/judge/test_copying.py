@@ -128,9 +128,12 @@ def test_copying_is_quick_and_never_raises():
             ("1", text * 20, text),
             ("1.5",) * 3,
         ):
-            start = time.thread_time()
-            is_copied(answer, question, gold)
-            assert time.thread_time() - start < 0.05, unit
+            seconds = []
+            for _ in range(3):  # the best of three: a garbage collection may fall into one
+                start = time.thread_time()
+                is_copied(answer, question, gold)
+                seconds.append(time.thread_time() - start)
+            assert min(seconds) < 0.05, unit
 
 
 @pytest.mark.skipif(not DATA, reason="NANOMATH_DATA is not set: no public benchmark files")
