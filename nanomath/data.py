@@ -5,6 +5,7 @@ resumed run asks for the next step, and ranks take their rows of the same global
 tokens are global too: they sum to 1 over the batch before anyone slices it.
 
 Making text into ids is tokenizer.py's, building the corpus is corpus/'s, lines are files.py's.
+Next: dist.py.
 """
 
 import json

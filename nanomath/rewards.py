@@ -6,8 +6,8 @@ judge. Built in, each worth 1.0 or 0.0:
     format      the completion is <think>...</think>, then <answer>...</answer>, neither without a
                 letter or digit in it, and nothing else
     equation    Countdown's answer is right
-    answer      the answer equals the reference as a value (judge/answers.py), and is no copy of
-                the question (judge/copying.py)
+    answer      the answer equals the reference as a value (judge/answers.py), and is not a copy
+                of the question (judge/copying.py)
 
 Your own: `--reward my_file.py:my_function`. It runs in worker processes (workers.py), with a
 time limit per completion. One that raises, takes too long, ends its process or returns no finite

@@ -106,7 +106,7 @@ class GRPOConfig(RunConfig):
     reward_weights: tuple[float, ...] = opt((), "a weight for each reward function; none: 1 each")
     reward_seconds: float = opt(
         10.0,
-        "time limit of a function of yours on one output; beyond it there is no reward",
+        "seconds a custom reward function may take per output; after that it has no reward",
         low=0.1,
         high=120.0,
         may_change=True,
