@@ -80,6 +80,7 @@ class RolloutBatch:
         return [row for row, weights_T in enumerate(weights) if weights_T.any()]
 
     def _rows_of_part(self, part: int, num_parts: int) -> list[int]:
+        # Cut before rows leave the loss: a part is a share of the questions, whatever they weigh.
         first, end = (len(self) * k // num_parts for k in (part, part + 1))
         return [row for row in self.rows_in_loss() if first <= row < end]
 
