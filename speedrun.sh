@@ -16,8 +16,8 @@ usage: bash speedrun.sh [--preset smoke|cpu|gpu] [--seed N] [--run_dir DIR] [--t
   --preset gpu     one NVIDIA GPU (default where there is one)
   --seed N         seed of weights, solutions, data order and samples [0]
   --run_dir DIR    where everything is written [runs/speedrun-PRESET, with -seedN after it]
-  --table1         up to SFT only, then a small Table 1: does the recalled corpus beat its seed, and
-                   random pages? Takes up what is in the folder, and trains three models more
+  --table1         up to SFT only, then Table 1 at small scale: does the recalled corpus beat its seed
+                   and random pages? Takes up what is in the folder, and trains three models more
 
 Environment: PYTHON (interpreter for the virtual environment), VENV (its folder, .venv),
 TORCH (another release of torch than constraints.txt's, such as 2.14.1; its own triton comes along),
@@ -69,7 +69,7 @@ stage() {
     note_time
 }
 note_time() {
-    # Of a finished run only table 1 is still timed: finding all else done is no part of the run.
+    # Of a finished run only table 1 is still timed: finding the rest done is not part of the run.
     if [ -n "$STAGE" ] && { [ "$FINISHED" = no ] || [[ "$STAGE" == "table 1"* ]]; }; then
         printf '%s\t%s\n' "$STAGE" "$((SECONDS - STARTED))" >>"$RUN/seconds.tsv"
     fi

@@ -10,7 +10,7 @@ TORCH_ELASTIC_SHUTDOWN_TIMEOUT in its environment, in seconds.
 
 `train` reads as Algorithm 1. What its phases do is in sampler.py or engine/ (sampling), rewards.py
 (rewards), advantages.py (advantages, weights) and grpo.py (the objective of Eq. 3 and 4, the
-update). The same command continues a run.
+update). The same command continues a run. Next: nanomath/model.py.
 """
 
 import math

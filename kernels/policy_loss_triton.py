@@ -13,6 +13,7 @@ program takes a whole SM (32 warps, 33 to 64 registers), and since no second pro
 hide its waits, each block is loaded two steps before it is used: 32 KiB are always on the way.
 Keeping a row in shared memory instead would need the same SM and could not be run by the
 interpreter. Not measured: no claim is made before `ncu` has counted the bytes.
+Next: linear.py.
 """
 
 import math

@@ -2,6 +2,7 @@
 
 Slow and readable on purpose; the kernels are tested against these functions in float64. The
 functions named like the kernels take the same arguments. Nothing here checks its input.
+Next: nanomath/advantages.py.
 """
 
 import math

@@ -67,6 +67,7 @@ class NotFinite(ValueError):
 
 
 def bad_row_error(row: int, code: int) -> ValueError:
+    # Codes 1 and 2 are faults of the caller's data; 3 and 4 come out of the model.
     kind = NotFinite if code > 2 else ValueError
     return kind(f"row {row} has no loss: {BAD_ROW_REASONS[code]}")
 
@@ -79,6 +80,7 @@ def check_status(status: Tensor | None) -> None:
     a step. Where several rows are bad one of them is named; each of them is NaN in the outputs
     and in the gradient.
     """
+    # One word holds row and reason, so that the device can report both in one store.
     word = 0 if status is None else int(status)
     if word:
         raise bad_row_error(word >> 8, word & 255)
@@ -115,6 +117,7 @@ def check_reference(objective: Objective, rows: Rows) -> None:
 def check_rows(rows: Rows, like_N: Tensor) -> Rows:
     """Return rows with contiguous fields; raise ValueError naming the argument that does not fit
     like_N, the tensor whose first dimension is N."""
+    # A field of the wrong length would be read past its end by the kernel, without any error.
     checked = {}
     for name, field in rows._asdict().items():
         if field is None:
@@ -127,6 +130,7 @@ def check_rows(rows: Rows, like_N: Tensor) -> Rows:
         allowed = (torch.int64, torch.int32) if integer else (torch.float32, torch.float64)
         if field.dtype not in allowed:
             raise ValueError(f"{name} must be {allowed[0]} or {allowed[1]}, got {field.dtype}")
+        # The fused loss gives none of these a gradient: one that is asked for would be missing.
         if field.requires_grad:
             raise ValueError(f"{name} is a constant of the loss: detach it")
         checked[name] = field.contiguous()

@@ -5,6 +5,7 @@ resumed run asks for the next step, and ranks take their rows of the same global
 tokens are global too: they sum to 1 over the batch before anyone slices it.
 
 Making text into ids is tokenizer.py's, building the corpus is corpus/'s, lines are files.py's.
+Next: dist.py.
 """
 
 import json
@@ -151,6 +152,7 @@ class TokenShards:
                     f"{path}: missing or not the {shard['num_tokens']} tokens that {INDEX_NAME} "
                     f"names; remove {folder} and tokenize again"
                 )
+            # Mapped, not read: a batch costs the pages it touches, however large the corpus is.
             self._shards.append(np.memmap(path, dtype, mode="r"))
         self._starts = np.cumsum([0] + [len(shard) for shard in self._shards])
 
@@ -176,6 +178,8 @@ class TokenShards:
 
     def num_windows(self, context: int) -> int:
         """Return how many full windows an epoch has. Raises ValueError if there is none."""
+        # Windows overlap by one token, the last target of one being the first input of the next; so
+        # no token is lost as a target, and one token more than the windows cover is needed.
         count = (self.num_tokens - 1) // context
         if count < 1:
             raise ValueError(
@@ -197,7 +201,7 @@ class TokenShards:
         """Return `batch` with equal weights: the loss is the mean over the global tokens."""
         tokens_BT = self.batch(step, batch_size, context, seed)
         weights_BT = torch.full(tokens_BT.shape, 1.0 / (batch_size * context))
-        weights_BT[:, -1] = 0.0
+        weights_BT[:, -1] = 0.0  # it is a target only: what follows it is not in the row
         return TrainBatch(tokens_BT, weights_BT)
 
     def sequential(self, context: int, batch_size: int = 1) -> Iterator[torch.Tensor]:
@@ -233,6 +237,7 @@ def _read_index(folder: Path) -> dict:
 def epoch_order(num_items: int, step: int, batch_size: int, seed: int) -> np.ndarray:
     """Return the items of this step's batch: each of num_items once per epoch, reshuffled each."""
     places = np.arange(step * batch_size, (step + 1) * batch_size)
+    # Places count through the whole run, so a batch may begin in one epoch and end in the next.
     epochs, places = places // num_items, places % num_items
     items = np.empty(batch_size, np.int64)
     for epoch in np.unique(epochs):
@@ -243,6 +248,7 @@ def epoch_order(num_items: int, step: int, batch_size: int, seed: int) -> np.nda
 
 @lru_cache(maxsize=4)
 def _permutation(num_items: int, seed: int, epoch: int) -> np.ndarray:
+    # Seed and epoch alone decide it; a resumed run has no generator to restore.
     return np.random.default_rng([seed, epoch]).permutation(num_items)
 
 

@@ -10,7 +10,7 @@ Weights of tokens are global (1/(P G |o|) with P and G of all ranks), so gradien
 ranks, never averaged: FSDP2's division by the world size is switched off in `shard`.
 
 Left to others: what is trained (train_*.py), how state is kept (checkpoint.py), how all ranks end
-when one fails (guard.py).
+when one fails (guard.py). Next: kernels/policy_loss_triton.py.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def _agree_on_life(store: td.Store, rank: int, world_size: int, timeout_s: float
     """Return a name that all ranks share and no earlier start of them has used.
 
     torchrun's store outlives the processes it restarts, with the addresses of the dead: a group set
-    up on the same keys connects to those and fails or hangs. Its count of restarts is no such name,
-    on several nodes each has its own. So each rank says who it is now, and rank 0 answers to that.
+    up on the same keys connects to those and fails or hangs. Its count of restarts cannot serve as
+    a name, because each node has its own. So each rank says who it is now, and rank 0 answers that.
     """
     me = uuid.uuid4().hex
     if rank > 0:

@@ -4,11 +4,15 @@
     RolloutBatch --response_logprobs--> its reference and old log-probabilities
                  --policy_update--> a better policy
 
-This file never samples (stream.py) and never judges (rewards.py, advantages.py). A batch holds the
-outputs of this rank's questions.
+This file never samples (engine/stream.py) and never judges (rewards.py, advantages.py). A batch
+holds the outputs of this rank's questions.
 
-Per-token tensors are packed: one axis N runs over the response tokens of all rows, row by row,
-without padding. Masks come from lengths, never from token ids.
+Per-token tensors are packed. Elsewhere they are [B, T] with a mask; here one axis N runs over the
+response tokens of all rows, row by row, without padding. The model itself still runs on padded
+[B, T] tokens, and `pad_rows` says which of its B * T positions make up N. So prompts and padding
+never meet the head, the widest product of the model, and no mask has to be applied to one tensor
+after another. Which tokens make up N follows from lengths, never from token ids: a padding id may
+be the EOS id, and the EOS that ends a response is trained. Next: train_grpo.py.
 """
 
 import itertools
@@ -44,13 +48,17 @@ def pad_rows(
         none_N = torch.zeros(0, dtype=torch.int64, device=device)
         return torch.zeros(1, 1, dtype=torch.int64, device=device), none_N, none_N
     width = max(len(batch.sequences[row]) for row in rows)
+    # The padding is on the right and attention is causal: no response token sees the padding, and
+    # the positions of a row do not depend on its neighbours. So no attention mask is needed.
     tokens_BT = torch.zeros(len(rows), width, dtype=torch.int64)
     predicted = []
     for b, row in enumerate(rows):
         tokens_BT[b, : len(batch.sequences[row])] = torch.tensor(batch.sequences[row])
+        # Position t predicts token t + 1, so a response is scored from the last prompt position on.
         first = b * width + batch.prompt_lengths[row] - 1
         predicted.append(torch.arange(first, first + batch.response_lengths[row]))
     predicted_N = torch.cat(predicted)
+    # The shift by one never crosses into the next row: the last position of a row is not in N.
     targets_N = tokens_BT.flatten()[predicted_N + 1]
     return tokens_BT.to(device), predicted_N.to(device), targets_N.to(device)
 
@@ -70,12 +78,19 @@ def response_logprobs(
     At the sampling temperature, over the full vocabulary. float64, whatever the compute type.
     num_parts: policy_update's.
     """
+    # float64, because two of these are subtracted for a ratio: of the same weights they then differ
+    # by exactly 0, and the first ratio is exactly 1.
     logp_N = torch.zeros(sum(batch.response_lengths), dtype=torch.float64)
     status = torch.zeros(1, dtype=torch.int64, device=device)
     parts = (batch.micro_batches(micro_batch_size, k, num_parts) for k in range(num_parts))
+    # The same micro-batches as in the update: other shapes would round differently.
+    # One without rows is run as well, because under sharding each pass gathers weights from all
+    # ranks, and those that have rows would wait forever for one that does not join.
     for rows in itertools.chain(*parts):
         tokens_BT, predicted_N, targets_N = pad_rows(batch, rows, device)
 
+        # The model calls head_fn inside its own forward, where the sharded head is gathered. Its
+        # rows are bound as defaults, so that it does not depend on the loop's variables.
         def head_fn(hidden_BTD, head_VD, predicted_N=predicted_N, targets_N=targets_N):
             return linear_token_logprobs(
                 hidden_BTD.flatten(0, 1)[predicted_N],
@@ -86,12 +101,16 @@ def response_logprobs(
             )
 
         part_N, _ = model(tokens_BT, head_fn=head_fn)
+        # Micro-batches are sorted by length, so each result goes back to its place on N.
         logp_N[batch.token_positions(rows)] = part_N.cpu()
     check_status(status)
     reshard(model)  # without a backward pass the embedding and the head would stay gathered
     return logp_N
 
 
+# Micro-batches and ranks report sums, which may be added up in any order; they are divided once,
+# by the number of tokens, at the very end. In a mean of their means a token would count more where
+# it has few neighbours.
 PER_TOKEN = ("kl", "kl_old", "entropy", "clip_low", "clip_high", "sampler_gap")
 METRIC_SUMS = ("loss", "kl_weighted", "tokens", *PER_TOKEN)  # tokens: those in the loss
 METRIC_MAXIMA = ("ratio_max", "sampler_gap_max")
@@ -115,11 +134,15 @@ def objective_of_rows(
     """
     tokens_BT, predicted_N, targets_N = pad_rows(batch, rows, device)
     positions_N = batch.token_positions(rows)
+    # The weights already hold 1 / (P G |o_i|) with the counts of all ranks. So the losses of
+    # micro-batches and of ranks are added, and nothing here divides by how many there are.
     weights_N = batch.weights_N[positions_N].to(device) * weight_scale
 
     def packed(values_N: torch.Tensor | None) -> torch.Tensor | None:
         return None if values_N is None else values_N[positions_N].to(device)
 
+    # Head and loss are one function for two reasons: under sharding the head's weight is whole only
+    # inside the model's forward, and the logits [N, V] are then never held, only a chunk of them.
     def head_fn(hidden_BTD: torch.Tensor, head_VD: torch.Tensor) -> PolicyLossOutput:
         return linear_policy_loss(
             hidden_BTD.flatten(0, 1)[predicted_N],
@@ -134,6 +157,9 @@ def objective_of_rows(
         )
 
     out = model(tokens_BT, head_fn=head_fn)
+    # What follows is for the metrics and has no gradient: all outputs but the loss are detached.
+    # The gap is between what the sampler recorded and what the trainer computes: it should be
+    # rounding. A large one means that sampler and trainer do not run the same policy.
     trained_N = weights_N > 0
     gap_N = (out.logp_N - packed(batch.sampler_logp_N)).abs() * trained_N
     log_ratio_N = torch.zeros_like(out.logp_N, dtype=torch.float64)
@@ -150,6 +176,7 @@ def objective_of_rows(
         "clip_high": ((out.clipped_N > 0) & trained_N).sum(),
         "sampler_gap": gap_N.sum(),
     }
+    # The 0 appended lets a micro-batch without tokens have a maximum.
     maxima = [F.pad(values_N, (0, 1)).max().double() for values_N in (out.ratio_N, gap_N)]
     sums = torch.stack([sums[name].double() for name in METRIC_SUMS])
     return out.loss, sums, torch.stack(maxima)
@@ -176,6 +203,7 @@ def policy_update(
     whether it stepped (0: the gradient was not finite) and whether there was nothing to step for
     (empty_steps: every coefficient, hence the gradient, is 0; momentum must not move the policy).
     """
+    # On the device: reading a number per micro-batch would make the host wait for each of them.
     totals = torch.zeros(len(METRIC_SUMS), dtype=torch.float64, device=dist.device)
     largest = torch.zeros(len(METRIC_MAXIMA), dtype=torch.float64, device=dist.device)
     status = torch.zeros(1, dtype=torch.int64, device=dist.device)
@@ -188,10 +216,11 @@ def policy_update(
         torch.maximum(largest, maxima, out=largest)
         return loss
 
+    # Gradients of all micro-batches add up before the one step: the split is a matter of memory.
     accumulate_gradients(
         model, batch.micro_batches(micro_batch_size, part, num_parts), loss_of_rows
     )
-    check_status(status)
+    check_status(status)  # a bad row is named before it can reach the weights
     grad_norm, stepped = optimizer_step(
         model, optimizer, lr=lr, max_grad_norm=max_grad_norm, dist=dist
     )
@@ -211,6 +240,8 @@ def update_metrics(steps: Sequence[dict[str, float]], kl_coef: float) -> dict[st
     of weight above 0, and NaN where there are none.
     """
     totals = {name: sum(step[name] for step in steps) for name in steps[0]}
+    # Per step the loss is a sum already: its weights divide. The KL's share of it is taken with the
+    # same weights, so that the two terms add up to the loss.
     loss, kl_term = totals["loss"] / len(steps), kl_coef * totals["kl_weighted"] / len(steps)
     of_tokens = {name: totals[name] / max(totals["tokens"], 1.0) for name in PER_TOKEN}
     of_tokens |= {name: max(step[name] for step in steps) for name in METRIC_MAXIMA}

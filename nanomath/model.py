@@ -64,12 +64,12 @@ class ModelConfig:
                 raise ValueError(f"ModelConfig.{name} is {getattr(self, name)}; it must be >= 1")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"ModelConfig: num_heads {self.num_heads} is no multiple of num_kv_heads "
+                f"ModelConfig: num_heads {self.num_heads} is not a multiple of num_kv_heads "
                 f"{self.num_kv_heads}; every key/value head serves the same number of query heads"
             )
         if self.head_width is None and self.width % self.num_heads:
             raise ValueError(
-                f"ModelConfig: width {self.width} is no multiple of num_heads {self.num_heads}; "
+                f"ModelConfig: width {self.width} is not a multiple of num_heads {self.num_heads}; "
                 "change one or give head_width"
             )
         if self.head_size % 2:

@@ -6,8 +6,8 @@ judge. Built in, each worth 1.0 or 0.0:
     format      the completion is <think>...</think>, then <answer>...</answer>, neither without a
                 letter or digit in it, and nothing else
     equation    Countdown's answer is right
-    answer      the answer equals the reference as a value (judge/answers.py), and is no copy of
-                the question (judge/copying.py)
+    answer      the answer equals the reference as a value (judge/answers.py), and is not a copy
+                of the question (judge/copying.py)
 
 Your own: `--reward my_file.py:my_function`. It runs in worker processes (workers.py), with a
 time limit per completion. One that raises, takes too long, ends its process or returns no finite
@@ -120,6 +120,8 @@ class Rewards:
         problems[i] is the question of completions[i]. The sum is None where a function of weight
         other than 0 gave None.
         """
+        # All tasks of all custom functions go to the workers at once, so that a slow function does
+        # not hold up the others; results come back in the order of the tasks.
         pairs = list(zip(problems, completions, strict=True))
         own = [name for name in self._names if name not in BUILT_IN]
         tasks = [(number, *pair) for number in range(len(own)) for pair in pairs]
@@ -136,6 +138,8 @@ class Rewards:
                     self.missing[name] = f"problem {problem.id}: {failure or 'it returned None'}"
             parts[label] = [reward for reward, _ in results]
         totals: list[float | None] = []
+        # A sum with an unknown term is unknown. Counted as 0 it would teach the policy that what
+        # broke the judge was a bad answer. A term of weight 0 is only shown, so it may be missing.
         for rewards in zip(*parts.values(), strict=True):
             used = [(reward, w) for reward, w in zip(rewards, self._weights, strict=True) if w]
             known = all(reward is not None for reward, _ in used)

@@ -3,7 +3,7 @@
     sampler --> Rollouts, [P, G, T], padded;  with advantages and weights, --make_batch-->
     RolloutBatch: rows of prompt and response, and one number per response token of everything else
 
-Masks come from lengths, never from token ids. Next: advantages.py.
+Masks come from lengths, never from token ids. Next: optim.py.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Rollouts:
         """Lay out (tokens, log-probabilities, finished) of every output, group after group."""
         tokens, logp, finished = zip(*rows) if rows else ((), (), ())
         shape = len(rows) // group_size, group_size
-        # An empty row more, cut off again, so that no rows at all can be padded, too.
+        # An empty row is added and cut off again, because pad_sequence refuses an empty list.
         tokens_PGT, logp_PGT = (
             pad_sequence([*column, empty], batch_first=True)[:-1].unflatten(0, shape)
             for column, empty in ((tokens, torch.zeros(0).long()), (logp, torch.zeros(0)))
@@ -80,6 +80,7 @@ class RolloutBatch:
         return [row for row, weights_T in enumerate(weights) if weights_T.any()]
 
     def _rows_of_part(self, part: int, num_parts: int) -> list[int]:
+        # Cut before rows leave the loss: a part is a share of the questions, whatever they weigh.
         first, end = (len(self) * k // num_parts for k in (part, part + 1))
         return [row for row in self.rows_in_loss() if first <= row < end]
 
@@ -94,6 +95,8 @@ class RolloutBatch:
         Rows of similar length share a micro-batch, so that little of it is padding. Scoring and
         updating split alike, so that the first ratio is 1 to the last bit.
         """
+        # split_rows gives every rank the same number of micro-batches, the last of them empty where
+        # a rank has fewer rows: under sharding all ranks must run each pass together.
         rows = self._rows_of_part(part, num_parts)
         rows.sort(key=lambda row: len(self.sequences[row]))
         return split_rows(rows, self.num_rows_longest // num_parts, size)
@@ -126,6 +129,7 @@ def make_batch(
     is_response_PGT = torch.arange(tokens_PGT.shape[2]) < lengths_PG[:, :, None]
 
     def packed(values: Tensor) -> Tensor:
+        # An advantage of an output is one of each of its tokens (outcome supervision, Sec. 4.1.2).
         values_PGT = values if values.dim() == 3 else values[:, :, None]
         return values_PGT.expand(tokens_PGT.shape)[is_response_PGT]
 
@@ -136,6 +140,7 @@ def make_batch(
         sequences=[[*prompt, *output.tolist()] for prompt, output in zip(owners, outputs)],
         prompt_lengths=[len(prompt) for prompt in owners],
         response_lengths=response_lengths,
+        # Questions are dealt out in turn, so the first rank has the most; all must know how many.
         num_rows_longest=math.ceil(num_prompts / world_size) * group_size,
         advantages_N=packed(advantages),
         weights_N=packed(weights),

@@ -29,20 +29,20 @@ class GRPOConfig(RunConfig):
     # Problems
     problems: str | None = opt(
         None,
-        "your own JSONL of question and answer, instead of Countdown; one in ten is held out; "
-        "needs --reward answer, or your own",
+        "your own JSONL of questions and answers instead of Countdown; one in ten is held out; "
+        "needs --reward answer or one of your own",
     )
-    num_numbers: tuple[int, ...] = opt((3, 4), "numbers per Countdown problem", low=2, high=5)
+    num_numbers: tuple[int, ...] = opt((3, 4), "numbers in a Countdown problem", low=2, high=5)
     max_number: int = opt(99, "largest given number", low=1)
     max_target: int = opt(100, "largest target", low=1)
-    num_problems: int = opt(20_000, "training problems; of --problems, at most", low=1)
+    num_problems: int = opt(20_000, "training problems; with --problems, at most", low=1)
     prompt_style: str = opt("short", "prompt wording", choices=countdown.STYLES)
     # Algorithm 1
     num_iterations: int = opt(1, "outer iterations I: reference <- policy at each", low=1)
     num_steps: int = opt(144, "steps M per iteration (paper silent)", low=1)
     batch_size: int = opt(16, "questions per step P over all ranks, Sec. 4.2: 1024 outputs", low=1)
     group_size: int = opt(64, "outputs per question G, Sec. 4.2", low=2)
-    max_new_tokens: int = opt(1024, "tokens per output at most, Sec. 4.2", low=1)
+    max_new_tokens: int = opt(1024, "most tokens an output may have, Sec. 4.2", low=1)
     temperature: float = opt(1.0, "sampling temperature (paper silent)", low=1e-3, high=1e6)
     sampler: str = opt(
         "engine",
@@ -50,10 +50,8 @@ class GRPOConfig(RunConfig):
         choices=("engine", "plain"),
         may_change=True,
     )
-    max_rows: int = opt(512, "outputs sampled at a time, per process", low=1, may_change=True)
-    cache_gb: float = opt(
-        0.0, "GB for keys and values, fewer rows if need be; 0: any", low=0.0, may_change=True
-    )
+    max_rows: int = opt(512, "most outputs sampled at a time, per process", low=1, may_change=True)
+    cache_gb: float = opt(0.0, "most GB for keys and values; 0: no limit", low=0.0, may_change=True)
     num_updates: int = opt(1, "passes mu over each batch, Sec. 4.2", low=1)
     num_minibatches: int = opt(1, "optimizer steps per pass (paper silent)", low=1)
     # Objective and optimizer
@@ -66,15 +64,16 @@ class GRPOConfig(RunConfig):
     )
     clip_eps_high: float | None = opt(
         None,
-        "clip range above 1 (DAPO: 0.28), as --clip_eps of later updates alone; none: --clip_eps",
+        "clip range above 1 (DAPO: 0.28); like --clip_eps it acts on later updates only; "
+        "none: the value of --clip_eps",
         low=0.0,
     )
     kl_coef: float = opt(0.04, "weight beta of the KL to the reference, Sec. 4.2", low=0.0)
     kl_estimator: str = opt("k3", "estimate of the KL; k3: Eq. 4", choices=KL_ESTIMATORS)
     advantage: str = opt(
         "std",
-        "reward less its group's mean; std: over its std, Sec. 4.1.2; leave_one_out: less the mean "
-        "of the others (RLOO)",
+        "mean: reward minus its group's mean; std: that divided by the group's std, Sec. 4.1.2; "
+        "leave_one_out: reward minus the mean of the others (RLOO)",
         choices=ADVANTAGES,
     )
     loss_norm: str = opt(
@@ -84,12 +83,12 @@ class GRPOConfig(RunConfig):
         choices=LOSS_NORMS,
     )
     mask_truncated: bool = opt(
-        False, "outputs without an end leave the loss, but not their group's mean, std and G"
+        False, "truncated outputs leave the loss, but count in their group's mean, std and G"
     )
     drop_constant_groups: bool = opt(
         False,
-        "groups of equal rewards leave the loss and P, instead of counting with advantage 0; no "
-        "other is drawn in their place",
+        "groups of equal rewards leave the loss and P instead of counting with advantage 0; "
+        "they are not replaced by others",
     )
     lr: float = opt(1e-6, "learning rate, Sec. 4.2", low=0.0)
     schedule: str = opt(
@@ -101,19 +100,19 @@ class GRPOConfig(RunConfig):
     # Rewards
     reward: tuple[str, ...] = opt(
         ("format", "equation"),
-        "one or several, summed: format, equation, answer, my_file.py:my_function",
+        "one or several reward functions, summed: format, equation, answer, my_file.py:my_function",
     )
-    reward_weights: tuple[float, ...] = opt((), "a weight for each reward function; none: 1 each")
+    reward_weights: tuple[float, ...] = opt((), "a weight per reward function; 1 each by default")
     reward_seconds: float = opt(
         10.0,
-        "time limit of a function of yours on one output; beyond it there is no reward",
+        "seconds a custom reward function may take per output; after that it has no reward",
         low=0.1,
         high=120.0,
         may_change=True,
     )
     reward_workers: int = opt(
         0,
-        "processes for functions of yours, per rank; 0: its share of the cores, at most 8",
+        "processes per rank for custom reward functions; 0: its share of the cores, at most 8",
         low=0,
         may_change=True,
     )

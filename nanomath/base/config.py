@@ -162,8 +162,8 @@ class _Parser(argparse.ArgumentParser):
 def _add_argument(parser: _Parser, field: dataclasses.Field, hint: Any, default: Any) -> None:
     kind, optional, many = _unpack(hint)
     shown = " ".join(map(str, default)) if many else default
-    if default is True:
-        shown = f"True; --no_{field.name}: not"
+    if kind is bool:
+        shown = f"on; --no_{field.name} turns it off" if default else "off"
     help_text = f"{field.metadata['help']} [{shown}]".replace("%", "%%")
     common = {"dest": field.name, "default": default, "help": help_text}
     if kind is bool:

@@ -39,7 +39,7 @@ def printable(text: str) -> str:
 
 
 class RunLog:
-    """Metrics and samples of one run folder; on other ranks than the first it writes nothing.
+    """Metrics and samples of one run folder; on ranks other than the first it writes nothing.
 
     start_step is the first step that will be logged: what the files hold from there on is dropped.
     tensorboard: write its event files, if it is installed. wandb: the settings to send to Weights &

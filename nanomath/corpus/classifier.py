@@ -25,7 +25,7 @@ _BATCH = 256
 
 @dataclass(frozen=True)
 class ClassifierSettings:
-    """The paper's values; it does not state the buckets, fastText's default is taken."""
+    """The paper's values; it does not state the buckets, so fastText's default is taken."""
 
     dim: int = 256
     lr: float = 0.1

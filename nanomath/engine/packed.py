@@ -1,4 +1,5 @@
-"""Weights laid out once for a CPU's matrix products: a step of few rows is then half as long.
+"""This file lays weights out once for a CPU's matrix products: a step of few rows then takes half
+as long.
 
 The plain form is the model itself, which `packed` returns wherever this would not pay.
 """
@@ -30,10 +31,12 @@ def packed(model: Transformer) -> Transformer:
     weight = model.embedding.weight
     if weight.is_cuda or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return model
+    # oneDNN's layout is for fp32 on a CPU; and it costs a second copy of each weight it is given.
     linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     large = {name: m for name, m in linears.items() if m.weight.numel() > SMALL_WEIGHT}
     if not large:
         return model
+    # deepcopy's memo names the parameters, so that the twin shares them instead of copying them.
     twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     for name, linear in large.items():
         twin.set_submodule(name, PackedLinear(linear))

@@ -1,4 +1,4 @@
-"""The group sampler: G samples from each of P prompts, with the log-probability of every token.
+"""This is the group sampler: G samples from each of P prompts, with every token's log-probability.
 
 A prompt is run once and its keys and values are held once for its whole group (cache.py); each step
 then feeds one token per row (scheduler.py) and draws the next (draw.py). Rows that have ended
@@ -32,6 +32,7 @@ def sample_groups(
 ) -> Rollouts:
     """Collect what `sample_stream` yields, with its settings and its errors."""
     samples = list(sample_stream(model, prompts, group_size, **settings))
+    # Samples come in the order in which they end: short ones of any group first.
     samples.sort(key=lambda sample: (sample.prompt, sample.index))
     how = Settings(**settings)
     return Rollouts.of_rows(

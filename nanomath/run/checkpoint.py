@@ -180,7 +180,7 @@ def _commit(temporary: Path, final: Path, hashes: list[dict[str, str]]) -> None:
 
 
 def _tidy(newest: Path, keep: int = sys.maxsize) -> None:
-    """Name the newest in `latest`; delete all but the newest `keep` and what kills have left."""
+    """Name the newest in `latest`; delete all but the newest `keep`, and what killed runs left."""
     root = newest.parent
     draft = root / "latest.new"
     try:

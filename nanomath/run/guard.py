@@ -68,7 +68,7 @@ class ErrorWatch:
         return True
 
     def _wait_until_seen(self) -> None:
-        """Wait, not for long, until all know: the store ends with the process that holds it."""
+        """Wait a short while until all know: the store ends with the process that holds it."""
         self._store.add("seen", 1)
         give_up = time.monotonic() + 5
         while self._store.add("seen", 0) < self.world_size and time.monotonic() < give_up:
@@ -157,7 +157,7 @@ class StopSignal:
             raise _Signalled
 
     def unless_signalled(self, work: Callable[[], T]) -> T | None:
-        """Return work(), or None when this rank is signalled before it is done: at once.
+        """Return work(), or None at once when this rank is signalled before it is done.
 
         The work may be cut anywhere, so it must be such as can be thrown away, and wait for no
         other rank. Ask `requested` after it, for the other ranks may have done theirs.

@@ -90,7 +90,7 @@ def find_checkpoint(path: Path, dist: Dist) -> Path:
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     folder = newest_sound(root, dist)
     if folder is None:
-        found = "and no Hugging Face model" if path.is_dir() else "for that is no folder"
+        found = "and no Hugging Face model" if path.is_dir() else "because that is not a folder"
         raise FileNotFoundError(
             f"no checkpoint under {path}, {found}; name the folder of a run or of a model, or make "
             "a run with: bash speedrun.sh"

@@ -126,7 +126,7 @@ class Run:
         self._shown: dict[str, str] = {}
 
     def _check_data(self, data: Mapping[str, str]) -> None:
-        """Refuse to go on with other data than the run began with (older runs did not note it)."""
+        """Refuse to go on with data other than the run began with (older runs did not note it)."""
         before = self.state.get("data", {})
         changed = [name for name in data if before.get(name, data[name]) != data[name]]
         if changed:

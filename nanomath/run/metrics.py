@@ -1,7 +1,7 @@
 """What a run of GRPO shows: metrics of a step, held-out accuracy, whole samples, plots.
 
 Metrics are sums over sums across ranks, so they do not depend on how many there are; times and
-memory are those of the rank that took most. The glossary in docs/metrics.md has a line for each.
+memory are those of the rank that took the most. docs/metrics.md has a line for each.
 """
 
 import json
@@ -144,7 +144,7 @@ def sample_lines(
     rewards_PG: torch.Tensor,
     advantages_PG: torch.Tensor,
 ) -> list[str]:
-    """Return the first group of a step as text: the problem, then every output with its worth."""
+    """Return the first group of a step as text: the problem, then each output with its reward."""
     columns = (rollouts.lengths_PG, rollouts.finished_PG, rewards_PG, advantages_PG)
     rows = zip(texts, *(column[0].tolist() for column in columns))
     return [

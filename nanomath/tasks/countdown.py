@@ -8,7 +8,7 @@ ever trained on, whatever the seed, the ranges or the source.
 The judge, in full:
 - The answer is the text between <answer> and </answer>. The completion must hold exactly one of
   each, in this order, after the reasoning: not inside <think>, and with no think tag after it.
-  Two answers, or an answer inside the reasoning, are no answer. Tags in the prompt do not count,
+  Two answers, or one inside the reasoning, count as none. Tags in the prompt do not count,
   because the judge never sees the prompt.
 - It is right when judge/equation.py reads it (no "=", no full stop), its numbers are the given ones
   with the same multiplicity, and its exact value is the target.
@@ -174,7 +174,7 @@ def read_jsonl(
 ) -> tuple[list[Problem], list[str]]:
     """Read rows {"nums": [..], "target": n}; return the problems and a line for each bad row.
 
-    A bad row is no such JSON, has numbers that are not positive whole numbers, or a target that
+    A bad row is not such JSON, has numbers that are not positive whole numbers, or a target that
     cannot be reached; a repeated problem is dropped silently. With split, only rows of that split
     are kept. Ids are line numbers from 0. Raises FileNotFoundError and, for a file without one
     good row, ValueError.

@@ -59,7 +59,7 @@ class Expression:
 
 
 def number_text(value: Fraction) -> str:
-    """Print a value as an operand: what is no natural number stands in parentheses."""
+    """Print a value as an operand: what is not a natural number is put in parentheses."""
     return str(value) if value.denominator == 1 and value >= 0 else f"({value})"
 
 

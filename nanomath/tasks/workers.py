@@ -71,8 +71,8 @@ class Workers:
             raise ValueError(next(filter(None, errors)))
 
     def score(self, tasks: Sequence[tuple[int, Problem, str]]) -> list[Scored]:
-        """Score (number of the function, problem, completion); which worker does so is no matter,
-        if functions depend on their arguments alone."""
+        """Score (number of the function, problem, completion); which worker does it does not
+        matter if functions depend on their arguments alone."""
         results: list[Scored] = [(None, "no worker was left to score it")] * len(tasks)
         pending = iter(enumerate(tasks))
         give_up = time.monotonic() + BATCH_SECONDS

@@ -429,7 +429,7 @@ CONFIG_CASES = {
         "config.json asks for 4.704e.12 parameters, the files hold 2.383e",
     ),
     "num_key_value_heads": (None, "num_key_value_heads is null"),
-    "num_key_value_heads ": (3, "num_heads 4 is no multiple of num_kv_heads 3"),
+    "num_key_value_heads ": (3, "num_heads 4 is not a multiple of num_kv_heads 3"),
     "intermediate_size": (2**80, "intermediate_size is"),
     "intermediate_size ": (41, "down_proj.weight has shape .24, 40., config.json asks .24, 41."),
     "rms_norm_eps": (None, "rms_norm_eps is null or missing; it must be a finite number"),

@@ -125,8 +125,8 @@ def test_bf16_keeps_positions_apart():
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"num_kv_heads": 3}, "num_heads 4 is no multiple of num_kv_heads 3"),
-        ({"num_heads": 5, "num_kv_heads": 5}, "width 24 is no multiple of num_heads 5"),
+        ({"num_kv_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3"),
+        ({"num_heads": 5, "num_kv_heads": 5}, "width 24 is not a multiple of num_heads 5"),
         ({"head_width": 7}, "head width 7 is odd"),
         ({"ffn_width": 0}, "ffn_width is 0"),
         ({"rope_factor": 0.0}, "rope_factor is 0.0; it must be finite and > 0"),

@@ -450,7 +450,7 @@ def test_load_model_from_every_kind_of_path(run, capsys):
 def test_load_model_says_what_is_wrong(run, tmp_path):
     """No checkpoint names the command that makes one; damage and unknown modules are named."""
     (tmp_path / "empty").mkdir()
-    for name, found in (("nowhere", "that is no folder"), ("empty", "and no Hugging Face model")):
+    for name, found in (("nowhere", "is not a folder"), ("empty", "and no Hugging Face model")):
         with pytest.raises(FileNotFoundError, match=f"no checkpoint under .*{found}; .*: bash"):
             load_module.load_model(tmp_path / name, device="cpu")
     with pytest.raises(ValueError, match="holds no module critic: .*'policy', 'reference'"):
