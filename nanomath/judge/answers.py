@@ -8,7 +8,7 @@ answer; copying.py tells one that was only copied from the question.
 import re
 from typing import NamedTuple
 
-from nanomath.judge.exact import Algebra, Exact, Refused, is_name, number
+from nanomath.judge.exact import Algebra, Refused, is_name, names, number
 from nanomath.judge.extraction import MAX_COMPLETION as MAX_COMPLETION
 from nanomath.judge.extraction import extract_answer as extract_answer
 from nanomath.judge.reader import MAX_CHARS, read_value
@@ -25,9 +25,12 @@ def is_equivalent(prediction: str, reference: str) -> bool:
     if max(len(prediction), len(reference)) > MAX_CHARS:
         return False
     a, b = read_value(prediction), read_value(reference)
+    if same_value(a, b):
+        return True
     if "," not in prediction or "," not in reference:
-        return same_value(a, b)
-    return same_value(a, b) or same_answer(read_answer(prediction), read_answer(reference))
+        return False
+    lists = [read_value(text, thousands=False) for text in (prediction, reference)]
+    return same_answer(Answer(a, lists[0]), Answer(b, lists[1]))
 
 
 class Answer(NamedTuple):
@@ -91,8 +94,8 @@ def _same(a: Value, b: Value, algebra: Algebra) -> bool:
         return False
     if a.kind in ("list", "union"):
         # "x = 3, y = 4" says more than "3, 4".
-        names = [_unknowns(value) for value in (a, b)]
-        alike = names[0] == names[1] or max(map(len, names)) < 2
+        unknowns = [_unknowns(value) for value in (a, b)]
+        alike = unknowns[0] == unknowns[1] or max(map(len, unknowns)) < 2
         return alike and _same_items(a.items, b.items, algebra)
     if a.kind == "equation" and all(side.exact for side in (*a.items, *b.items)):
         if _solves(a) != _solves(b):  # 2x = 10 is the question to which x = 5 is the answer
@@ -108,8 +111,8 @@ def _same(a: Value, b: Value, algebra: Algebra) -> bool:
 def _unknowns(value: Value) -> set[str]:
     """Return the letters a list solves for: x of "x_1 = 3, x_2 = 4"."""
     sides = [side.exact for item in value.items if item.kind == "equation" for side in item.items]
-    names = [next(iter(side.top))[0][0][0] for side in sides if side and is_name(side)]
-    return {name.partition("_")[0] for name in names}
+    found = [next(iter(side.top))[0][0][0] for side in sides if side and is_name(side)]
+    return {name.partition("_")[0] for name in found}
 
 
 def _same_items(left: tuple[Value, ...], right: tuple[Value, ...], algebra: Algebra) -> bool:
@@ -148,21 +151,17 @@ def _is_unknown(side: Value) -> bool:
 def _is_ray(value: Value) -> bool:
     """Say whether a value is an interval without an end, as "x < 2" is and the point (1, 2) not."""
     ends = [end.exact for end in value.items] if value.kind == "tuple" else []
-    return any(end is not None and "infty" in _names(end) for end in ends)
+    return any(end is not None and "infty" in names(end) for end in ends)
 
 
 _CONSTANTS = {"", "pi", "e"}  # "": a root
-
-
-def _names(exact: Exact) -> set[str]:
-    return {name for term in (*exact.top, *exact.bottom) for (name, _, _), _ in term}
 
 
 def _solves(equation: Value) -> bool:
     """Say whether an equation is a solution: a bare unknown on one side, no letter on the other."""
     left, right = (side.exact for side in equation.items)
     return any(
-        is_name(side) and _CONSTANTS.issuperset(_names(other))
+        is_name(side) and _CONSTANTS.issuperset(names(other))
         for side, other in ((left, right), (right, left))
     )
 

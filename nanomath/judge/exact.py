@@ -8,8 +8,9 @@ may still be equal where a formal atom is in it (sin(x)^2 + cos(x)^2 is not 1 he
 """
 
 import hashlib
+import re
 from fractions import Fraction
-from math import gcd, isqrt
+from math import e, fsum, gcd, isfinite, isqrt, pi, prod
 from typing import NamedTuple
 
 MAX_BITS = 4096  # of a numerator or denominator: 3^2007 is a gold answer of MATH
@@ -55,12 +56,45 @@ def rational(value: Exact) -> Fraction | None:
     return value.top.get((), Fraction(0))
 
 
+# Constants, and atoms that an operation made: "pi = 3" and "2^n = 8" give no value a name.
+_NOT_NAMED = re.compile(r"pi|infty|degree|(?:power|root .*|!|base .*)#.*", re.DOTALL)
+
+
 def is_name(value: Exact) -> bool:
-    """Say whether the value is one variable, or one f(x)."""
+    """Say whether the value is one variable, or one f(x), |x| or sin x."""
     if value.bottom != _ONE or list(value.top.values()) != [1]:
         return False
     (term,) = value.top
-    return len(term) == 1 and term[0][1] == 1 and not term[0][0][1]
+    if not term or (len(term) > 1 and any(name[:4] != "abs#" for (name, _, _), _ in term)):
+        return False  # of products, |AB| is one
+    return all(p == 1 and not k and not _NOT_NAMED.fullmatch(name) for (name, k, _), p in term)
+
+
+def names(value: Exact) -> set[str]:
+    """Return the names in a value: letters, constants, formal atoms; "" of a root."""
+    return {name for side in value for term in side for (name, _, _), _ in term}
+
+
+def approximate(value: Exact) -> float | None:
+    """Return a real number near the value; None where a letter is in it, or too much cancels."""
+    sides = []
+    try:
+        for side in value:
+            terms = [float(c) * prod(_real(*factor) for factor in term) for term, c in side.items()]
+            sides.append(fsum(terms))
+            if terms and not abs(sides[-1]) > 1e-9 * max(map(abs, terms)):  # nan: a letter
+                return None
+        near = sides[0] / sides[1]
+        return near if isfinite(near) else None
+    except (ArithmeticError, ValueError):
+        return None
+
+
+def _real(atom: Atom, power: int) -> float:
+    name, k, n = atom
+    if k and n > 0:
+        return n ** (power / k)
+    return {"pi": pi, "e": e}.get(name, float("nan")) ** power
 
 
 def is_formal(name: Exact) -> bool:
@@ -176,12 +210,19 @@ class Algebra:
     def _symbolic_power(self, base: Exact, exponent: Exact) -> Exact:
         """Return base^exponent in one form: 2^{n+1} is 2 * 2^n, 4^n is 2^{2n}, a^m a^n is a^{m+n}.
 
-        A sum in the exponent becomes a product, a positive whole base its primes.
+        A sum in the exponent becomes a product, a positive factor of the base its primes; others
+        stay: (ab)^n is not a^n b^n where n is 1/2 and both are negative.
         """
-        n = rational(base)
-        parts = [(base, 1)]
-        if n is not None and n > 1 and n.denominator == 1:
-            parts = [(number(prime), count) for prime, count in _prime_powers(int(n), 1)]
+        parts = [(base, Fraction(1))]
+        (term, factor), *more = base.top.items() or [((), Fraction(0))]
+        if not more and base.bottom == _ONE and factor > 0:
+            primes = _prime_powers(factor.numerator, 1)
+            primes += [(p, -count) for p, count in _prime_powers(factor.denominator, 1)]
+            self.spend(sum(abs(count) for _, count in primes))
+            primes += [(n, Fraction(power, k)) for (_, k, n), power in term if k and n > 0]
+            rest = tuple((atom, power) for atom, power in term if not atom[1] or atom[2] < 0)
+            parts = [(number(prime), Fraction(count)) for prime, count in primes]
+            parts += [(Exact({rest: Fraction(1)}, _ONE), Fraction(1))] if rest else []
         result = number(1)
         for part, count in parts:
             if exponent.bottom != _ONE:
@@ -223,6 +264,28 @@ class Algebra:
                 powers[("", k // shared, prime)] = left // shared
         self.spend(100)
         return Exact({tuple(sorted(powers.items())): self._checked(factor)}, _ONE)
+
+    def absolute(self, value: Exact) -> Exact:
+        """Return |value|, of which |1 - x| and |x - 1|, |2x| and 2|x|, |xy| and |x||y| are one
+        form, and |1 - sqrt(2)| is sqrt(2) - 1."""
+        if not value.top:
+            return value
+        lead = value.top[max(value.top)]
+        form = Exact({term: c / lead for term, c in value.top.items()}, value.bottom)
+        near = approximate(form)
+        if near:
+            return self.multiply(number(abs(lead) if near > 0 else -abs(lead)), form)
+        result = number(abs(lead))
+        if len(form.top) > 1 or form.bottom != _ONE:
+            return self.multiply(result, formal("abs", form))
+        for atom, power in next(iter(form.top)):
+            one = Exact({((atom, 1),): Fraction(1)}, _ONE)
+            if atom == ("", 2, -1):
+                continue  # |i| is 1
+            positive = (atom[1] and atom[2] > 0) or atom[0] in ("pi", "e") or atom[0][:4] == "abs#"
+            one = one if positive else formal("abs", one)
+            result = self.multiply(result, self.power(one, number(power)))
+        return result
 
     def equal(self, a: Exact, b: Exact) -> bool:
         return a == b or self._times(a.top, b.bottom) == self._times(b.top, a.bottom)

@@ -29,6 +29,7 @@ from nanomath.judge.exact import (
 from nanomath.judge.tokens import (
     FUNCTIONS,
     MAX_DIGITS,
+    WRAPPERS,
     Token,
     choice_letters,
     inside_text_command,
@@ -47,10 +48,11 @@ from nanomath.judge.values import (
     REALS,
     SETS_IN_WORDS,
     Value,
-    interval,
+    close,
+    joined,
     names_one,
+    related,
     scalar,
-    solved,
 )
 
 MAX_CHARS = 1000
@@ -174,7 +176,7 @@ class Reader:
 
     def part(self) -> Value:
         items = self.items()
-        return items[0] if len(items) == 1 else Value("list", items=items)
+        return items[0] if len(items) == 1 else joined(items) or Value("list", items=items)
 
     def items(self) -> tuple[Value, ...]:
         items = [self.item()]
@@ -190,10 +192,10 @@ class Reader:
         sides, relations = [self.side()], []
         while relation := self.take(*_RELATIONS):
             side = self.side()
-            if relation == r"\approx":
-                self.check_close(sides[-1], side)
-                break
-            relations.append(relation)
+            if relation == r"\approx" and not names_one(sides[-1]):
+                sides[-1] = close(sides[-1], side)
+                continue
+            relations.append(relation.replace(r"\approx", "="))  # of a letter it gives the value
             sides.append(side)
         kinds = set(relations)
         if not relations:
@@ -206,16 +208,7 @@ class Reader:
             sides, relations = sides[::-1], [_TURNED[relation] for relation in relations[::-1]]
         if not set(relations) <= {r"\lt", r"\le"} and kinds != {r"\ne"}:
             raise Refused("relations")
-        if len(sides) == 2 and (found := solved(sides, relations[0], self.algebra)):
-            return found
-        chain = Value("chain", items=tuple(sides), label=" ".join(relations))
-        return interval(sides, relations) or chain
-
-    def check_close(self, value: Value, decimal: Value) -> None:
-        """Raise Refused unless a decimal may stand for a value: "2/3 \\approx 0.67" is 2/3."""
-        a, b = (None if side.exact is None else rational(side.exact) for side in (value, decimal))
-        if b is None or (a is not None and 20 * abs(a - b) > abs(b)):
-            raise Refused("not close")
+        return related(sides, relations, self.algebra)
 
     def equation(self, sides: list[Value]) -> Value:
         """Read "x = 5"; the steps of "x = 10/2 = 5" and of "2 + 3 = 5" are dropped if right."""
@@ -307,6 +300,8 @@ class Reader:
             return before == ")" or (follows and self.ahead(1) == "^")
         if token.text == "|" and token.kind == "symbol":  # 2|x|, where this bar closes nothing
             return not self.in_bars
+        if token.text == "[":
+            return self.ahead(1) == r"\begin"
         if token.kind == "letter" or token.text in ("(", "{"):
             return not words_ahead(self.tokens, self.position)
         return token.kind == "command" and token.text not in _NO_FACTOR
@@ -358,23 +353,13 @@ class Reader:
             value = self.group(token.text)
         elif token.text == "|" and not self.in_bars:
             self.in_bars = True
-            value = scalar(self.absolute(_exact(self.sum())))
+            value = scalar(self.algebra.absolute(_exact(self.sum())))
             self.in_bars = False
             self.expect("|")
         else:
             raise Refused("syntax")
         self.depth -= 1
         return value
-
-    def absolute(self, inside: Exact) -> Exact:
-        """Return |inside|, of which |1 - x| and |x - 1|, |2x| and 2|x| are one form."""
-        if not inside.top:
-            return inside
-        lead = inside.top[max(inside.top)]
-        form = Exact({term: c / lead for term, c in inside.top.items()}, inside.bottom)
-        if rational(form) == 1:
-            return number(abs(lead))
-        return self.algebra.multiply(number(abs(lead)), formal("abs", form))
 
     def number(self, text: str) -> Value:
         mantissa, _, power = text.lower().partition("e")
@@ -416,7 +401,7 @@ class Reader:
             self.position += 1
         inside = "".join(token.text for token in self.tokens[start : self.position])
         self.expect("}")
-        return inside
+        return inside.replace("\\", "")  # v_{\max} is v_{\mathrm{max}}
 
     def group(self, opening: str) -> Value:
         """Read up to the closing bracket: a value in brackets, a tuple, an interval or a set."""
@@ -426,9 +411,9 @@ class Reader:
             if condition := self.condition():
                 return condition
         items = self.items()
-        while self.here.text == ";" and opening != "{" and len(items) < MAX_DEPTH:  # (0; 0; 0)
-            self.position += 1
-            items += (self.item(),)
+        if len(items) == 1 and opening != "{":  # (0; 0; 0); but (0,5; 1) may hold a decimal comma
+            while len(items) < MAX_DEPTH and self.take(";"):
+                items += (self.item(),)
         closing = self.expect(*{"{": "}", r"\{": [r"\}"]}.get(opening, ")]"))
         if len(items) == 1 and items[0].kind == "matrix" and opening != r"\{":
             return items[0]
@@ -444,12 +429,13 @@ class Reader:
         bar = 3 if (self.ahead(1), self.ahead(2)) == (r"\in", r"\mathbbR") else 1
         if self.here.kind != "letter" or self.ahead(bar) not in (":", "|"):
             return None
+        letter = scalar(symbol(self.here.text))
         self.position += bar + 1
-        value = self.item()
+        value = self.part()
         self.expect(r"\}")
-        if value.kind not in ("tuple", "union"):
+        if value.kind != "equation" or value.items[0] != letter or not value.items[1].items:
             raise Refused("a condition")
-        return value
+        return value.items[1]
 
     def command(self, name: str) -> Value:
         if name == r"\mathbbR":
@@ -474,6 +460,10 @@ class Reader:
             return self.matrix()
         if name[1:] in FUNCTIONS:
             return self.function(name[1:])
+        if name == r"\abs":
+            return scalar(self.algebra.absolute(_exact(self.primary())))
+        if name in WRAPPERS and self.here.text == "{":
+            return self.primary()
         if name in _ACCENTS:
             return scalar(formal(name, _exact(self.primary())))
         if name in _NO_FACTOR:

@@ -19,43 +19,49 @@ _CHARACTERS = str.maketrans(
     | {"√": r"\sqrt ", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne "}
     | {"∪": r"\cup ", "∈": r"\in ", "±": r"\pm ", "°": r"\degree ", "℃": r"\degree "}
     | {"、": ",", "。": ".", "￥": "$", "¥": "$", "€": "$", "£": "$"}
+    | {"⩽": r"\le ", "⩾": r"\ge ", "≦": r"\le ", "≧": r"\ge "}
+    | {name: rf"\mathbb{{{letter}}}" for name, letter in zip("ℤℕℚℂ", "ZNQC")}
     | {"≈": r"\approx ", "≃": r"\approx ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}"}
-    | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", "")  # without a width
+    | dict.fromkeys("\u200b\u200c\u200d\u200e\u2060\u2061\u2062\ufeff\xad", "")  # without a width
     | dict(zip("½⅓⅔¼¾⅕⅛", (" 1/2 ", " 1/3 ", " 2/3 ", " 1/4 ", " 3/4 ", " 1/5 ", " 1/8 ")))
 )
 _SCRIPTS = [  # x², 10⁻³, a₁
     (mark, re.compile(f"[{signs}]+"), str.maketrans(signs, "0123456789+-n"[: len(signs)]))
     for mark, signs in (("^", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ"), ("_", "₀₁₂₃₄₅₆₇₈₉₊₋"))
 ]
+_STYLES = "(?:display|text|script|scriptscript)style|limits|bf|it|rm|sf|tt|[Ll]arge|LARGE|[Hh]uge"
+_STYLES += "|tiny|small|(?:script|footnote|normal)size|hline|strut|mathstrut|hfill"
 _REWRITES = [
     (re.compile(pattern.replace("END", "(?![a-zA-Z])")), replacement)
     for pattern, replacement in (
         (r"\\\\(?:\[[^\]]{0,9}\])?", r"\\cr "),
-        (r"\\[dtc](frac|binom)END", r"\\\1"),
+        (r"\\(?:[dtcs]|nice)(frac|binom)END", r"\\\1"),
         (r"\\frac ?(\d)", r"\\frac{\1}"),  # TeX takes one digit: \frac12, \frac1{10}, \frac{1}2
         (r"(\\frac ?\{[^{}]{0,50}\}) ?(\d)", r"\1{\2}"),
         (r"\\(?:left|right|[bB]igg?[lr]?)END\.?", ""),
-        (r"\\(?:text)?color ?\{[^{}]{0,30}\}", " "),
+        (r"\\(?:text)?color(?:box)? ?(?:\[\w{0,9}\] ?)?\{[^{}]{0,30}\}", " "),
         (r"\\[hv]?(?:phantom|space) ?\*?\{[^{}]{0,30}\}", " "),
         (r"\\(?:[lr]vert|vert|mid)END", "|"),
         (r"\\(?:varnothing|empty)END", r"\\emptyset"),
         (r"\\(?:thickapprox|simeq|approxeq)END", r"\\approx"),
-        (r"\\(?:(?:display|text|script)style|limits|bf|it|rm|sf|tt|large|Large|small)END", " "),
+        (rf"\\(?:{_STYLES})END", " "),
+        (r"\\(?:mathbb|Bbb) ?(?:\{ ?([A-Z]) ?\}|([A-Z])END)|\\([RZNQC])END", r"\\mathbb{\1\2\3}"),
+        (r"\\not ?=", r"\\ne "),
         (r"\^ ?(?:\\circ|\{ ?\\circ ?\})END", r"\\degree "),
         (r"\^ ?(?:\\prime|\{ ?\\prime ?\})END", "'"),
         (r"(?<=\d)(?:, ?\\!|\{,\}|\\,)\s?(?=\d{3}(?!\d))", ""),  # thousands
         (r"\\!", ""),
-        (r"\\[,;: ]|~|\\q?quadEND", " "),
+        (r"\\[,;:> ]|~|\\(?:q?quad|en(?:space|skip)|(?:neg)?(?:thin|med|thick)space)END", " "),
         (r"\\([$%])", r"\1"),
         (r"\b([apAP])\.[mM]\b\.?", r"\1m"),
         (r"\\([lgn])e[q]END", r"\\\1e"),
-        (r"\\([lg])eqslantEND", r"\\\1e"),
+        (r"\\([lg])eq(?:slant|q)END", r"\\\1e"),
     )
 ]
 _ROOT = re.compile(r"√\s?(?:\((\d{1,50})\)|(\d{1,50}))")
 _TEXT = (
     r"\\(?:text(?:bf|it|rm|sf|tt|sc|normal|up)?|[mhf]box|math(?:rm|bf|it|bb|cal|sf|tt|normal)|emph"
-    r"|operatorname\*?|boldsymbol|bm|underline)\s?"
+    r"|operatorname\*?|boldsymbol|bm|pmb|underline|ensuremath)\s?"
 )
 _TEXT_COMMAND = re.compile(_TEXT + r"\{([^{}]*)\}")
 
@@ -140,6 +146,14 @@ def _repeating(match: re.Match) -> str:
     return f"({top}/{(10 ** len(period) - 1) * 10 ** len(start)})"
 
 
+# Commands that only change how the braces after them look.
+WRAPPERS = frozenset(
+    (r"\text", r"\textbf", r"\textit", r"\textrm", r"\textnormal", r"\mbox", r"\fbox", r"\emph")
+    + (r"\mathrm", r"\mathbf", r"\mathit", r"\mathsf", r"\mathtt", r"\mathnormal", r"\pmb", r"\bm")
+    + (r"\boldsymbol", r"\underline", r"\ensuremath")
+)
+
+
 class Token(NamedTuple):
     kind: str  # number, letter, word, command, symbol, or end
     text: str
@@ -148,7 +162,8 @@ class Token(NamedTuple):
 _TOKEN = re.compile(
     r"(?P<space>\s+)|(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?(?![eE]?\d))"
     rf"|(?P<text>{_TEXT}\{{(?P<inner>[^{{}}]*)\}})"
-    r"|(?P<matrix>\\(?:begin|end)\s?\{[pb]?(?:matrix|array)\}(?:\{[lcr|]*\})?)"
+    r"|(?P<matrix>\\(?:begin|end)\s?\{(?:(?:[pbB]|small)?matrix\*?|array)\}"
+    r"(?:\[[lcrtb]\])?(?:\{(?:[lcr| ]|@\{\})*\})?)"
     r"|(?P<command>\\(?:[a-zA-Z]+|[{}|]))|(?P<letters>[a-zA-Z]+)|(?P<cjk>[\u4e00-\u9fff]+)"
     r"|(?P<symbol>\*\*|<=|>=|!=|[-+*/^_=<>()\[\]{},;:|!'%$&.])|(?P<bad>.)",
     re.DOTALL,
@@ -277,6 +292,8 @@ def _text_tokens(command: str, inner: str) -> list[Token]:
         return tokenize(inner)
     # \mathbf{x} and \mathrm{e} are letters; \mathrm{m} and \text{m} are words, and may be units.
     roman = command.startswith((r"\text", r"\mbox", r"\mathrm", r"\op"))
+    if not roman and re.search(r"[\d^_+=<>/()|,-]", inner):
+        return [Token("symbol", "{"), *tokenize(inner), Token("symbol", "}")]  # \mathbf{x + 1}
     if command.startswith(r"\mathbb"):
         return [Token("command", rf"\mathbb{inner}")]
     if len(inner) == 1 and (not roman or (inner in "ied" and command.startswith(r"\mathrm"))):
