@@ -98,8 +98,7 @@ def _real(atom: Atom, power: int) -> float:
 
 
 def is_formal(name: Exact) -> bool:
-    ((((text, _, _), _),),) = name.top
-    return "#" in text
+    return any("#" in text for text in names(name))
 
 
 class Algebra:

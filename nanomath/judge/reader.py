@@ -49,6 +49,7 @@ from nanomath.judge.values import (
     SETS_IN_WORDS,
     Value,
     close,
+    is_call,
     joined,
     names_one,
     related,
@@ -192,7 +193,7 @@ class Reader:
         sides, relations = [self.side()], []
         while relation := self.take(*_RELATIONS):
             side = self.side()
-            if relation == r"\approx" and not names_one(sides[-1]):
+            if relation == r"\approx" and (not names_one(sides[-1]) or is_call(sides[-1])):
                 sides[-1] = close(sides[-1], side)
                 continue
             relations.append(relation.replace(r"\approx", "="))  # of a letter it gives the value

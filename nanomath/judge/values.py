@@ -1,5 +1,6 @@
 """What an answer says: values of several kinds, and inequalities as intervals."""
 
+import re
 from fractions import Fraction
 from itertools import pairwise
 from math import inf
@@ -17,6 +18,7 @@ from nanomath.judge.exact import (
     rational,
     symbol,
 )
+from nanomath.judge.tokens import FUNCTIONS
 
 
 class Value(NamedTuple):
@@ -47,6 +49,11 @@ def scalar(exact: Exact) -> Value:
 
 def names_one(value: Value) -> bool:
     return value.exact is not None and is_name(value.exact)
+
+
+def is_call(value: Value) -> bool:
+    """Say whether a value is that of a known function: ln 2, which a decimal may approximate."""
+    return any(re.split("[#_]", name)[0] in FUNCTIONS for name in names(value.exact) if "#" in name)
 
 
 def related(sides: list[Value], relations: list[str], algebra: Algebra) -> Value:

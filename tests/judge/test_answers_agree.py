@@ -74,6 +74,8 @@ e^{x+1} ~ e e^x
 \frac16 \approx 0.2 ~ 1/6
 \frac23 \approx 66.7\% ~ 2/3
 \pi \approx 3.14 ~ \pi
+\ln 2 \approx 0.693 ~ \ln 2
+|AB| < 3 ~ 3 > |BA|
 x \approx 0.67 ~ 0.67
 \left[\begin{array}{c c} 1 & 2 \end{array}\right] ~ \begin{bmatrix} 1 & 2 \end{bmatrix}
 \left[\begin{array}[t]{@{}cc@{}} 1 & 2 \end{array}\right] ~ \begin{bmatrix} 1 & 2 \end{bmatrix}
@@ -157,6 +159,11 @@ v_{\max}=5 ~ v_{\min}=5
 |x| < 3 ~ x < 3
 \sqrt{x} > 2 ~ x > 2
 2^x > 4 ~ x > 4
+|x| < 3 ~ (-\infty,3)
+2f(1) > 6 ~ (3,\infty)
+2x + x^2 > 4 ~ (2-\frac{x^2}{2},\infty)
+\ln 2 \approx 0.693 ~ 0.693
+|AB| < 3 ~ |CD| < 3
 f(1) > 3 ~ f(2) > 3
 \pi > 3 ~ x > 3
 3 < \infty ~ x > 3
