@@ -79,23 +79,23 @@ def use_template(tokenizer: Any, name: str) -> str:
     tokens that the template needs and the tokenizer lacks.
     """
     name = tokenizer.template if name == "auto" else name
-    if lacking := _lacking(name, tokenizer):
+    if name not in tuple(TEMPLATES):
+        raise ValueError(f"chat template {name!r}; known are {', '.join(TEMPLATES)}")
+    template = TEMPLATES[name]
+    named = {*_CONTROL.findall(template.start + template.user + template.assistant)} - {"<bos?>"}
+    if lacking := {token for token in named if not _control_ids(token, tokenizer)}:
         raise ValueError(
             f"the chat template {name} needs control tokens that this tokenizer lacks: "
             f"{' '.join(sorted(lacking))}; give another --chat_template"
         )
     tokenizer.template = name
-    end_ids = _control_ids(TEMPLATES[name].end, tokenizer)
+    end_ids = _control_ids(template.end, tokenizer)
     tokenizer.stop_ids = tuple(dict.fromkeys([*tokenizer.stop_ids, *end_ids]))
     if name != "plain" or not tokenizer.program:
         return ""
-    marks = {other: _CONTROL.match(layout.cue) for other, layout in TEMPLATES.items()}
-    marks = {other: mark[0] if mark else TEMPLATES[other].cue for other, mark in marks.items()}
-    fits = [
-        other
-        for other, mark in marks.items()
-        if mark and mark in tokenizer.program and not _lacking(other, tokenizer)
-    ]
+    cues = {other: layout.cue for other, layout in TEMPLATES.items() if layout.cue}
+    marks = {other: (_CONTROL.match(cue) or [cue])[0] for other, cue in cues.items()}
+    fits = [other for other, mark in marks.items() if mark in tokenizer.program]
     known = f"--chat_template {' or '.join(fits)}" if fits else "its own, which is not known here"
     return (
         "note: the model comes with a chat template, but texts are laid out plain, as for a base "
@@ -103,18 +103,8 @@ def use_template(tokenizer: Any, name: str) -> str:
     )
 
 
-def _lacking(name: str, tokenizer: Any) -> set[str]:
-    """Return the control tokens that a template needs and the tokenizer has not."""
-    if name not in tuple(TEMPLATES):
-        raise ValueError(f"chat template {name!r}; known are {', '.join(TEMPLATES)}")
-    template = TEMPLATES[name]
-    named = {*_CONTROL.findall(template.start + template.user + template.assistant)} - {"<bos?>"}
-    return {token for token in named if not _control_ids(token, tokenizer)}
-
-
 def as_jinja(tokenizer: Any) -> str:
     """Return the tokenizer's template as the Jinja program that other software runs."""
-    _lacking(tokenizer.template, tokenizer)
     layout = TEMPLATES[tokenizer.template]
     bos, eos = (tokenizer.names[f"{kind}_token"] for kind in ("bos", "eos"))
     texts = {"<bos>": bos, "<eos>": eos, "<bos?>": bos if tokenizer.add_bos else ""}

@@ -12,6 +12,7 @@ from typing import Any
 import regex
 
 from nanomath.base.files import read_json
+from nanomath.text.chat import TEMPLATES
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"  # control tokens, where a file names no others
 TEMPLATE_KEY = "nanomath_chat_template"  # in tokenizer_config.json: what the model was trained with
@@ -164,6 +165,9 @@ def load_parts(folder: Path) -> dict:
         read = named
         names = _parse_names(config, first, parts, stop_ids)
         own = {"template": config.get(TEMPLATE_KEY, "plain"), "program": _program(folder, config)}
+        if own["template"] not in tuple(TEMPLATES):
+            known = ", ".join(TEMPLATES)
+            raise ValueError(f"chat template {own['template']!r}; known are {known}")
         return {**parts, **names, **own, "stop_ids": stop_ids}
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{read}: not a complete {read.name} ({error!r})") from None
@@ -208,7 +212,7 @@ def _parse_layout(layout: dict) -> tuple[dict, str | None]:
         raise ValueError("two tokens have one id")
     if model.get("ignore_merges") and len(ranks) < len(model["vocab"]):
         raise ValueError("with model.ignore_merges, added tokens in model.vocab would match twice")
-    _check_merges(ranks, model["merges"], model.get("ignore_merges"), model.get("unk_token"))
+    _check_merges(ranks, model)
     splits = _parse_splits(layout["pre_tokenizer"])
     processor = layout.get("post_processor") or {}
     templates = [
@@ -319,9 +323,7 @@ def _parse_splits(node: dict) -> list[str]:
     return splits
 
 
-def _check_merges(
-    ranks: Mapping[bytes, int], merges: Sequence, ignore_merges: bool, unknown: str | None
-) -> None:
+def _check_merges(ranks: Mapping[bytes, int], model: dict) -> None:
     """Refuse merges that tiktoken, which knows tokens but no pairs, would apply differently.
 
     tiktoken makes a token by its last merge and by no other pair (see last_merge): the two agree
@@ -329,13 +331,14 @@ def _check_merges(
     lists all, are then never the next merge. Bytes without a token are dropped (tokenizer.py).
     """
     missing = [byte for byte in _IN_TEXT if bytes([byte]) not in ranks]
+    unknown = model.get("unk_token")
     if missing and (unknown is not None or len(missing) == len(_IN_TEXT)):
         raise ValueError(
             f"{len(missing)} of 256 bytes are not in the vocabulary, and model.unk_token is "
             f"{unknown!r}: only null, which drops a few such bytes, can be represented exactly"
         )
     before, highest = {}, -1  # the highest id made before a pair
-    for number, merge in enumerate(merges):
+    for number, merge in enumerate(model["merges"]):
         parts = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(parts, list) or [type(part) for part in parts] != [str, str]:
             raise ValueError(f"model.merges[{number}] is {merge!r}; a merge is two values, tokens")
@@ -350,7 +353,7 @@ def _check_merges(
         if len(token) < 2:
             continue
         dropped = missing and all(bytes([byte]) in ranks for byte in token)
-        if pair is None and ignore_merges and not dropped:
+        if pair is None and model.get("ignore_merges") and not dropped:
             continue  # only a piece that is this token as a whole; bytes dropped from it come later
         if before.get(pair, token_id + 1) > token_id:
             raise ValueError(
