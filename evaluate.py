@@ -5,20 +5,22 @@
     python evaluate.py --checkpoint models/qwen --tasks gsm8k math --data data --num_samples 64
     torchrun --nproc_per_node 8 evaluate.py --preset gpu --checkpoint runs/grpo
 
-Writes the figures to --out, and beside it whole outputs with their judgements (.samples.txt) and
-Pass@K and Maj@K against K (.png); with several tasks, files of each: eval-gsm8k.json for eval.json.
-Finished chunks are kept in a folder beside it (.parts): the same command continues an interrupted
-evaluation, on any number of processes, and a finished one is only printed. A checkpoint with other
-weights or a changed setting starts anew.
+Writes the figures to --out (else into the run's folder, or for a Hugging Face folder, which stays
+as it is, under runs/evaluation), and beside it whole outputs with their judgements (.samples.txt)
+and Pass@K and Maj@K against K (.png); with several tasks, files of each: eval-gsm8k.json for
+eval.json.
+Finished problems are kept in a folder beside it (.parts): the same command continues an interrupted
+evaluation, on any number of processes, and a finished one is only printed. Other weights, another
+tokenizer, other problems or settings of sampling start anew.
 """
 
+import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +30,10 @@ import torch
 from nanomath.base.config import one_line_errors, opt, parse, to_json
 from nanomath.base.files import write_json, write_text
 from nanomath.base.log import printable, progress
-from nanomath.dist import Dist, barrier, setup
+from nanomath.dist import Dist, broadcast_json, setup
 from nanomath.measure.evaluation import (
     TASKS,
     check_same_problems,
-    chunks,
     compare,
     draw_at_k,
     problem_record,
@@ -40,8 +41,8 @@ from nanomath.measure.evaluation import (
     summarise,
 )
 from nanomath.run import presets
-from nanomath.run.guard import RunInUse, raise_together, run_lock
-from nanomath.run.load import load_model
+from nanomath.run.guard import raise_together, wait_for_all
+from nanomath.run.load import is_hf_folder, load_model
 from nanomath.tasks import Problem, benchmarks, countdown, encode_prompt
 from nanomath.text.chat import CHOICES, use_template
 
@@ -52,7 +53,7 @@ class EvalConfig:
     tasks: tuple[str, ...] = opt(
         ("countdown",), "which problems; jsonl: your own, in --problems", choices=(*TASKS,)
     )
-    out: str = opt("", "JSON file of the figures; empty: CHECKPOINT/evaluation-TASK.json")
+    out: str = opt("", "JSON file of the figures; empty: evaluation-TASK.json, see above")
     compare: str | None = opt(
         None, "figures of another checkpoint on the same problems, to subtract"
     )
@@ -80,23 +81,19 @@ class EvalConfig:
     num_samples: int = opt(
         8, "samples per problem n, for Pass@K and Maj@K up to n", low=0, high=1000
     )
-    temperature: float = opt(0.7, "sampling temperature, Sec. 5", low=1e-3)
+    temperature: float = opt(0.7, "sampling temperature, Sec. 5", low=1e-3, high=1e6)
     max_new_tokens: int = opt(1024, "tokens per output at most, Sec. 4.2", low=1)
-    seed: int = opt(0, "seed of the samples", low=0)
+    seed: int = opt(0, "seed of the samples", low=0, high=2**63 - 1)
     # The run
     max_rows: int = opt(512, "outputs sampled at a time, per process", low=1)
     cache_gb: float = opt(0.0, "GB for keys and values, fewer rows if need be; 0: any", low=0.0)
-    chunk_problems: int = opt(64, "problems whose outputs are saved together", low=1)
     shown_problems: int = opt(50, "problems whose outputs are written to the samples file", low=0)
     device: str = opt("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"))
-    threads: int = opt(0, "torch threads per process; 0: one per core", low=0)
+    threads: int = opt(0, "torch threads per process; 0: one per core", low=0, high=1024)
 
 
-# What does not change the figures: it may differ when an evaluation is continued.
-NOT_IN_HASH = (
-    *("checkpoint", "tasks", "out", "compare", "data", "problems"),
-    *("shown_problems", "max_rows", "cache_gb", "device", "threads"),
-)
+# The settings that outputs depend on, beside those that choose and word the problems.
+SAMPLING = ("num_samples", "temperature", "max_new_tokens", "seed")
 
 
 def load_problems(cfg: EvalConfig, task: str) -> tuple[list[Problem], list[str]]:
@@ -160,86 +157,77 @@ def data_notes(cfg: EvalConfig, num_found: int, num_kept: int, bad: list[str]) -
     return notes
 
 
-def evaluation_hash(cfg: EvalConfig, model: torch.nn.Module, problems: list[Problem]) -> str:
-    """Return a hash of all the figures depend on: settings, problems, and the weights themselves.
+def evaluation_hash(
+    cfg: EvalConfig, model: torch.nn.Module, tokenizer: Any, problems: list[Problem]
+) -> str:
+    """Return a hash of all the outputs depend on: the model with every weight, the tokenizer, the
+    problems as they are asked and the settings of sampling."""
+    digest = hashlib.blake2b(digest_size=8)
 
-    The first numbers of every tensor stand for the weights: an optimizer step changes them all.
-    """
-    settings = {key: value for key, value in to_json(cfg).items() if key not in NOT_IN_HASH}
-    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8)
+    def add(*parts: Any) -> None:
+        digest.update(repr(parts).encode())
+
+    add([getattr(cfg, key) for key in SAMPLING], model.cfg)
+    add(tokenizer.ranks, tokenizer.added, tokenizer.control, tokenizer.stop_ids, tokenizer.template)
     for problem in problems:
-        digest.update(
-            f"{problem.id} {problem.task} {problem.prompt} {problem.payload}".encode(
-                errors="replace"
-            )
-        )
+        add(problem.id, problem.task, problem.payload, encode_prompt(tokenizer, problem))
     for name, tensor in model.state_dict().items():
-        start = tensor.flatten()[:64].double().cpu()
-        digest.update(f"{name} {tuple(tensor.shape)} {start.tolist()}".encode())
+        bits = tensor.flatten().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
+        # Their sum is exact in any order, and another one if one weight is changed.
+        add(name, tensor.shape, tensor.dtype, bits[:64].tolist(), int(bits.sum(dtype=torch.int64)))
     return digest.hexdigest()
 
 
-def all_records(
-    cfg: EvalConfig,
-    model: torch.nn.Module,
-    tokenizer: Any,
-    problems: list[Problem],
-    folder: Path,
-    config_hash: str,
-    dist: Dist,
-) -> list[dict[str, Any]]:
-    """Evaluate the chunks that have no file yet, this rank its share; return all records.
+def finished_problems(folder: Path, run_hash: str) -> dict[tuple[str, int], list[dict]]:
+    """Return the judged outputs of each (kind, problem) that any process finished, whenever."""
+    found = {}
+    for path in folder.glob("rank-*.jsonl"):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError, TypeError):  # a line that was cut
+                of, kind, number, judged = json.loads(line)
+                if of == run_hash:
+                    found[kind, number] = judged
+    return found
 
-    Greedy outputs and samples have files of their own. One stream of samples runs through all
-    chunks, so that no row waits for a chunk's end; a chunk's file appears whole or not at all. The
-    ranks need one file system.
+
+def sample_unfinished(
+    cfg: EvalConfig, loaded: list, problems: list[Problem], folder: Path, run_hash: str, dist: Dist
+) -> None:
+    """Sample and judge the problems that are not finished, this rank its share, and write each to
+    this rank's file as it ends, its greedy output and its samples apart.
+
+    No outputs depend on who samples what, or beside what. The ranks need one file system.
     """
+    with one_line_errors():
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / f"rank-{dist.rank}.jsonl", "a", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{folder} is in use by another evaluation: wait for it, or give another --out"
+            ) from None
     kinds = {"greedy": (1, 0.0), "samples": (cfg.num_samples, cfg.temperature)}
-    outputs: dict[str, list] = {"samples": [[]] * len(problems)}
-    for kind, (num_samples, temperature) in kinds.items():
-        if num_samples == 0:
-            continue
-        parts = {
-            folder / f"{config_hash}-{kind}-{i:05d}.jsonl": chunk
-            for i, chunk in enumerate(chunks(range(len(problems)), cfg.chunk_problems))
-        }
-        missing = [path for path in parts if not path.exists()]
-        barrier(dist)  # nobody writes before everybody has looked
-        mine = {i: path for path in missing[dist.rank :: dist.world_size] for i in parts[path]}
-        indices, done = list(mine), {}
-        left = sum(len(parts[path]) for path in missing)
-        bar = progress(
-            total=len(problems),
-            initial=len(problems) - left,
-            desc=f"{problems[0].task}, {kind}",
-            unit="problem",
-            disable=not dist.is_main,
-        )
-        stream = sample_problems(
-            model,
-            tokenizer,
-            [problems[i] for i in indices],
-            num_samples=num_samples,
-            temperature=temperature,
-            max_new_tokens=cfg.max_new_tokens,
-            seed=cfg.seed,
-            max_rows=cfg.max_rows,
-            cache_gb=cfg.cache_gb or math.inf,
-        )
-        with bar, closing(stream):
-            for at, judged in stream:
-                i = indices[at]
-                done[i] = judged
-                if all(other in done for other in parts[mine[i]]):
-                    lines = [json.dumps(done[other]) + "\n" for other in parts[mine[i]]]
-                    write_text(mine[i], "".join(lines))
-                # The other ranks are about as far.
-                bar.update(min(dist.world_size, len(problems) - bar.n))
-        barrier(dist)
-        texts = [path.read_text(encoding="utf-8") for path in parts]
-        outputs[kind] = [json.loads(line) for text in texts for line in text.splitlines()]
-    barrier(dist)  # the first rank removes the files
-    return [problem_record(*row) for row in zip(problems, outputs["greedy"], outputs["samples"])]
+    limits = {"max_rows": cfg.max_rows, "cache_gb": cfg.cache_gb or math.inf}
+    settings = {"max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed, **limits}
+    known = finished_problems(folder, run_hash) if dist.is_main else {}
+    unfinished = [[i for i in range(len(problems)) if (kind, i) not in known] for kind in kinds]
+    unfinished = broadcast_json(unfinished, dist)
+    with file:
+        file.write("\n")  # a line that was cut stays one of its own
+        for (kind, (num_samples, temperature)), left in zip(kinds.items(), unfinished):
+            if num_samples == 0:
+                continue
+            mine, hidden = left[dist.rank :: dist.world_size], not dist.is_main
+            about = {"desc": f"{problems[0].task}, {kind}", "unit": "problem", "disable": hidden}
+            bar = progress(total=len(problems), initial=len(problems) - len(left), **about)
+            settings |= {"num_samples": num_samples, "temperature": temperature}
+            stream = sample_problems(*loaded[:2], [problems[i] for i in mine], **settings)
+            with bar, closing(stream):
+                for at, judged in stream:
+                    print(json.dumps([run_hash, kind, mine[at], judged]), file=file, flush=True)
+                    # The other ranks are about as far.
+                    bar.update(min(dist.world_size, len(problems) - bar.n))
 
 
 def sample_pages(records: list[dict[str, Any]]) -> str:
@@ -317,11 +305,28 @@ def overview(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join("".join(f"{cell:>13}" for cell in row) for row in rows)
 
 
+def beside(path: str | Path, ending: str) -> Path:
+    """Return the file beside a JSON file that has another ending, whatever dots its name holds."""
+    return Path(path).with_name(Path(path).name.removesuffix(".json") + ending)
+
+
 def task_path(path: str, task: str, tasks: tuple[str, ...]) -> Path:
     """Return a task's file: the path itself, or with several tasks its own beside it."""
-    if len(tasks) == 1:
-        return Path(path)
-    return Path(path).with_name(f"{Path(path).stem}-{task}.json")
+    return Path(path) if len(tasks) == 1 else beside(path, f"-{task}.json")
+
+
+def out_path(cfg: EvalConfig, task: str) -> Path:
+    """Return the file of a task's figures: in the run's folder, but never in a Hugging Face folder,
+    which was downloaded or is given to others."""
+    folder = model = Path(cfg.checkpoint)
+    if is_hf_folder(model):
+        parts = Path(os.path.relpath(model)).parts
+        folder = Path("runs/evaluation", *(part for part in parts if part != ".."))
+    default = folder / f"evaluation-{task}.json"
+    out = task_path(cfg.out, task, cfg.tasks) if cfg.out else default
+    if folder is not model and out.resolve().is_relative_to(model.resolve()):
+        raise ValueError(f"{out} would be in the model's folder: give --out elsewhere")
+    return out
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
@@ -332,7 +337,9 @@ def read_result(path: Path) -> dict[str, Any] | None:
         result = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); remove it or give another --out") from None
-    if not (isinstance(result, dict) and isinstance(result.get("problems"), list)):
+    whole = isinstance(result, dict) and {"num_samples", "metrics"} <= result.keys()
+    rows = result.get("problems") if whole else None
+    if not isinstance(rows, list) or not all(isinstance(r, dict) and "classes" in r for r in rows):
         raise ValueError(f"{path}: not written by evaluate.py; give another file")
     return result
 
@@ -347,7 +354,9 @@ def prepare(
     model, tokenizer, state = load_model(cfg.checkpoint, device=dist.device, dtype=dtype)
     if tokenizer is None:
         raise ValueError(f"{cfg.checkpoint} holds no tokenizer.json: its outputs cannot be read")
-    use_template(tokenizer, cfg.chat_template)
+    hint = use_template(tokenizer, cfg.chat_template)
+    if hint and dist.is_main:
+        print(hint)
     problems = {}
     for task in dict.fromkeys(cfg.tasks):
         problems[task], notes = load_problems(cfg, task)
@@ -364,79 +373,72 @@ def prepare(
     return model, tokenizer, state, problems
 
 
-@contextmanager
-def folder_lock(folder: Path, dist: Dist) -> Iterator[None]:
-    """Hold the folder of finished chunks for this evaluation alone."""
-    with ExitStack() as stack:
-        with one_line_errors():
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                stack.enter_context(run_lock(folder, dist))
-            except RunInUse:
-                raise ValueError(
-                    f"{folder} is in use by another evaluation: wait for it, or give another --out"
-                ) from None
-        yield
-
-
 def run(cfg: EvalConfig, dist: Dist) -> None:
     """Evaluate, or continue, or show what is finished; one task after the other."""
     with one_line_errors():
         if cfg.problems and not {"jsonl", "countdown"} & {*cfg.tasks}:
             raise ValueError("--problems is read by --tasks jsonl and countdown")
+        if cfg.all_rows and not cfg.problems:
+            raise ValueError("--all_rows is about the rows of --problems: give that too")
         files, others = {}, {}
         for task in cfg.tasks:
-            default = f"{cfg.checkpoint}/evaluation-{task}.json"
-            files[task] = task_path(cfg.out, task, cfg.tasks) if cfg.out else Path(default)
+            files[task] = out_path(cfg, task)
             read_result(files[task])  # another file there is refused before anything is sampled
             if cfg.compare:
                 path = task_path(cfg.compare, task, cfg.tasks)
+                if path.resolve() == files[task].resolve():
+                    raise ValueError(f"{path}: --compare and --out are one file")
                 if (other := read_result(path)) is None:
                     raise FileNotFoundError(f"--compare {path}: no such file")
                 others[task] = {**other, "file": str(path)}
-        model, tokenizer, state, problems = prepare(cfg, dist)
+        *loaded, problems = prepare(cfg, dist)
         for task, other in others.items():
             asked = [{"id": problem.id, **problem.payload} for problem in problems[task]]
             check_same_problems(other["problems"], asked)
     results = {}
     for task, out in files.items():
-        result = run_task(cfg, model, tokenizer, state, problems[task], out, dist)
+        result = run_task(cfg, loaded, problems[task], out, dist)
         if result is not None:
             results[task] = show(cfg, result, others.get(task), out)
+        wait_for_all(dist, f"{out}: shown")
     if len(results) > 1:
         print(overview(results))
 
 
 def run_task(
-    cfg: EvalConfig,
-    model: torch.nn.Module,
-    tokenizer: Any,
-    state: dict,
-    problems: list[Problem],
-    out: Path,
-    dist: Dist,
+    cfg: EvalConfig, loaded: list, problems: list[Problem], out: Path, dist: Dist
 ) -> dict[str, Any] | None:
     """Return one task's figures, evaluated now or read from its file; None on the other ranks."""
     with one_line_errors():
         result = read_result(out)
-        config_hash = evaluation_hash(cfg, model, problems)
-    if result is None or result.get("config_hash") != config_hash:
+    model, tokenizer, state = loaded
+    run_hash = evaluation_hash(cfg, model, tokenizer, problems)
+    is_done = result is not None and result.get("config_hash") == run_hash
+    run_hash, is_done = broadcast_json([run_hash, is_done], dist)  # rank 0 decides
+    if not is_done:
         folder = out.with_name(out.name + ".parts")
-        with folder_lock(folder, dist):
-            records = all_records(cfg, model, tokenizer, problems, folder, config_hash, dist)
-            if dist.is_main:
-                samples = sample_pages(records[: cfg.shown_problems])
-                write_text(out.with_suffix(".samples.txt"), samples)
-                about = {"checkpoint": cfg.checkpoint, "step": state.get("step")}
-                result = {**about, "config_hash": config_hash, "settings": to_json(cfg)}
-                result |= summarise(records)
-                result["examples"] = [
-                    {"prompt": record["prompt"], **record["greedy"]}
-                    for record in records[: cfg.shown_problems]
-                ]
-                write_json(out, result)
-                shutil.rmtree(folder, ignore_errors=True)  # last: until here a kill loses nothing
-    return result if dist.is_main else None
+        sample_unfinished(cfg, loaded, problems, folder, run_hash, dist)
+        wait_for_all(dist, f"{out}: sampled")
+    if not dist.is_main:
+        return None
+    if not is_done:
+        found = finished_problems(folder, run_hash)
+        greedy = [found.get(("greedy", i)) for i in range(len(problems))]
+        none = None if cfg.num_samples else []
+        samples = [found.get(("samples", i), none) for i in range(len(problems))]
+        if None in greedy + samples:
+            raise SystemExit(f"error: {folder}: a process wrote to another file system's")
+        records = [problem_record(*row) for row in zip(problems, greedy, samples, strict=True)]
+        write_text(beside(out, ".samples.txt"), sample_pages(records[: cfg.shown_problems]))
+        about = {"checkpoint": cfg.checkpoint, "step": state.get("step")}
+        result = {**about, "config_hash": run_hash, "settings": to_json(cfg), **summarise(records)}
+        result["examples"] = [
+            {"prompt": record["prompt"], **record["greedy"]}
+            for record in records[: cfg.shown_problems]
+        ]
+        write_json(out, result)
+        shutil.rmtree(folder, ignore_errors=True)  # last: until here a kill loses nothing
+    return result
 
 
 def show(
@@ -451,7 +453,7 @@ def show(
         drawn = {other["file"]: other, **drawn}
         write_json(out, result)
     if result["num_samples"]:
-        draw_at_k(drawn, out.with_suffix(".png"))
+        draw_at_k(drawn, beside(out, ".png"))
     print(table(result))
     print(f"figures: {out}")
     return result

@@ -50,6 +50,7 @@ class Dist:
     device: torch.device
     mesh: DeviceMesh | None = field(default=None, repr=False, compare=False)
     life: str = field(default="", repr=False, compare=False)  # names this start of the ranks
+    store: td.Store | None = field(default=None, repr=False, compare=False)  # what they share
 
     @property
     def is_main(self) -> bool:
@@ -85,7 +86,7 @@ def setup(device: str = "auto", threads: int = 0, timeout_s: float = START_TIMEO
     backend = "gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl"
     td.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     mesh = init_device_mesh(chosen.type, (world_size,))
-    return Dist(rank, local_rank, world_size, chosen, mesh, life)
+    return Dist(rank, local_rank, world_size, chosen, mesh, life, store)
 
 
 def _agree_on_life(store: td.Store, rank: int, world_size: int, timeout_s: float) -> str:

@@ -1,4 +1,4 @@
-"""evaluate.py: resuming by chunks, what starts anew, files it writes, bad input, two processes."""
+"""evaluate.py: resuming by problems, what starts anew, files, bad input, several processes."""
 
 import dataclasses
 import json
@@ -6,10 +6,13 @@ import math
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 import evaluate
 from nanomath.base.config import parse
@@ -19,6 +22,7 @@ from nanomath.hub import hf
 from nanomath.measure import evaluation
 from nanomath.model import ModelConfig, Transformer
 from nanomath.run import checkpoint, load, presets
+from nanomath.run.guard import wait_for_all
 from nanomath.tasks import benchmarks
 from nanomath.tasks.countdown import generate, split_of, worked_solution
 from nanomath.text.tokenizer import Tokenizer
@@ -65,41 +69,48 @@ def save_checkpoint(folder, step, tokenizer, dist, *, seed):
 
 def config(run_folder, **changes):
     cfg = parse(evaluate.EvalConfig, presets.EVALUATION, ["--preset", "smoke", "--threads", "1"])
-    fields = {"num_problems": 10, "num_samples": 2, "max_new_tokens": 6, "chunk_problems": 3}
+    fields = {"num_problems": 10, "num_samples": 2, "max_new_tokens": 6}
     paths = {"checkpoint": str(run_folder), "out": str(run_folder.parent / "figures.json")}
     return dataclasses.replace(cfg, **{**fields, **paths, **changes})
 
 
-def counted_chunks(monkeypatch, *, stop_after=None):
-    """Count the problems of each file of samples; raise KeyboardInterrupt after stop_after."""
-    counts = []
-    real = evaluate.write_text
+def counted_problems(monkeypatch, *, stop_after=None):
+    """List the problems that are sampled; raise KeyboardInterrupt after stop_after of them."""
+    sampled = []
+    real = evaluate.sample_problems
 
-    def write_text(path, text):
-        if "-samples-" in path.name:
-            if len(counts) == stop_after:
-                raise KeyboardInterrupt
-            counts.append(len(text.splitlines()))
-        real(path, text)
+    def sample_problems(model, tokenizer, problems, *, temperature, **settings):
+        for at, judged in real(model, tokenizer, problems, temperature=temperature, **settings):
+            if temperature > 0.0:
+                if len(sampled) == stop_after:
+                    raise KeyboardInterrupt
+                sampled.append(problems[at].id)
+            yield at, judged
 
-    monkeypatch.setattr(evaluate, "write_text", write_text)
-    return counts
+    monkeypatch.setattr(evaluate, "sample_problems", sample_problems)
+    return sampled
 
 
 def test_interrupted_evaluation_continues_to_the_same_file(run_folder, dist, monkeypatch, capsys):
-    """Chunks finished before an interruption are not sampled again; the result is the same."""
+    """Problems finished before an interruption are not sampled again, whatever process wrote them
+    and though its last line was cut; the result is the same."""
     whole = config(run_folder, out=str(run_folder.parent / "whole.json"))
     evaluate.run(whole, dist)
     cfg = config(run_folder)
     with monkeypatch.context() as patch:
-        counted_chunks(patch, stop_after=2)
+        done = counted_problems(patch, stop_after=7)
         with pytest.raises(KeyboardInterrupt):
             evaluate.run(cfg, dist)
     assert not Path(cfg.out).exists()
+    records = Path(cfg.out + ".parts") / "rank-0.jsonl"
+    lines = records.read_text().splitlines(True)
+    assert len(lines) == 1 + 10 + 7
+    for name, kept in ((5, lines[:9]), (0, [*lines[9:-1], lines[-1][:-9]])):
+        records.with_name(f"rank-{name}.jsonl").write_text("".join(kept))
     with monkeypatch.context() as patch:
-        counts = counted_chunks(patch)
+        again = counted_problems(patch)
         evaluate.run(cfg, dist)
-        assert counts == [3, 1]  # ten problems in chunks of 3: 3, 3 were done
+        assert len(again) == 4 and {*again} & {*done} == {done[-1]}
     first, second = (json.loads(Path(c.out).read_text()) for c in (whole, cfg))
     first["settings"].pop("out")
     second["settings"].pop("out")
@@ -111,8 +122,8 @@ def test_interrupted_evaluation_continues_to_the_same_file(run_folder, dist, mon
     assert "pass@2" in printed and "% without the format" in printed  # Countdown asks for one
 
 
-def test_one_stream_runs_through_all_chunks(run_folder, dist, monkeypatch):
-    """Rows go on to the next chunk's problems; chunks of any size give the same figures."""
+def test_one_stream_runs_through_all_problems(run_folder, dist, monkeypatch):
+    """Rows go on to the next problems, and however many there are the figures are the same."""
     asked, real = [], evaluation.sample_stream
 
     def stream(model, prompts, group_size, **settings):
@@ -121,12 +132,120 @@ def test_one_stream_runs_through_all_chunks(run_folder, dist, monkeypatch):
 
     monkeypatch.setattr(evaluation, "sample_stream", stream)
     results = []
-    for size in (3, 64):
-        cfg = config(run_folder, chunk_problems=size, max_rows=4, out=str(run_folder / f"{size}"))
+    for size in (4, 64):
+        cfg = config(run_folder, max_rows=size, out=str(run_folder / f"{size}"))
         evaluate.run(cfg, dist)
         results.append(json.loads(Path(cfg.out).read_text()))
     assert asked == [(10, 1), (10, 2)] * 2
     assert results[0]["problems"] == results[1]["problems"]
+
+
+@pytest.mark.parametrize(("world_size", "num_problems"), [(2, 10), (3, 10), (8, 5)])
+def test_ranks_share_the_problems_evenly(run_folder, dist, monkeypatch, world_size, num_problems):
+    """Each problem is sampled by one rank, and no rank has two more than another, whether an
+    evaluation begins or goes on; the figures are those of one process."""
+    whole = config(run_folder, num_problems=num_problems, out=str(run_folder / "whole.json"))
+    evaluate.run(whole, dist)
+    cfg = dataclasses.replace(whole, out=str(run_folder / "shared.json"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        counted_problems(patch, stop_after=2)
+        evaluate.run(cfg, dist)
+    *loaded, problems = evaluate.prepare(cfg, dist)
+    problems, folder = problems["countdown"], Path(cfg.out + ".parts")
+    run_hash = evaluate.evaluation_hash(cfg, *loaded[:2], problems)
+    said = []  # by rank 0, which comes first
+    monkeypatch.setattr(
+        evaluate, "broadcast_json", lambda value, dist: said.append(value) or said[0]
+    )
+    shares = []
+    for rank in range(world_size):
+        with monkeypatch.context() as patch:
+            shares.append(counted_problems(patch))
+            this = dataclasses.replace(dist, rank=rank, world_size=world_size)
+            evaluate.sample_unfinished(cfg, loaded, problems, folder, run_hash, this)
+    sizes = [len(share) for share in shares]
+    assert max(sizes) - min(sizes) <= 1 and sum(sizes) == num_problems - 2
+    assert len({problem for share in shares for problem in share}) == sum(sizes)
+    monkeypatch.undo()
+    counts = counted_problems(monkeypatch)
+    evaluate.run(cfg, dist)
+    results = [json.loads(Path(c.out).read_text()) for c in (whole, cfg)]
+    assert results[0]["problems"] == results[1]["problems"] and not counts
+
+
+def test_what_outputs_depend_on_starts_anew(run_folder, dist):
+    """One weight anywhere, the model's shape, the tokenizer's ends, the template, a problem's text,
+    id or answer and each setting of sampling make another evaluation; where files lie, how much is
+    sampled at a time and flags that chose the same problems do not."""
+    cfg = config(run_folder)
+    model, tokenizer, _, problems = evaluate.prepare(cfg, dist)
+    problems = problems["countdown"]
+    first = evaluate.evaluation_hash(cfg, model, tokenizer, problems)
+    same = {"out": "x", "checkpoint": "y", "max_rows": 1, "cache_gb": 1.0, "shown_problems": 1}
+    same |= {"num_problems": 11, "all_rows": True, "threads": 2, "data": "z", "few_shot": True}
+    for key, value in same.items():
+        other = dataclasses.replace(cfg, **{key: value})
+        assert evaluate.evaluation_hash(other, model, tokenizer, problems) == first, key
+    found = {first}
+    for key in evaluate.SAMPLING:
+        other = dataclasses.replace(cfg, **{key: getattr(cfg, key) + 1})
+        found.add(evaluate.evaluation_hash(other, model, tokenizer, problems))
+    for change in ({"id": 99}, {"prompt": "p"}, {"payload": {"nums": [1], "target": 1}}):
+        others = [*problems[:-1], dataclasses.replace(problems[-1], **change)]
+        found.add(evaluate.evaluation_hash(cfg, model, tokenizer, others))
+    found.add(evaluate.evaluation_hash(cfg, model, tokenizer, problems[::-1]))
+    assert len(found) == 1 + 4 + 4
+    for weight in (model.embedding.weight, model.head.weight):  # the middle, the very last
+        before = weight.data[-1, -1].clone()
+        weight.data[-1, -1] = torch.nextafter(before, before + 1)
+        found.add(evaluate.evaluation_hash(cfg, model, tokenizer, problems))
+        weight.data[-1, -1] = before
+    model.cfg = dataclasses.replace(model.cfg, rope_theta=5.0)
+    found.add(evaluate.evaluation_hash(cfg, model, tokenizer, problems))
+    tokenizer.stop_ids += (5,)
+    found.add(evaluate.evaluation_hash(cfg, model, tokenizer, problems))
+    tokenizer.added["<x>"] = tokenizer.added.pop("<think>")
+    found.add(evaluate.evaluation_hash(cfg, model, tokenizer, problems))
+    assert len(found) == 9 + 5
+
+
+def test_files_of_names_with_dots_do_not_meet(run_folder, dist):
+    """runs of two models named 0.5b and 1.5b write files of their own, with one task or several."""
+    for name in ("eval-0.5b", "eval-0.7b.json"):
+        evaluate.run(config(run_folder, out=str(run_folder / name)), dist)
+    assert {path.name for path in run_folder.glob("eval-*")} == {
+        *("eval-0.5b", "eval-0.5b.samples.txt", "eval-0.5b.png"),
+        *("eval-0.7b.json", "eval-0.7b.samples.txt", "eval-0.7b.png"),
+    }
+    for name, path in (("a/x-0.5b", "a/x-0.5b-math.json"), ("a/x.json", "a/x-math.json")):
+        assert evaluate.task_path(name, "math", ("math", "gsm8k")) == Path(path)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *("--num_samples -1", "--num_samples 1001", "--temperature 0", "--temperature nan"),
+        *(
+            "--temperature inf",
+            "--temperature 1e300",
+            "--num_problems 0",
+            "--max_new_tokens 0",
+            "--max_rows 0",
+        ),
+        *("--cache_gb -1", "--cache_gb nan", "--seed -1", f"--seed {2**63}", "--threads 1025"),
+        *("--shown_problems -1", "--problem_seed -1", "--num_numbers 1", "--num_numbers 6"),
+        *("--max_number 0", "--max_target 0", "--tasks none", "--chat_template x", "--out="),
+    ],
+)
+def test_bounds_of_the_flags(flags, capsys):
+    """A value that has no meaning ends with one line that names the flag."""
+    if flags == "--out=":
+        assert parse(evaluate.EvalConfig, presets.EVALUATION, [flags]).out == ""  # the default
+        return
+    with pytest.raises(SystemExit):
+        parse(evaluate.EvalConfig, presets.EVALUATION, flags.split())
+    error = capsys.readouterr().err
+    assert flags.split()[0] in error and error.count("\n") == 1
 
 
 def test_limits_of_the_sampler_change_no_figure(run_folder, dist, monkeypatch):
@@ -140,14 +259,14 @@ def test_limits_of_the_sampler_change_no_figure(run_folder, dist, monkeypatch):
 
     monkeypatch.setattr(sampler, "fit_rows", fit_rows)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        counted_chunks(patch, stop_after=2)
+        counted_problems(patch, stop_after=6)
         evaluate.run(config(run_folder, max_rows=2), dist)
     assert taken == {(2, math.inf, 2)}
     taken.clear()
     with monkeypatch.context() as patch:
-        counts = counted_chunks(patch)
+        counts = counted_problems(patch)
         evaluate.run(config(run_folder, cache_gb=6e-6), dist)
-        assert counts == [3, 1]
+        assert len(counts) == 4
     assert {most[:2] for most in taken} == {(512, 6e-6)} and max(most[2] for most in taken) < 3
     first, second = (
         json.loads((run_folder.parent / f"{name}.json").read_text())
@@ -162,17 +281,17 @@ def test_finished_is_only_shown_and_changes_start_anew(run_folder, dist, monkeyp
     evaluate.run(cfg, dist)
     before = Path(cfg.out).read_bytes()
     shown = capsys.readouterr().out
-    counts = counted_chunks(monkeypatch)
+    counts = counted_problems(monkeypatch)
     evaluate.run(dataclasses.replace(cfg, shown_problems=1, threads=2), dist)
     assert counts == []
     assert Path(cfg.out).read_bytes() == before
     assert capsys.readouterr().out == shown
     evaluate.run(dataclasses.replace(cfg, seed=1), dist)
-    assert sum(counts) == 10
+    assert len(counts) == 10
     tokenizer = Tokenizer.load(next((run_folder / "checkpoints").glob("step-*")))
     save_checkpoint(run_folder, 2, tokenizer, dist, seed=1)
     evaluate.run(dataclasses.replace(cfg, seed=1), dist)
-    assert sum(counts) == 20
+    assert len(counts) == 20
     assert json.loads(Path(cfg.out).read_text())["step"] == 2
 
 
@@ -186,7 +305,7 @@ def test_compare_with_another_file(run_folder, dist, monkeypatch, capsys):
     difference = json.loads(Path(other.out).read_text())["difference"]
     assert set(difference) == {"greedy", "pass@1", "pass@2", "maj@1", "maj@2"}
     assert all(gain["value"] == 0.0 for gain in difference.values())
-    counts = counted_chunks(monkeypatch)
+    counts = counted_problems(monkeypatch)
     with pytest.raises(SystemExit, match="not of the same problems"):
         evaluate.run(dataclasses.replace(other, problem_seed=1), dist)
     assert not counts
@@ -222,7 +341,6 @@ def test_data_file(run_folder, dist, capsys):
     lines = [json.dumps(row) for row in [{"nums": [1, 2], "target": 50}, *rows]]
     data.write_text("\n".join(lines))
     cfg = config(run_folder, problems=str(data), num_problems=None, num_samples=1, max_new_tokens=2)
-    cfg = dataclasses.replace(cfg, chunk_problems=64)
 
     def evaluated(**changes):
         evaluate.run(dataclasses.replace(cfg, **changes), dist)
@@ -264,11 +382,12 @@ def test_several_tasks(run_folder, benchmark_files, dist, monkeypatch, capsys):
     paths["all_rows"] = True
     cfg = config(run_folder, num_samples=2, max_new_tokens=3, **paths)
     tasks = ("gsm8k", "math", "jsonl")
-    evaluate.run(dataclasses.replace(cfg, tasks=tasks[:2], problems=None), dist)
-    counts = counted_chunks(monkeypatch)
+    no_own = {"problems": None, "all_rows": False}
+    evaluate.run(dataclasses.replace(cfg, tasks=tasks[:2], **no_own), dist)
+    counts = counted_problems(monkeypatch)
     cfg = dataclasses.replace(cfg, tasks=tasks)
     evaluate.run(cfg, dist)
-    assert counts == [3]  # the new task alone
+    assert len(counts) == 3  # the new task alone
     printed = capsys.readouterr().out
     assert printed.count("% right as a string") == 10 and "format" not in printed
     last = printed.splitlines()[-4:]
@@ -323,15 +442,26 @@ def test_rows_that_grpo_trained_on_are_left_out(run_folder, benchmark_files):
         evaluate.load_problems(cfg, "jsonl")
 
 
-def test_hugging_face_folder(run_folder, benchmark_files, dist):
-    """An exported model is evaluated from its folder, to the same figures as its run."""
+def test_hugging_face_folder(run_folder, benchmark_files, dist, monkeypatch):
+    """An exported model is evaluated from its folder, to the same figures as its run. Nothing is
+    ever written there: the figures go to runs/evaluation, and --out there is refused."""
+    monkeypatch.chdir(benchmark_files)
     model, tokenizer, _ = load.load_model(run_folder)
     hf.save_hf(model, tokenizer, benchmark_files / "exported", dtype=torch.float32)
     cfg = config(run_folder, tasks=("math",), data=str(benchmark_files), few_shot=False)
     results = []
-    for folder in (run_folder, benchmark_files / "exported"):
+    before = {path.name: path.read_bytes() for path in Path("exported").iterdir()}
+    for folder, to in ((run_folder, run_folder), ("exported", "runs/evaluation/exported")):
         evaluate.run(dataclasses.replace(cfg, checkpoint=str(folder), out=""), dist)
-        results.append(json.loads((folder / "evaluation-math.json").read_text()))
+        results.append(json.loads((Path(to) / "evaluation-math.json").read_text()))
+    for out in ("exported/a.json", f"{benchmark_files}/exported/deep/a.json"):
+        with pytest.raises(SystemExit, match="would be in the model's folder: give --out"):
+            evaluate.run(dataclasses.replace(cfg, checkpoint="exported", out=out), dist)
+    assert {path.name: path.read_bytes() for path in Path("exported").iterdir()} == before
+    for place in ("../x/exported", "/x/exported"):
+        monkeypatch.setattr(evaluate, "is_hf_folder", lambda path: True)
+        path = evaluate.out_path(dataclasses.replace(cfg, checkpoint=place, out=""), "math")
+        assert path == Path("runs/evaluation/x/exported/evaluation-math.json")
     assert results[0]["examples"] == results[1]["examples"]
     assert results[0]["problems"] == results[1]["problems"]
 
@@ -387,6 +517,8 @@ def test_data_without_heldout_rows_is_refused(run_folder, dist):
         ({"problems": "none.jsonl"}, "none.jsonl: no such file"),
         ({"max_number": 1, "max_target": 2}, "widen the ranges"),
         ({"tasks": ("gsm8k",), "problems": "own.jsonl"}, "--problems is read by --tasks jsonl and"),
+        ({"all_rows": True}, "--all_rows is about the rows of --problems"),
+        ({"compare": "x/../figures.json"}, "figures.json: --compare and --out are one file"),
     ],
 )
 def test_bad_input_is_one_line(run_folder, dist, monkeypatch, changes, message):
@@ -399,7 +531,8 @@ def test_bad_input_is_one_line(run_folder, dist, monkeypatch, changes, message):
 
 def test_other_files_are_not_overwritten(run_folder, dist):
     """A file at --out that evaluate.py did not write is refused, and stays."""
-    for text in ("notes", '{"a": 1}', "[]"):
+    rows = '{"num_samples": 1, "metrics": {}, "problems": %s}'
+    for text in ("notes", '{"a": 1}', "[]", rows % "[1]", rows % '[{"id": 1}]', rows % "null"):
         cfg = config(run_folder)
         Path(cfg.out).write_text(text)
         with pytest.raises(SystemExit, match="figures.json"):
@@ -407,14 +540,19 @@ def test_other_files_are_not_overwritten(run_folder, dist):
         assert Path(cfg.out).read_text() == text
 
 
-def test_folder_in_use(run_folder, dist):
+def test_folder_in_use(run_folder, dist, monkeypatch):
     """Two evaluations into one file: the second ends with one line."""
     cfg = config(run_folder)
-    with (
-        evaluate.folder_lock(Path(cfg.out + ".parts"), dist),
-        pytest.raises(SystemExit, match="in use by another evaluation"),
-    ):
-        evaluate.run(cfg, dist)
+    real = evaluate.sample_problems
+
+    def sample_problems(*args, **settings):
+        with pytest.raises(SystemExit, match="in use by another evaluation"):
+            evaluate.run(cfg, dist)
+        return real(*args, **settings)
+
+    monkeypatch.setattr(evaluate, "sample_problems", sample_problems)
+    evaluate.run(cfg, dist)
+    assert Path(cfg.out).exists()
 
 
 @pytest.mark.parametrize("name", sorted(presets.EVALUATION))
@@ -426,6 +564,58 @@ def test_presets_hold_enough_heldout_problems(name):
 
 
 @pytest.mark.slow
+def test_a_slow_process_is_waited_for(run_folder, dist, tmp_path):
+    """Where collectives wait 3 s at most, a process that takes 8 s longer is waited for outside of
+    them, and the figures are those of one process."""
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import functools, sys, time\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import evaluate\n"
+        "def sample_problems(*args, real=evaluate.sample_problems, **settings):\n"
+        "    slow = evaluate.os.environ['RANK'] == '1' and settings['temperature'] > 0\n"
+        "    time.sleep(8 * slow)\n"
+        "    return real(*args, **settings)\n"
+        "evaluate.sample_problems = sample_problems\n"
+        "evaluate.setup = functools.partial(evaluate.setup, timeout_s=3)\n"
+        "evaluate.main()\n"
+    )
+    one = config(run_folder)
+    evaluate.run(one, dist)
+    two = run_folder.parent / "two.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", str(script), "--checkpoint", str(run_folder)]
+    flags = "--preset smoke --threads 1 --device cpu --num_problems 10 --num_samples 2"
+    command += [*flags.split(), "--max_new_tokens", "6", "--out", str(two)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = [json.loads(Path(path).read_text()) for path in (one.out, two)]
+    assert results[0]["problems"] == results[1]["problems"]
+
+
+def test_waiting_outside_collectives():
+    """Nobody goes on before all are there, and each place is waited at on its own."""
+    store, arrived = HashStore(), []
+    ranks = [
+        dataclasses.replace(setup("cpu", 1), rank=r, world_size=2, store=store) for r in (0, 1)
+    ]
+
+    def slow():
+        for place in ("a", "b"):
+            time.sleep(0.3)
+            arrived.append(place)
+            wait_for_all(ranks[1], place)
+
+    thread = threading.Thread(target=slow)
+    thread.start()
+    for place in ("a", "b"):
+        wait_for_all(ranks[0], place)
+        assert arrived[-1] == place
+    thread.join()
+    wait_for_all(setup("cpu", 1), "alone")
+
+
+@pytest.mark.slow
 def test_two_processes_equal_one(run_folder, benchmark_files, dist):
     """torchrun with two processes writes the same figures and samples as one process, for two
     tasks one after the other."""
@@ -433,7 +623,7 @@ def test_two_processes_equal_one(run_folder, benchmark_files, dist):
     evaluate.run(one, dist)
     two = run_folder.parent / "two.json"
     flags = "--preset smoke --threads 1 --device cpu --num_problems 10 --num_samples 2"
-    flags += " --max_new_tokens 6 --chunk_problems 3"
+    flags += " --max_new_tokens 6"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", "2", "evaluate.py", *flags.split()]
     command += ["--checkpoint", str(run_folder), "--out", str(two)]

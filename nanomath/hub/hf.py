@@ -7,8 +7,8 @@ exact or refused: every tensor is used once, and a setting that `model.py` does 
 that names file and field, raised before any weight is read. Files of code (.py) and pickles (.bin)
 are never opened. Weights stream tensor by tensor, each rank reads only its own rows.
 
-Left to others: what config.json means (hf_config.py), tokenizer files (tokenizer.py). No chat
-template is written: a program that chats with the exported model must be given one.
+Left to others: what config.json means (hf_config.py), tokenizer files with their chat template
+(tokenizer.py).
 """
 
 from __future__ import annotations

@@ -1,9 +1,13 @@
 """Accuracy, Pass@K and Maj@K over the same samples, with intervals over problems (Sec. 5, 6).
 
 Pass@K: at least one of K samples is right. Maj@K: the most frequent answer of K samples is right.
-Both are expectations over all K-subsets of a problem's n samples, exact, not estimated. Intervals
-are percentile bootstraps over problems: they say how much the figure hangs on which problems were
-asked, and nothing about other training seeds.
+Both are expectations over all K-subsets of a problem's n samples, exact, not estimated.
+
+95% intervals say how much a figure hangs on which problems were asked, and nothing about other
+training seeds. Of problems that are right or wrong: Wilson's score interval. Of other means and of
+paired differences: the percentile bootstrap over problems. That one is a point where all problems
+are alike, as 0 of 12; what was not seen may be z^2 / (n + z^2) of all problems there, which is
+Wilson's bound for 0 of n, and Tango's for n pairs of which none differs.
 
 `sample_problems` and `evaluate_chunk` sample and judge; `summarise` turns records, kept as JSON,
 into figures; `compare` takes the paired difference of two evaluations of the same problems. The
@@ -16,6 +20,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import comb
 from pathlib import Path
+from statistics import NormalDist
 from types import ModuleType
 from typing import Any
 
@@ -36,6 +41,7 @@ TASKS: dict[str, ModuleType] = {
 }
 GROUPS = ("level", "type", "grade", "topic")  # of a problem's payload: figures are given by them
 MAX_SAMPLES = 1000  # the subset counts below stay within float64
+Z2 = NormalDist().inv_cdf(0.975) ** 2  # of a 95% interval
 
 
 # -------------------------------------------------------------------------------------- metrics
@@ -144,14 +150,33 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def share_interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
+    """Return the 95% interval of the mean of values from 0 to 1, one per problem."""
+    n, right = len(values), math.fsum(values)
+    if len({*values}) == 1:
+        unseen = Z2 / (n + Z2)
+        return values[0] * (1 - unseen), values[0] + (1 - values[0]) * unseen
+    if not n or not {*values} <= {0, 1}:
+        return bootstrap_interval(values, seed=seed)
+    middle = (right + Z2 / 2) / (n + Z2)
+    half = math.sqrt(Z2 * (right * (n - right) / n + Z2 / 4)) / (n + Z2)
+    return middle - half, middle + half
+
+
 def paired_difference(
-    before: Sequence[float], after: Sequence[float], *, seed: int = 0
+    before: Sequence[float], after: Sequence[float], *, seed: int = 0, shares: bool = True
 ) -> dict[str, float]:
-    """Return the mean of after - before over the same problems, its interval, wins and losses."""
+    """Return the mean of after - before over the same problems, its interval, wins and losses.
+
+    shares: the values are from 0 to 1; False: of any scale, of which only the bootstrap knows.
+    """
     if len(before) != len(after):
         raise ValueError(f"{len(before)} problems against {len(after)}: not the same ones")
     gains = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
     low, high = bootstrap_interval(gains, seed=seed)
+    if shares and low == high and low in (-1, 0, 1):  # all pairs differ alike, or none does
+        unseen = Z2 / (len(gains) + Z2)
+        low, high = max(low - unseen, -1.0), min(high + unseen, 1.0)
     return {
         "value": float(gains.mean()),
         "low": low,
@@ -317,15 +342,15 @@ def summarise(records: Sequence[dict[str, Any]], *, seed: int = 0) -> dict[str, 
     metrics = {}
     for name in values[0]:
         column = [value[name] for value in values]
-        low, high = bootstrap_interval(column, seed=seed)
+        low, high = share_interval(column, seed=seed)
         metrics[name] = {"value": float(np.mean(column)), "low": low, "high": high}
-    parts = [key for key in GROUPS if key in rows[0]]
+    parts = [key for key in GROUPS if any(key in row for row in rows)]
     return {
         "task": records[0]["task"],
         "num_problems": len(records),
         "num_samples": num_samples,
         "metrics": metrics,
-        "groups": {key: _by_group([row[key] for row in rows], values) for key in parts},
+        "groups": {key: _by_group([row.get(key, "none") for row in rows], values) for key in parts},
         "greedy_outputs": _describe([record["greedy"] for record in records]),
         "sampled_outputs": _describe([s for record in records for s in record["samples"]]),
         "problems": rows,

@@ -203,7 +203,7 @@ def compare_models(run: Path) -> dict[str, Any]:
             **model,
             **counts.get(name, {}),
             "bits_per_byte": {"value": sum(values) / len(values), "low": low, "high": high},
-            "bits_difference": paired_difference(reference, values),
+            "bits_difference": paired_difference(reference, values, shares=False),
             "greedy": evals[name]["metrics"]["greedy"],
             "greedy_difference": compare(evals["recalled"], evals[name])["greedy"],
         }

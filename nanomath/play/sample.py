@@ -45,7 +45,8 @@ def main(cfg: Config) -> None:
         model, tokenizer, _ = load_model(cfg.checkpoint, device=device, dtype=dtype)
         if tokenizer is None:
             raise ValueError(f"{cfg.checkpoint} holds no tokenizer.json")
-        use_template(tokenizer, cfg.chat_template)
+        if hint := use_template(tokenizer, cfg.chat_template):
+            print(hint)
         for sample in sample_stream(
             model,
             [prompt_ids(tokenizer, cfg.prompt)],

@@ -118,6 +118,18 @@ def raise_together(dist: Dist) -> Iterator[None]:
         raise
 
 
+def wait_for_all(dist: Dist, where: str) -> None:
+    """Wait until every rank is here, however long: not in a collective, whose timeout ends it.
+
+    where: a name used once. Another rank's error ends the wait, inside raise_together.
+    """
+    if dist.store is None:
+        return
+    dist.store.add(where, 1)
+    while dist.store.add(where, 0) < dist.world_size:
+        time.sleep(POLL_S)
+
+
 def _leave(dist: Dist, watch: ErrorWatch | None) -> None:
     if watch is not None:
         barrier(dist)

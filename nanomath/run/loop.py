@@ -86,7 +86,9 @@ def load_start(cfg: Any, dist: Dist) -> tuple[nn.Module, Tokenizer]:
     )
     if tokenizer is None:
         raise ValueError(f"--init {cfg.init} holds no tokenizer.json: texts cannot be encoded")
-    use_template(tokenizer, cfg.chat_template)
+    hint = use_template(tokenizer, cfg.chat_template)
+    if hint and dist.is_main:
+        print(hint)
     return model, tokenizer
 
 

@@ -109,11 +109,11 @@ _AS_TRAINED = (
 _EVALUATION = {
     "smoke": {"num_problems": 50},
     "cpu": {},
-    "gpu": {"chunk_problems": 256},
+    "gpu": {},
     "gsm8k_qwen_0b5": {"tasks": ("gsm8k",)},
     "gsm8k_qwen_1b5": {"tasks": ("gsm8k",)},
     "deepseekmath_7b": {"tasks": ("gsm8k", "math")},
-    "countdown_qwen_3b": {"chunk_problems": 128},
+    "countdown_qwen_3b": {},
 }
 EVALUATION = {
     name: {key: value for key, value in GRPO[name].items() if key in _AS_TRAINED} | more

@@ -1,7 +1,8 @@
 """Chat templates: how messages become the token ids that a chat model was trained on.
 
 A small fixed set. The template that a checkpoint brings is a Jinja program and is never run; the
-layouts below give the same ids (tests compare them with the published programs):
+layouts below give the same ids (tests compare them with the published programs), and `as_jinja`
+writes such a program of them for others:
 
     plain         the text alone, after bos if the tokenizer begins texts so; for base models
     deepseekmath  DeepSeek-LLM chat, DeepSeekMath Instruct and RL: "User: ...", "Assistant: ..."
@@ -15,6 +16,7 @@ no text can end a turn or begin another. `use_template` sets a tokenizer's templ
 sampling and evaluation then take their ids from `prompt_ids` and `answer_ids`.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -69,18 +71,18 @@ CHOICES = ("auto", *TEMPLATES)  # of --chat_template
 _CONTROL = re.compile(r"(<\|\w+\|>|<bos\??>|<eos>)")
 
 
-def use_template(tokenizer: Any, name: str) -> None:
+def use_template(tokenizer: Any, name: str) -> str:
     """Set the template of a tokenizer, and stop its samples where an answer ends.
 
     name auto: the one that its checkpoint was trained with, which is saved beside it, else plain.
-    Raises ValueError naming the template's control tokens that the tokenizer lacks.
+    Return a hint where that may not be the model's, else "". Raises ValueError naming the control
+    tokens that the template needs and the tokenizer lacks.
     """
     name = tokenizer.template if name == "auto" else name
     if name not in tuple(TEMPLATES):
         raise ValueError(f"chat template {name!r}; known are {', '.join(TEMPLATES)}")
     template = TEMPLATES[name]
-    layouts = template.start + template.user + template.assistant
-    named = {*_CONTROL.findall(layouts)} - {"<bos?>"}
+    named = {*_CONTROL.findall(template.start + template.user + template.assistant)} - {"<bos?>"}
     if lacking := {token for token in named if not _control_ids(token, tokenizer)}:
         raise ValueError(
             f"the chat template {name} needs control tokens that this tokenizer lacks: "
@@ -89,6 +91,40 @@ def use_template(tokenizer: Any, name: str) -> None:
     tokenizer.template = name
     end_ids = _control_ids(template.end, tokenizer)
     tokenizer.stop_ids = tuple(dict.fromkeys([*tokenizer.stop_ids, *end_ids]))
+    if name != "plain" or not tokenizer.program:
+        return ""
+    cues = {other: layout.cue for other, layout in TEMPLATES.items() if layout.cue}
+    marks = {other: (_CONTROL.match(cue) or [cue])[0] for other, cue in cues.items()}
+    fits = [other for other, mark in marks.items() if mark in tokenizer.program]
+    known = f"--chat_template {' or '.join(fits)}" if fits else "its own, which is not known here"
+    return (
+        "note: the model comes with a chat template, but texts are laid out plain, as for a base "
+        f"model; a chat model expects {known}"
+    )
+
+
+def as_jinja(tokenizer: Any) -> str:
+    """Return the tokenizer's template as the Jinja program that other software runs."""
+    layout = TEMPLATES[tokenizer.template]
+    bos, eos = (tokenizer.names[f"{kind}_token"] for kind in ("bos", "eos"))
+    texts = {"<bos>": bos, "<eos>": eos, "<bos?>": bos if tokenizer.add_bos else ""}
+    content = "{{ message['content']" + " | trim" * layout.strip + " }}"
+
+    def said(text: str) -> str:
+        pieces = [texts.get(piece, piece) for piece in _CONTROL.split(text)]
+        shown = [json.dumps(piece, ensure_ascii=False) for piece in "".join(pieces).split("{}")]
+        return content.join("{{ " + piece + " }}" for piece in shown).replace('{{ "" }}', "")
+
+    turns = [
+        f"{{% {'el' * (role != 'system')}if message['role'] == '{role}' %}}{said(text)}"
+        for role, text in vars(layout).items()
+        if role in ("system", "user", "assistant")
+    ]
+    return (
+        f"{said(layout.start)}{{% for message in messages %}}{''.join(turns)}"
+        "{% else %}{{ raise_exception('a role is system, user or assistant') }}{% endif %}"
+        f"{{% endfor %}}{{% if add_generation_prompt %}}{said(layout.cue)}{{% endif %}}"
+    )
 
 
 def chat_ids(

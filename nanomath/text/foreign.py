@@ -12,6 +12,7 @@ from typing import Any
 import regex
 
 from nanomath.base.files import read_json
+from nanomath.text.chat import TEMPLATES
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"  # control tokens, where a file names no others
 TEMPLATE_KEY = "nanomath_chat_template"  # in tokenizer_config.json: what the model was trained with
@@ -114,12 +115,15 @@ def _starts_with(tokenizer: Any) -> dict:
 
 
 def last_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
-    """Return the two tokens whose merge makes `token`, or None if merging its bytes ends elsewhere.
+    """Return the two tokens whose merge makes `token`, or None if merging its bytes ends elsewhere,
+    as where one of them has no token.
 
     The pair is unique: wherever a text holds these bytes between two borders that no merge crosses,
     the merges inside are the ones made here.
     """
     parts = [token[i : i + 1] for i in range(len(token))]
+    if not ranks.keys() >= {*parts}:
+        return None
     while len(parts) > 2:
         rank, at = min(
             (ranks.get(left + right, len(ranks) << 32), index)
@@ -143,30 +147,42 @@ def _unspell(text: str) -> bytes:
 
 
 def load_parts(folder: Path) -> dict:
-    """Read a folder's tokenizer.json, tokenizer_config.json and generation_config.json (the last
-    two may be missing) and return Tokenizer's arguments.
+    """Read a folder's tokenizer.json, tokenizer_config.json, generation_config.json and config.json
+    (the last three may be missing) and return Tokenizer's arguments.
 
-    Raises ValueError, naming the file, for what is damaged or would give other ids here.
+    An output ends with whatever any of them calls eos. Raises ValueError, naming the file, for what
+    is damaged or would give other ids here.
     """
-    path, named, generated = (
-        folder / name
-        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
-    )
-    layout = read_json(path)
-    config, generation = (read_json(p) if p.is_file() else {} for p in (named, generated))
-    read = path
+    path, named = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    layout, config = read_json(path), read_json(named) if named.is_file() else {}
+    others = [folder / "generation_config.json", folder / "config.json"]
+    ends = {p: read_json(p).get("eos_token_id") for p in others if p.is_file()}
+    read, stop_ids = path, []
     try:
         parts, first = _parse_layout(layout)
-        read = generated
-        stop_ids = _parse_stop_ids(generation.get("eos_token_id"), parts)
+        for read, ids in ends.items():  # noqa: B007 (the file that an error names)
+            stop_ids += _parse_stop_ids(ids, parts)
         read = named
         names = _parse_names(config, first, parts, stop_ids)
-        template = config.get(TEMPLATE_KEY, "plain")
-        return {**parts, **names, "stop_ids": stop_ids, "template": template}
+        own = {"template": config.get(TEMPLATE_KEY, "plain"), "program": _program(folder, config)}
+        if own["template"] not in tuple(TEMPLATES):
+            known = ", ".join(TEMPLATES)
+            raise ValueError(f"chat template {own['template']!r}; known are {known}")
+        return {**parts, **names, **own, "stop_ids": stop_ids}
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{read}: not a complete {read.name} ({error!r})") from None
     except (ValueError, OverflowError, regex.error) as error:
         raise ValueError(f"{read}: {error}") from None
+
+
+def _program(folder: Path, config: dict) -> str:
+    """Return the chat template that a model from elsewhere brings, a Jinja program, as text."""
+    path = folder / "chat_template.jinja"
+    if config.get(TEMPLATE_KEY) == "plain":  # of this project: how it was trained is known
+        return ""
+    if path.is_file():
+        return path.read_text(encoding="utf-8", errors="replace")
+    return str(config.get("chat_template") or "")
 
 
 def _parse_layout(layout: dict) -> tuple[dict, str | None]:
@@ -196,7 +212,7 @@ def _parse_layout(layout: dict) -> tuple[dict, str | None]:
         raise ValueError("two tokens have one id")
     if model.get("ignore_merges") and len(ranks) < len(model["vocab"]):
         raise ValueError("with model.ignore_merges, added tokens in model.vocab would match twice")
-    _check_merges(ranks, model["merges"], model.get("ignore_merges"))
+    _check_merges(ranks, model)
     splits = _parse_splits(layout["pre_tokenizer"])
     processor = layout.get("post_processor") or {}
     templates = [
@@ -307,19 +323,26 @@ def _parse_splits(node: dict) -> list[str]:
     return splits
 
 
-def _check_merges(ranks: Mapping[bytes, int], merges: Sequence, ignore_merges: bool) -> None:
+def _check_merges(ranks: Mapping[bytes, int], model: dict) -> None:
     """Refuse merges that tiktoken, which knows tokens but no pairs, would apply differently.
 
     tiktoken makes a token by its last merge and by no other pair (see last_merge): the two agree
     when that pair is listed, after no merge that makes a higher id. Other pairs, of which Llama 3
-    lists all, are then never the next merge.
+    lists all, are then never the next merge. Bytes without a token are dropped (tokenizer.py).
     """
     missing = [byte for byte in _IN_TEXT if bytes([byte]) not in ranks]
-    if missing:
-        raise ValueError(f"{len(missing)} of 256 bytes are not in the vocabulary: {missing[:16]}")
+    unknown = model.get("unk_token")
+    if missing and (unknown is not None or len(missing) == len(_IN_TEXT)):
+        raise ValueError(
+            f"{len(missing)} of 256 bytes are not in the vocabulary, and model.unk_token is "
+            f"{unknown!r}: only null, which drops a few such bytes, can be represented exactly"
+        )
     before, highest = {}, -1  # the highest id made before a pair
-    for merge in merges:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
+    for number, merge in enumerate(model["merges"]):
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(parts, list) or [type(part) for part in parts] != [str, str]:
+            raise ValueError(f"model.merges[{number}] is {merge!r}; a merge is two values, tokens")
+        left, right = parts
         pair = (_unspell(left), _unspell(right))
         if not {*pair, pair[0] + pair[1]} <= ranks.keys():
             raise ValueError(f"the parts or product of merge {merge!r} are not in the vocabulary")
@@ -327,8 +350,11 @@ def _check_merges(ranks: Mapping[bytes, int], merges: Sequence, ignore_merges: b
         highest = max(highest, ranks[pair[0] + pair[1]])
     for token, token_id in ranks.items():
         pair = last_merge(token, ranks) if len(token) > 1 else None
-        if len(token) < 2 or (pair is None and ignore_merges):
+        if len(token) < 2:
             continue
+        dropped = missing and all(bytes([byte]) in ranks for byte in token)
+        if pair is None and model.get("ignore_merges") and not dropped:
+            continue  # only a piece that is this token as a whole; bytes dropped from it come later
         if before.get(pair, token_id + 1) > token_id:
             raise ValueError(
                 f"token {_spell(token)!r} (id {token_id}) is not made by a merge listed in the "

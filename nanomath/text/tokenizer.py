@@ -26,6 +26,7 @@ import tiktoken
 from nanomath.base.config import one_line_errors, opt, parse
 from nanomath.base.files import read_jsonl, write_json
 from nanomath.base.log import progress
+from nanomath.text.chat import as_jinja
 from nanomath.text.foreign import (
     BOS,
     EOS,
@@ -81,6 +82,7 @@ class Tokenizer:
         stop_ids: Sequence[int] = (),
         nfc: bool = False,
         template: str = "plain",
+        program: str = "",
     ):
         self.ranks, self.splits = dict(ranks), tuple(splits)
         self.added, self.control, self.nfc = dict(added), dict(control), nfc
@@ -89,6 +91,8 @@ class Tokenizer:
         self.eos_id, self.pad_id = control[eos], control[pad]
         self.stop_ids = tuple(dict.fromkeys((self.eos_id, *stop_ids)))
         self.template = template  # chat.py's: its use_template adds to stop_ids, too
+        self.program = program  # the chat template that came with the files: never run
+        self._without_token = bytes(b for b in range(256) if bytes([b]) not in self.ranks)
         self._bytes = {token_id: token for token, token_id in self.ranks.items()}
         self._bytes |= {token_id: text.encode() for text, token_id in self.added.items()}
         self._bytes |= dict.fromkeys(self.control.values(), b"")
@@ -105,7 +109,7 @@ class Tokenizer:
         self._engine = tiktoken.Encoding(
             "nanomath", pat_str="(?s).+", mergeable_ranks=self.ranks, special_tokens={}
         )
-        self._merge_cached = lru_cache(1 << 18)(self._engine.encode_ordinary)
+        self._merge_cached = lru_cache(1 << 18)(self._merge)
 
     @property
     def sample_limit(self) -> int:
@@ -129,7 +133,8 @@ class Tokenizer:
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Return the ids of text, between bos (where texts begin with one) and eos if asked.
 
-        Lone surrogates, which no file can hold, become U+FFFD.
+        Lone surrogates, which no file can hold, become U+FFFD. Bytes without a token, which only
+        tokenizers made elsewhere lack, are dropped.
         """
         ids = [self.bos_id] if bos and self.add_bos else []
         for part, token_id in self._parts(text):
@@ -138,7 +143,7 @@ class Tokenizer:
                 continue
             for piece in self._split(part):
                 short = len(piece) <= MAX_CACHED
-                ids += self._merge_cached(piece) if short else self._engine.encode_ordinary(piece)
+                ids += self._merge_cached(piece) if short else self._merge(piece)
         if eos:
             ids.append(self.eos_id)
         return ids
@@ -170,6 +175,15 @@ class Tokenizer:
 
     def _normalise(self, text: str) -> str:
         return unicodedata.normalize("NFC", text) if self.nfc else text
+
+    def _merge(self, piece: str) -> list[int]:
+        """Return a piece's ids. Those without a token are dropped before bytes are merged, after a
+        piece is looked up whole, as in the tokenizers package."""
+        whole = piece.encode()
+        kept = whole if whole in self.ranks else whole.translate(None, self._without_token)
+        if kept == whole:
+            return self._engine.encode_ordinary(piece)
+        return self._engine._encode_single_piece(kept) if kept else []
 
     def _split(self, text: str) -> list[str]:
         pieces = [text]
@@ -241,7 +255,8 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         kind = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         names = {"add_bos_token": self.add_bos, **self.names, TEMPLATE_KEY: self.template}
-        write_json(folder / "tokenizer_config.json", {**kind, **names})
+        chat = {"chat_template": as_jinja(self)}
+        write_json(folder / "tokenizer_config.json", {**kind, **names, **chat})
         ids = {"bos_token_id": self.bos_id, "pad_token_id": self.pad_id}
         write_json(folder / "generation_config.json", {"eos_token_id": list(self.stop_ids), **ids})
         # last: where it is, the folder is complete
@@ -250,7 +265,7 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "Tokenizer":
         """Read folder/tokenizer.json, with control tokens named by tokenizer_config.json and
-        stop_ids by generation_config.json where they are.
+        stop_ids by generation_config.json and config.json where they are.
 
         Raises FileNotFoundError, or ValueError naming what cannot be represented exactly.
         """

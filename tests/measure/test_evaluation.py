@@ -25,6 +25,7 @@ from nanomath.measure.evaluation import (
     majority_credits,
     paired_difference,
     pass_at_k,
+    share_interval,
     summarise,
 )
 from nanomath.model import ModelConfig, Transformer
@@ -142,6 +143,57 @@ def test_bootstrap_interval():
     assert bootstrap_interval([0.25] * 5) == (0.25, 0.25)
     with pytest.raises(ValueError):
         bootstrap_interval([])
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"),
+    [  # the first four: Newcombe 1998, Statistics in Medicine 17, table I, method 3
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (0, 12, 0.0, 0.2425),
+        (12, 12, 0.7575, 1.0),
+        (0, 1, 0.0, 0.7935),
+        (0, 5000, 0.0, 0.000768),
+    ],
+)
+def test_intervals_of_right_and_wrong_are_wilsons(right, n, low, high):
+    """Known values of Wilson's score interval; it holds the share, and at 0 and n ends there."""
+    values = [1.0] * right + [0.0] * (n - right)
+    found = share_interval(values)
+    assert found == pytest.approx((low, high), abs=6e-5)
+    assert found == share_interval(values[::-1])
+    assert 0.0 <= found[0] <= right / n <= found[1] <= 1.0
+    assert (found[0] == 0.0) == (right == 0) and (found[1] == 1.0) == (right == n)
+
+
+def test_intervals_of_means_are_bootstraps_and_never_points():
+    """Means of samples have the bootstrap's interval; where all are alike, that of Wilson's bound
+    for what was not seen, towards 0 and 1."""
+    values = [0.0, 0.125, 0.5, 1.0]
+    assert share_interval(values, seed=4) == bootstrap_interval(values, seed=4)
+    assert share_interval([0.25] * 12) == pytest.approx((0.25 * 0.7575, 0.25 + 0.75 * 0.2425), 1e-4)
+    assert share_interval([1.0]) == pytest.approx((0.2065, 1.0), abs=1e-4)
+    with pytest.raises(ValueError):
+        share_interval([])
+
+
+def test_no_pair_that_differs_is_no_certainty():
+    """Where no pair differs, or all go one way, the interval of the difference is Tango's (1998),
+    z^2 / (n + z^2) to each side; of values that are no shares it is the bootstrap's."""
+    for before, after, value, low, high in (
+        ([1.0, 0.0] * 6, [1.0, 0.0] * 6, 0.0, -0.2425, 0.2425),
+        ([0.25] * 12, [0.25] * 12, 0.0, -0.2425, 0.2425),
+        ([0.0] * 12, [1.0] * 12, 1.0, 0.7575, 1.0),
+        ([1.0] * 12, [0.0] * 12, -1.0, -1.0, -0.7575),
+    ):
+        gain = paired_difference(before, after)
+        assert (gain["value"], gain["low"], gain["high"]) == pytest.approx(
+            (value, low, high), abs=1e-4
+        )
+    gain = paired_difference([1.5, 0.75], [1.5, 0.75], shares=False)
+    assert (gain["low"], gain["high"]) == (0.0, 0.0)
 
 
 def test_paired_difference():
@@ -264,8 +316,23 @@ def test_evaluate_by_hand(monkeypatch):
     greedy = result["greedy_outputs"]
     assert (greedy["truncated"], greedy["format_failures"], greedy["unreadable"]) == (0.5, 0.5, 0.5)
     low, high = result["metrics"]["greedy"]["low"], result["metrics"]["greedy"]["high"]
-    assert (low, high) == (0.0, 1.0)
+    assert (low, high) == pytest.approx((0.0945, 0.9055), abs=1e-4)  # Wilson's of 1 of 2
     assert json.loads(json.dumps(result)) == result  # plain JSON: what a file gives back
+
+
+def test_a_problem_without_a_group_is_of_none(monkeypatch):
+    """Groups are those that any problem has; one without a level is counted as of none."""
+    scripted(monkeypatch, script)
+    settings = {"num_samples": 8, "temperature": 0.7, "max_new_tokens": 50}
+    records = evaluate_chunk(None, Characters(), PROBLEMS, **settings)
+    for first in (0, 1):
+        for number, record in enumerate(records):
+            record["payload"] = {"level": "Level 1"} if number == first else {}
+        groups = summarise(records)["groups"]
+        assert {label: row["problems"] for label, row in groups["level"].items()} == {
+            "Level 1": 1,
+            "none": 1,
+        }
 
 
 def test_chunks_do_not_change_the_result(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -297,3 +298,52 @@ def test_layouts_are_consistent():
     for template in TEMPLATES.values():
         assert template.assistant.startswith(template.cue)
         assert template.assistant.count(template.end) == 1
+
+
+def test_the_exported_program_gives_the_same_ids(family, tmp_path):
+    """What `save` writes as chat_template gives, run by transformers, the ids of chat_ids: for the
+    family's template and plain, with and without system messages, bos and an answer's beginning."""
+    name, _, folder = family
+    for template in ("plain", name):
+        for adds_bos in (False, True):
+            tokenizer = Tokenizer.load(folder)
+            tokenizer.add_bos = adds_bos
+            use_template(tokenizer, template)
+            tokenizer.save(tmp_path)
+            peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+            for messages in conversations():
+                for cue in (False, True):
+                    expected = peer.apply_chat_template(
+                        messages, add_generation_prompt=cue, return_dict=False
+                    )
+                    settings = {"add_generation_prompt": cue}
+                    assert chat_ids(template, messages, tokenizer, **settings) == expected
+            with pytest.raises(Exception, match="a role is system, user or assistant"):
+                peer.apply_chat_template([{"role": "tool", "content": "x"}])
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja"])
+def test_a_chat_model_laid_out_plain_gets_a_hint(family, tmp_path, place):
+    """A model from elsewhere with a chat template that is used plain: one line names the template
+    that fits it. None with that template, none for a model without one or trained here on plain."""
+    name, _, folder = family
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    assert use_template(Tokenizer.load(tmp_path), "auto") == ""
+    program = FAMILIES[name][2][0]
+    if place.endswith("json"):
+        config = json.loads((tmp_path / place).read_text()) | {"chat_template": program}
+        (tmp_path / place).write_text(json.dumps(config))
+    else:
+        (tmp_path / place).write_text(program)
+    for choice in ("auto", "plain"):
+        hint = use_template(Tokenizer.load(tmp_path), choice)
+        assert hint.endswith(f"a chat model expects --chat_template {name}") and "\n" not in hint
+    ours = Tokenizer.load(tmp_path)
+    assert use_template(ours, name) == ""
+    ours.save(tmp_path / "trained")
+    assert use_template(Tokenizer.load(tmp_path / "trained"), "auto") == ""
+    assert name in use_template(Tokenizer.load(tmp_path / "trained"), "plain")
+    ours = Tokenizer.load(tmp_path)
+    use_template(ours, "plain")
+    ours.save(tmp_path / "base")
+    assert use_template(Tokenizer.load(tmp_path / "base"), "auto") == ""

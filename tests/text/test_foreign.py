@@ -587,3 +587,120 @@ def test_ends_of_lines_are_those_of_the_tokenizers_package(pattern):
     theirs = peer.pre_tokenizers.Split(peer.Regex(pattern), "isolated").pre_tokenize_str(text)
     ours = [piece for piece in compile_split(pattern).split(text) if piece]
     assert ours == [piece for piece, _ in theirs]
+
+
+def without_bytes(folder: Path, missing: list[int], *, also: str = "", **model) -> Path:
+    """Write a tokenizer trained with the tokenizers package whose vocabulary lacks some bytes.
+
+    also: a text that is one token whatever its bytes.
+    """
+    other = peer.Tokenizer(peer.models.BPE())
+    other.pre_tokenizer = peer.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    other.decoder = peer.decoders.ByteLevel()
+    trainer = peer.trainers.BpeTrainer(
+        vocab_size=500, initial_alphabet=[*_SPELLING], show_progress=False
+    )
+    other.train_from_iterator([*ODD, *corpus_lines()[:400]] * 2, trainer)
+    layout = json.loads(other.to_str())
+    gone = {_SPELLING[byte] for byte in missing}
+    kept = [token for token in layout["model"]["vocab"] if not gone & {*token}]
+    kept += ["".join(_SPELLING[byte] for byte in also.encode())] * bool(also)
+    vocab = {token: number for number, token in enumerate(kept)}
+    merges = [pair for pair in layout["model"]["merges"] if not gone & {*"".join(pair)}]
+    layout["model"] |= {"vocab": vocab, "merges": merges, **model}
+    marks = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    end = {"id": len(kept), "content": "<|endoftext|>", "special": True, **marks}
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps({**layout, "added_tokens": [end]}))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    return folder
+
+
+SMOLLM = [0xC0, 0xC1, 0xF1, 0xF2, 0xF5, 0xF6, 0xFD, 0xFE]  # so many and such
+
+
+@pytest.mark.parametrize("ignore_merges", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_bytes_without_a_token_are_dropped(tmp_path, seed, ignore_merges):
+    """A vocabulary that lacks 8 bytes, or any 1 to 200: the tokenizers package's ids for texts that
+    hold them, imported and exported again. What is beside a dropped byte merges over it; a piece
+    that is a token as a whole is that one, where merges may be ignored."""
+    rng = random.Random(seed)
+    missing = rng.sample(range(256), (8, 4, 100, 200)[seed]) if seed else SMOLLM
+    model = {"ignore_merges": True, "also": "\U00040000"} if ignore_merges else {}
+    if 0xF1 not in missing:
+        missing.append(0xF1)
+    ours = Tokenizer.load(without_bytes(tmp_path / "x", missing, **model))
+    ours.save(tmp_path / "again")
+    starts = (0, 0x80, 0x4E2D, 0x1F600, 0x40000, 0x90000, 0x10FF00)
+    texts = [*odd_texts(seed, 300), *ODD, "x\U00040000y", "\U00040000\U00040000"]
+    texts += ["".join(chr(rng.choice(starts) + rng.randrange(99)) for _ in "12345") for _ in texts]
+    for tokenizer, folder in ((ours, "x"), (Tokenizer.load(tmp_path / "again"), "again")):
+        assert_same_ids(tokenizer, peer_of(tmp_path / folder), texts)
+    assert sum(ours.decode(ours.encode(text)) != text for text in texts) > 10
+    everything = "".join(map(chr, range(0x20, 0x250)))
+    kept = bytes(byte for byte in everything.encode() if byte not in missing)
+    assert ours.decode_bytes(ours.encode(everything)) == kept
+
+
+def test_missing_bytes_that_cannot_be_exact_are_refused(tmp_path):
+    """A token for unknown bytes, no byte at all, and tokens that only a whole piece can become, of
+    which a piece may be left where bytes are dropped, are refused by name."""
+    for number, (missing, model, message) in enumerate(
+        (
+            (SMOLLM, {"unk_token": "<|endoftext|>"}, "2 of 256 bytes .* unk_token is '<|endoft"),
+            ([*range(256)], {}, "243 of 256 bytes are not in the vocabulary"),
+            (SMOLLM, {"ignore_merges": True, "also": "\1\2\3"}, "is not made by a merge"),
+        )
+    ):
+        folder = without_bytes(tmp_path / str(number), missing, **model)
+        with pytest.raises(ValueError, match=message):
+            Tokenizer.load(folder)
+    whole = Tokenizer.load(without_bytes(tmp_path / "whole", [0xF5], **model))
+    assert len(whole.encode("\1\2\3")) == 1  # bytes that no text has are not missed
+
+
+@pytest.mark.parametrize("merge", ["a b c", "ab", ["a"], ["a", "b", "c"], ["a", 1], None, 7, {}])
+def test_merges_have_two_parts(tmp_path, merge):
+    """A merge of one part, of three or of no texts is named with its place."""
+    folder = without_bytes(tmp_path / "x", [])
+    layout = json.loads((folder / "tokenizer.json").read_text())
+    layout["model"]["merges"].insert(3, merge)
+    (folder / "tokenizer.json").write_text(json.dumps(layout))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: model\.merges\[3\] is .* two "):
+        Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("named", "generation", "config", "stops"),
+    [
+        ("<|eot_id|>", None, None, ["<|eot_id|>"]),
+        ("<|eot_id|>", None, "<|end_of_text|>", ["<|eot_id|>", "<|end_of_text|>"]),
+        ("<|eot_id|>", [], ["<|end_of_text|>"], ["<|eot_id|>", "<|end_of_text|>"]),
+        (None, None, "<|end_of_text|>", ["<|end_of_text|>"]),
+        (None, "<|eot_id|>", "<|end_of_text|>", ["<|eot_id|>", "<|end_of_text|>"]),
+        ("<|eot_id|>", ["<|eot_id|>"], ["<|eot_id|>"], ["<|eot_id|>"]),
+    ],
+)
+def test_samples_end_with_what_any_file_calls_eos(
+    folders, tmp_path, named, generation, config, stops
+):
+    """stop_ids are the eos of tokenizer_config.json, generation_config.json and config.json, each
+    once, the first eos_id; an id that the tokenizer lacks is named with its file."""
+    (tmp_path / "tokenizer.json").write_bytes((folders["llama3"] / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": named}))
+    ids = Tokenizer.load(folders["llama3"]).control
+
+    def numbers(ends):
+        return [ids[end] for end in ends] if isinstance(ends, list) else ids.get(ends)
+
+    for name, ends in (("generation_config.json", generation), ("config.json", config)):
+        if ends is not None:
+            (tmp_path / name).write_text(json.dumps({"eos_token_id": numbers(ends)}))
+    ours = Tokenizer.load(tmp_path)
+    assert ours.stop_ids == tuple(ids[stop] for stop in stops) and ours.eos_id == ours.stop_ids[0]
+    for name in ("generation_config.json", "config.json"):
+        (tmp_path / name).write_text('{"eos_token_id": 999999}')
+        with pytest.raises(ValueError, match=f"{name}: eos_token_id 999999 is not an id of"):
+            Tokenizer.load(tmp_path)
+        (tmp_path / name).unlink()
