@@ -225,16 +225,17 @@ def test_files_of_names_with_dots_do_not_meet(run_folder, dist):
     "flags",
     [
         *("--num_samples -1", "--num_samples 1001", "--temperature 0", "--temperature nan"),
-        *(
-            "--temperature inf",
-            "--temperature 1e300",
-            "--num_problems 0",
-            "--max_new_tokens 0",
-            "--max_rows 0",
-        ),
+        *("--temperature inf", "--temperature 1e300", "--num_problems 0", "--max_rows 0"),
         *("--cache_gb -1", "--cache_gb nan", "--seed -1", f"--seed {2**63}", "--threads 1025"),
         *("--shown_problems -1", "--problem_seed -1", "--num_numbers 1", "--num_numbers 6"),
-        *("--max_number 0", "--max_target 0", "--tasks none", "--chat_template x", "--out="),
+        *(
+            "--max_number 0",
+            "--max_target 0",
+            "--max_new_tokens 0",
+            "--tasks none",
+            "--chat_template x",
+            "--out=",
+        ),
     ],
 )
 def test_bounds_of_the_flags(flags, capsys):
