@@ -7,6 +7,7 @@ rewrites and near-misses are made by dev/judge.py, which prints every exception.
 
 import os
 import random
+import re
 import time
 
 import pytest
@@ -537,6 +538,10 @@ def disagreement(gold: str, answer: str, ours: bool) -> str | None:
         )
     if not ours and "text" in plain:
         return "math-verify ignores units and their powers"
+    if not ours and re.fullmatch(r"\d+_\d+", gold):
+        return "math-verify reads the digits of a number in a base and drops the base"
+    if not ours and answer == f"not {gold}":
+        return "math-verify drops a word before an answer, a negation too"
     if ours and "\\text" in plain:
         return "math-verify does not read these words after a number"
     return None
