@@ -32,7 +32,6 @@ from nanomath.base.files import write_json, write_text
 from nanomath.base.log import printable, progress
 from nanomath.dist import Dist, broadcast_json, setup
 from nanomath.measure.evaluation import (
-    TASKS,
     check_same_problems,
     compare,
     draw_at_k,
@@ -44,6 +43,7 @@ from nanomath.run import presets
 from nanomath.run.guard import raise_together, wait_for_all
 from nanomath.run.load import is_hf_folder, load_model
 from nanomath.tasks import Problem, benchmarks, countdown, encode_prompt
+from nanomath.tasks.registry import TASKS
 from nanomath.text.chat import CHOICES, use_template
 
 

@@ -58,7 +58,7 @@ def equation_reward(problem: Problem, completion: str) -> float | None:
     """Return 1.0 if the completion's equation is right, else 0.0; None for another task."""
     if problem.task != "countdown":
         return None
-    return float(countdown.is_correct(problem, completion))
+    return float(countdown.judge(problem, completion).correct)
 
 
 def answer_reward(problem: Problem, completion: str) -> float | None:
@@ -66,7 +66,7 @@ def answer_reward(problem: Problem, completion: str) -> float | None:
     reference, or none that is read."""
     if not benchmarks.can_judge(problem):
         return None
-    return float(benchmarks.is_correct(problem, completion, reward=True))
+    return float(benchmarks.judge(problem, completion, reward=True).correct)
 
 
 BUILT_IN: dict[str, RewardFunction] = {

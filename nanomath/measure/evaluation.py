@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import comb
 from pathlib import Path
 from statistics import NormalDist
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -32,13 +31,9 @@ from nanomath.dist import Dist, gather_json
 from nanomath.engine.stream import sample_stream
 from nanomath.rewards import Rewards, format_reward
 from nanomath.run.guard import StopSignal
-from nanomath.tasks import Problem, benchmarks, countdown, encode_prompt
+from nanomath.tasks import Problem, encode_prompt
+from nanomath.tasks.registry import TASKS
 
-# Each module has is_correct, answer_class and same_answer.
-TASKS: dict[str, ModuleType] = {
-    "countdown": countdown,
-    **dict.fromkeys((*benchmarks.BENCHMARKS, "jsonl"), benchmarks),
-}
 GROUPS = ("level", "type", "grade", "topic")  # of a problem's payload: figures are given by them
 MAX_SAMPLES = 1000  # the subset counts below stay within float64
 Z2 = NormalDist().inv_cdf(0.975) ** 2  # of a 95% interval
@@ -206,8 +201,9 @@ def sample_problems(
     cache_gb. Each output is {"text", "length" in tokens, "finished"} and judge_outputs' marks.
     """
     stops = {}  # a chat model ends its turn itself, and may restate its question
-    if problems and benchmarks.is_few_shot(problems[0]) and tokenizer.template == "plain":
-        stops = {"stop": benchmarks.STOPS, "tokenizer": tokenizer}
+    texts = TASKS[problems[0].task].stop_texts(problems[0]) if problems else ()
+    if texts and tokenizer.template == "plain":
+        stops = {"stop": texts, "tokenizer": tokenizer}
     ended: dict[int, dict[int, dict[str, Any]]] = defaultdict(dict)
     for sample in sample_stream(
         model,
@@ -276,24 +272,18 @@ def chunks(problems: Sequence[Problem], size: int) -> Iterable[Sequence[Problem]
 
 
 def judge_outputs(problem: Problem, outputs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add to each output of one problem "correct", "strict" (as the same string), "format" (an
-    answer is there, in Countdown in its tags), "last_math" (its last formula is its answer) and its
-    "class" for the vote."""
-    judge = TASKS[problem.task]
-    answers = [judge.answer_class(problem, output["text"]) for output in outputs]
-    verdicts = [bool(judge.is_correct(problem, output["text"])) for output in outputs]
-    classes = group_answers(answers, judge.same_answer, verdicts)
+    """Add to each output of one problem "correct", its "class" for the vote, and its marks:
+    "strict" and "format" of every task (where a judge gives none: as correct, and the format
+    reward), and what more the judge gives."""
+    task = TASKS[problem.task]
+    verdicts = [task.judge(problem, output["text"]) for output in outputs]
+    votes, correct = [v.vote for v in verdicts], [v.correct for v in verdicts]
+    classes = group_answers(votes, task.same_answer, correct)
     judged = []
-    for output, answer, correct, label in zip(outputs, answers, verdicts, classes, strict=True):
-        text = output["text"]
-        strict, is_formatted = correct, format_reward(problem, text) == 1.0
-        if judge is benchmarks:
-            strict, is_formatted = benchmarks.is_strictly_correct(problem, text), answer is not None
-        marks = {"correct": correct, "strict": strict, "format": is_formatted, "class": label}
-        if judge is benchmarks:
-            rule = benchmarks.find_answer(problem, text).rule
-            marks["last_math"] = rule == "last math"
-        judged.append({**output, **marks})
+    for output, verdict, label in zip(outputs, verdicts, classes, strict=True):
+        is_formatted = format_reward(problem, output["text"]) == 1.0
+        marks = {"correct": verdict.correct, "strict": verdict.correct, "format": is_formatted}
+        judged.append({**output, **marks, "class": label, **verdict.marks})
     return judged
 
 

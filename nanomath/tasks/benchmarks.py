@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanomath.base.files import read_jsonl, text_field
-from nanomath.judge.answers import Answer, is_equivalent, is_readable, is_strict, read_answer
+from nanomath.judge.answers import is_equivalent, is_readable, is_strict, read_answer
 from nanomath.judge.answers import same_answer as same_readings
 from nanomath.judge.copying import is_copied
 from nanomath.judge.extraction import Extraction, extract_answer
-from nanomath.tasks import Problem
+from nanomath.tasks import Problem, Verdict
 
 
 @dataclass(frozen=True)
@@ -276,34 +276,28 @@ def _asked(problem: Problem) -> str:
     return prompt
 
 
-def is_correct(problem: Problem, completion: str, *, reward: bool = False) -> bool:
-    """Say whether the answer equals the reference and is not a copy of the question (copying.py).
+def judge(problem: Problem, completion: str, *, reward: bool = False) -> Verdict:
+    """Judge one output: right is an answer that equals the reference and is not a copy of the
+    question (copying.py). Its marks: strict (the reference's very string, spacing and spelling
+    apart), format (there is an answer) and last_math (its last formula is its answer).
 
-    reward: whether a policy is paid by the verdict, see find_answer.
+    Its vote is the judge's own reading; an answer that is not read votes as its string ("Monday").
+    A right answer and a copy of the question with its value are told apart by their verdicts, see
+    group_answers.
     """
-    answer = find_answer(problem, completion, reward=reward).answer
-    return (
-        answer is not None
-        and is_equivalent(answer, problem.payload["answer"])
-        and not is_copied(answer, _asked(problem), problem.payload["answer"])
-    )
-
-
-def is_strictly_correct(problem: Problem, completion: str) -> bool:
-    """Say whether the answer is the reference's very string, spacing and spelling apart."""
-    answer = find_answer(problem, completion).answer
-    return answer is not None and is_strict(answer, problem.payload["answer"])
-
-
-def answer_class(problem: Problem, completion: str) -> Answer | None:
-    """Return the answer that Maj@K counts, by the judge's own reading; None, without one: no vote.
-
-    An answer that is not read votes as its string ("Monday"). A right answer and a copy of the
-    question with its value are told apart by their verdicts, see group_answers.
-    """
-    answer = find_answer(problem, completion).answer
-    return None if answer is None else read_answer(answer)
+    found, gold = find_answer(problem, completion, reward=reward), problem.payload["answer"]
+    marks = {"format": found.answer is not None, "last_math": found.rule == "last math"}
+    if found.answer is None:
+        return Verdict(False, None, {"strict": False, **marks})
+    is_right = is_equivalent(found.answer, gold)
+    is_right = is_right and not is_copied(found.answer, _asked(problem), gold)
+    strict = is_strict(found.answer, gold)
+    return Verdict(is_right, read_answer(found.answer), {"strict": strict, **marks})
 
 
 # The judge's own comparison: two answers that it calls equal vote together.
 same_answer = same_readings
+
+
+def stop_texts(problem: Problem) -> tuple[str, ...]:
+    return STOPS if is_few_shot(problem) else ()

@@ -36,7 +36,7 @@ from nanomath.base.config import one_line_errors, opt, parse
 from nanomath.base.files import write_text
 from nanomath.base.log import progress
 from nanomath.judge.equation import Reading, read_equation
-from nanomath.tasks import Problem
+from nanomath.tasks import Problem, Verdict
 from nanomath.tasks.expressions import (
     MAX_NUMBERS,
     Expression,
@@ -324,23 +324,22 @@ def read_answer(completion: str) -> Reading:
     return Reading(error="no answer") if answer is None else read_equation(answer)
 
 
-def is_correct(problem: Problem, completion: str) -> bool:
-    """Say whether the equation uses every number exactly once and equals the target exactly."""
-    return answer_class(problem, completion) == (Fraction(problem.payload["target"]), True)
-
-
-def answer_class(problem: Problem, completion: str) -> tuple[Fraction, bool] | None:
-    """Return what Maj@K counts as one answer: (exact value, every number used exactly once).
-
-    None for an unreadable answer, which does not vote.
-    """
+def judge(problem: Problem, completion: str, *, reward: bool = False) -> Verdict:
+    """Judge one output: right is an equation that uses every number exactly once and equals the
+    target exactly. Its vote is (exact value, every number used exactly once), None where it is not
+    readable. There is nothing to guess: reward changes nothing."""
     reading = read_answer(completion)
     if reading.value is None:
-        return None
-    return reading.value, sorted(reading.numbers) == sorted(problem.payload["nums"])
+        return Verdict(False)
+    vote = (reading.value, sorted(reading.numbers) == sorted(problem.payload["nums"]))
+    return Verdict(vote == (Fraction(problem.payload["target"]), True), vote)
 
 
 same_answer = operator.eq
+
+
+def stop_texts(problem: Problem) -> tuple[str, ...]:
+    return ()
 
 
 # --------------------------------------------------------------------------------- command line

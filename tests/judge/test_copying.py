@@ -101,7 +101,7 @@ def test_copies_do_not_count(question, answer, gold, few_shot):
     apart from right answers."""
     asked = problem(question, gold, few_shot=few_shot)
     text = rf"So it is \boxed{{{answer}}}"
-    assert not benchmarks.is_correct(asked, text)
+    assert not benchmarks.judge(asked, text).correct
     assert answer_reward(asked, text) == 0.0
     texts = [text, rf"\boxed{{{gold}}}", text]
     judged = judge_outputs(asked, [{"text": t, "length": 1, "finished": True} for t in texts])
@@ -109,14 +109,14 @@ def test_copies_do_not_count(question, answer, gold, few_shot):
     assert [output["correct"] for output in judged] == [False, True, False]
     other = problem("What is it?", gold, few_shot=few_shot)
     if answer not in ("3+2x", "2x-y=-3"):
-        assert benchmarks.is_correct(other, text) or "=" in answer
+        assert benchmarks.judge(other, text).correct or "=" in answer
 
 
 @pytest.mark.parametrize(("question", "answer", "gold"), rows(NOT_COPIED))
 def test_right_answers_of_the_questions_words_count(question, answer, gold):
     """Whole numbers, with a unit or not, options, words and the reference's own string count."""
     assert not is_copied(answer, question, gold)
-    assert benchmarks.is_correct(problem(question, gold), rf"So it is \boxed{{{answer}}}")
+    assert benchmarks.judge(problem(question, gold), rf"So it is \boxed{{{answer}}}").correct
 
 
 def test_copying_is_quick_and_never_raises():
@@ -146,11 +146,11 @@ def test_copying_maths_questions_does_not_pay():
     counts = {"first": 0, "last": 0, "not the string": 0}
     for asked, question in zip(read_benchmark("math", DATA), questions, strict=True):
         boxes = [rf"\boxed{{{a or b}}}" for a, b in formula.findall(question)]
-        right = [benchmarks.is_correct(asked, box) for box in boxes]
+        right = [benchmarks.judge(asked, box).correct for box in boxes]
         if right:
             counts["first"] += right[0]
             counts["last"] += right[-1]
-            strict = [benchmarks.is_strictly_correct(asked, box) for box in boxes]
+            strict = [benchmarks.judge(asked, box).marks["strict"] for box in boxes]
             counts["not the string"] += right != [a and b for a, b in zip(right, strict)]
     assert counts["first"] <= 8 and counts["last"] <= 11
     assert counts["not the string"] <= 3  # "20\%" for 20, "\$60" for 60
@@ -170,17 +170,21 @@ def test_another_questions_answer_does_not_count():
         chat = problem("What is 3+4?", "7", chinese=chinese)
         for mark in marks:
             for asked in (base, chat):
-                assert benchmarks.is_correct(asked, f" The answer is 7.{mark}x\nThe answer is 8.")
-                assert not benchmarks.is_correct(
+                assert benchmarks.judge(
+                    asked, f" The answer is 7.{mark}x\nThe answer is 8."
+                ).correct
+                assert not benchmarks.judge(
                     asked, f" The answer is 8.{mark}x\nThe answer is 7."
-                )
-                assert benchmarks.is_correct(asked, f"Well.{mark} What is 3+4?\nThe answer is 7.")
-                assert benchmarks.is_correct(
+                ).correct
+                assert benchmarks.judge(
+                    asked, f"Well.{mark} What is 3+4?\nThe answer is 7."
+                ).correct
+                assert benchmarks.judge(
                     asked, f"The answer is what is asked.{mark} What is 3+4?\nThe answer is 7."
-                )
-            assert not benchmarks.is_correct(base, f" I do not know.{mark}x\nThe answer is 7.")
-            assert benchmarks.is_correct(chat, f"Well.{mark} Add 3 and 4.\n\\boxed{{7}}")
-    assert benchmarks.is_correct(chat, "Question: What is 3+4?\n\nAnswer: \\boxed{7}")
+                ).correct
+            assert not benchmarks.judge(base, f" I do not know.{mark}x\nThe answer is 7.").correct
+            assert benchmarks.judge(chat, f"Well.{mark} Add 3 and 4.\n\\boxed{{7}}").correct
+    assert benchmarks.judge(chat, "Question: What is 3+4?\n\nAnswer: \\boxed{7}").correct
 
 
 @pytest.mark.parametrize("few_shot", [False, True])

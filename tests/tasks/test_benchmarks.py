@@ -78,7 +78,7 @@ def test_few_shot_examples_are_judged_right(chinese):
     for (asked, solution), gold in zip(examples, golds, strict=True):
         assert shown.count(asked) == shown.count(solution) == 1
         for completion in (solution, f" {solution}\n\n{again} {examples[0][1]}"):
-            assert benchmarks.is_correct(problem(gold), completion)
+            assert benchmarks.judge(problem(gold), completion).correct
     assert shown.endswith(benchmarks._QUESTION[chinese].format("NEW"))
 
 
@@ -133,6 +133,6 @@ def test_public_files():
         problems = read_benchmark(name, DATA)
         counts[name] = len(problems)
         for asked in problems:
-            assert benchmarks.is_correct(asked, rf"\boxed{{{asked.payload['answer']}}}"), asked
+            assert benchmarks.judge(asked, rf"\boxed{{{asked.payload['answer']}}}").correct, asked
     expected = (1319, 5000, 600, 250, 118, 351, 32, 3018, 272, 2215, 1000, 2065)
     assert tuple(counts.values()) == expected

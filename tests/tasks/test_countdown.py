@@ -14,10 +14,9 @@ from nanomath.judge.equation import read_equation
 from nanomath.rewards import format_reward
 from nanomath.tasks import countdown
 from nanomath.tasks.countdown import (
-    answer_class,
     extract_answer,
     generate,
-    is_correct,
+    judge,
     make_problem,
     problem_at,
     read_answer,
@@ -241,9 +240,9 @@ def test_prompts():
     for part in ("[95, 21, 3]", "88", "<think>", "</think>", "<answer>(1 + 2) / 3</answer>"):
         assert part in full.prompt
     example = re.search(r"<answer>\(.*?</answer>", full.prompt)[0]
-    assert is_correct(make_problem(0, [1, 2, 3], 1), example)
+    assert judge(make_problem(0, [1, 2, 3], 1), example).correct
     # The judge sees completions only: the example in the prompt is never an answer.
-    assert not is_correct(make_problem(0, [1, 2, 3], 1, style="full"), "")
+    assert not judge(make_problem(0, [1, 2, 3], 1, style="full"), "").correct
 
 
 # ------------------------------------------------------------------------------ worked solutions
@@ -296,7 +295,7 @@ def test_worked_solutions_are_right():
     num_direct = 0
     for problem in problems:
         solution, target = worked_solution(problem, seed=2), problem.payload["target"]
-        assert is_correct(problem, solution) and format_reward(problem, solution) == 1.0
+        assert judge(problem, solution).correct and format_reward(problem, solution) == 1.0
         naturals = [e for e in expressions(problem.payload["nums"]) if e.is_natural]
         whole = any(e.value == target for e in naturals)
         lines = search_lines(solution)
@@ -395,32 +394,32 @@ GOOD = "<think>21/3=7</think><answer>95-21/3</answer>"
 )
 def test_judge(completion, correct):
     """Each completion has its stated result: one readable answer after the reasoning, or none."""
-    assert is_correct(PROBLEM, completion) is correct
+    assert judge(PROBLEM, completion).correct is correct
 
 
 def test_judge_is_exact():
     """Nearly is not equal: a value off by less than 1e-9 is wrong, thirds sum exactly."""
     near = make_problem(0, [1, 999999999, 1], 1)
-    assert not is_correct(near, "<answer>1+1/999999999</answer>")
+    assert not judge(near, "<answer>1+1/999999999</answer>").correct
     thirds = make_problem(0, [1, 3, 1, 3, 1, 3], 1)
-    assert is_correct(thirds, "<answer>1/3+1/3+1/3</answer>")
-    assert not is_correct(thirds, "<answer>1*1*1*3/3</answer>")
+    assert judge(thirds, "<answer>1/3+1/3+1/3</answer>").correct
+    assert not judge(thirds, "<answer>1*1*1*3/3</answer>").correct
 
 
 def test_multiplicity():
     """A number given twice is used twice, one given once is used once."""
     twice = make_problem(0, [5, 5, 1], 9)
-    assert is_correct(twice, "<answer>5+5-1</answer>")
-    assert not is_correct(make_problem(0, [5, 1, 1], 9), "<answer>5+5-1</answer>")
+    assert judge(twice, "<answer>5+5-1</answer>").correct
+    assert not judge(make_problem(0, [5, 1, 1], 9), "<answer>5+5-1</answer>").correct
 
 
-def test_answer_class():
+def test_votes():
     """A class is the exact value with whether the numbers are used once; unreadable is None."""
-    assert answer_class(PROBLEM, GOOD) == (Fraction(88), True)
-    assert answer_class(PROBLEM, "<answer>88</answer>") == (Fraction(88), False)
-    assert answer_class(PROBLEM, "<answer>21/95*3</answer>") == (Fraction(63, 95), True)
-    assert answer_class(PROBLEM, "<answer>21*3/95</answer>") == (Fraction(63, 95), True)
-    assert answer_class(PROBLEM, "<answer>eighty-eight</answer>") is None
+    assert judge(PROBLEM, GOOD).vote == (Fraction(88), True)
+    assert judge(PROBLEM, "<answer>88</answer>").vote == (Fraction(88), False)
+    assert judge(PROBLEM, "<answer>21/95*3</answer>").vote == (Fraction(63, 95), True)
+    assert judge(PROBLEM, "<answer>21*3/95</answer>").vote == (Fraction(63, 95), True)
+    assert judge(PROBLEM, "<answer>eighty-eight</answer>").vote is None
     assert read_answer("nothing").error == "no answer"
 
 
@@ -435,7 +434,7 @@ def test_judge_bounds_hostile_completions():
         "<" * 1_000_000,
     ):
         start = time.thread_time()
-        assert not is_correct(PROBLEM, completion)
+        assert not judge(PROBLEM, completion).correct
         assert time.thread_time() - start < 0.05
 
 
@@ -446,7 +445,7 @@ def test_judge_fuzz():
     right = 0
     for _ in range(5000):
         text = "".join(rng.choices(pieces, k=rng.randrange(1, 8)))
-        if is_correct(PROBLEM, text):
+        if judge(PROBLEM, text).correct:
             right += 1
             assert text.count("<answer>") == text.count("</answer>") == 1
             assert "95-21/3" in text
@@ -512,7 +511,7 @@ def test_command_writes_worked_solutions(tmp_path, capsys):
         assert list(row) == ["prompt", "solution", "nums", "target"]
         problem = make_problem(0, row["nums"], row["target"])
         assert row["prompt"] == problem.prompt
-        assert is_correct(problem, row["solution"])
+        assert judge(problem, row["solution"]).correct
         assert split_of(row["nums"], row["target"]) == "train"
     assert [path.name for path in out.parent.iterdir()] == ["sft.jsonl"]
     assert "25 worked solutions" in capsys.readouterr().out
