@@ -101,11 +101,9 @@ def load_problems(cfg: EvalConfig, task: str) -> tuple[list[Problem], list[str]]
     if task == "countdown" and cfg.problems is None:
         problems = countdown.generate(
             cfg.num_problems or 1000,
+            countdown.Ranges.of(cfg),
             split="heldout",
             seed=cfg.problem_seed,
-            num_numbers=cfg.num_numbers,
-            max_number=cfg.max_number,
-            max_target=cfg.max_target,
             style=cfg.prompt_style,
         )
         return problems, []

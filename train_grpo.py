@@ -76,13 +76,7 @@ def problem_sets(cfg: GRPOConfig) -> tuple[list[Problem], list[Problem]]:
     if cfg.problems:
         train, heldout = benchmarks.read_splits(cfg.problems)
         return train[: cfg.num_problems], heldout[: cfg.num_eval_problems]
-    generate = partial(
-        countdown.generate,
-        num_numbers=cfg.num_numbers,
-        max_number=cfg.max_number,
-        max_target=cfg.max_target,
-        style=cfg.prompt_style,
-    )
+    generate = partial(countdown.generate, ranges=countdown.Ranges.of(cfg), style=cfg.prompt_style)
     train = generate(cfg.num_problems, split="train", seed=cfg.seed)
     return train, generate(cfg.num_eval_problems, split="heldout", seed=0)
 

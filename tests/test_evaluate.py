@@ -24,7 +24,7 @@ from nanomath.model import ModelConfig, Transformer
 from nanomath.run import checkpoint, load, presets
 from nanomath.run.guard import wait_for_all
 from nanomath.tasks import benchmarks
-from nanomath.tasks.countdown import generate, split_of, worked_solution
+from nanomath.tasks.countdown import RANGES, generate, split_of, worked_solution
 from nanomath.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +38,7 @@ def dist():
 @pytest.fixture
 def run_folder(tmp_path, dist):
     """A run folder whose checkpoint holds a small random model."""
-    problems = generate(50, max_number=10, max_target=20)
+    problems = generate(50, RANGES["smoke"])
     tokenizer = Tokenizer.train([p.prompt + worked_solution(p) for p in problems], 290)
     save_checkpoint(tmp_path / "run", 1, tokenizer, dist, seed=0)
     return tmp_path / "run"

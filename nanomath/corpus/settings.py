@@ -76,11 +76,11 @@ PRESETS = {
         "budgets": (185_000, 225_000),
         "valid_pages": 20,
     }
-    | countdown.RANGES["smoke"],
-    "cpu": _SMALL | {"budgets": (1_600_000, 2_400_000)} | countdown.RANGES["cpu"],
+    | vars(countdown.RANGES["smoke"]),
+    "cpu": _SMALL | {"budgets": (1_600_000, 2_400_000)} | vars(countdown.RANGES["cpu"]),
     "gpu": _SMALL
     | {"num_generated": 4000, "budgets": (16_000_000, 24_000_000), "num_workers": 8}
-    | countdown.RANGES["gpu"],
+    | vars(countdown.RANGES["gpu"]),
 }
 
 

@@ -26,12 +26,7 @@ def benchmark_texts(cfg: CorpusConfig) -> list[decontaminate.BenchmarkText]:
     if not cfg.num_heldout:
         return texts
     problems = countdown.generate(
-        cfg.num_heldout,
-        split="heldout",
-        seed=cfg.heldout_seed,
-        num_numbers=cfg.num_numbers,
-        max_number=cfg.max_number,
-        max_target=cfg.max_target,
+        cfg.num_heldout, countdown.Ranges.of(cfg), split="heldout", seed=cfg.heldout_seed
     )
     for problem in problems:
         row = json.dumps(problem.payload)

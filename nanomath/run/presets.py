@@ -52,7 +52,7 @@ GRPO = {
     # DEVIATION: a small model takes a higher rate, fewer and shorter outputs; Countdown a smaller
     # KL coefficient; preset cpu none, a lower temperature and no reward for the format.
     "gpu": {
-        **countdown.RANGES["gpu"],
+        **vars(countdown.RANGES["gpu"]),
         "max_new_tokens": 256,
         "num_steps": 400,
         "temperature": 0.7,  # this and the reward: as preset cpu
@@ -64,7 +64,7 @@ GRPO = {
         "micro_batch_size": 256,
     },
     "cpu": {
-        **countdown.RANGES["cpu"],
+        **vars(countdown.RANGES["cpu"]),
         "num_problems": 10_000,
         "max_new_tokens": 144,  # a search through nine attempts takes 131
         "num_steps": 60,
@@ -85,7 +85,7 @@ GRPO = {
         "num_eval_samples": 4,
     },
     "smoke": {
-        **countdown.RANGES["smoke"],
+        **vars(countdown.RANGES["smoke"]),
         "num_problems": 500,
         "max_new_tokens": 96,
         "num_steps": 6,

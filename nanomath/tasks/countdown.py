@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from nanomath.base.config import one_line_errors, opt, parse
 from nanomath.base.files import write_text
@@ -61,11 +62,39 @@ FULL_PROMPT = (
 )
 STYLES = ("short", "full")
 
+
+@dataclasses.dataclass(frozen=True)
+class Ranges:
+    """Which problems there are: how many numbers (drawn evenly), from 1 to what; targets to what.
+
+    Raises ValueError where no problem can be of them.
+    """
+
+    num_numbers: Sequence[int] = (3,)
+    max_number: int = 99
+    max_target: int = 100
+
+    def __post_init__(self) -> None:
+        if not self.num_numbers or not all(2 <= n <= MAX_NUMBERS for n in self.num_numbers):
+            raise ValueError(
+                f"num_numbers {tuple(self.num_numbers)}: give counts from 2 to {MAX_NUMBERS}"
+            )
+        if self.max_number < 1 or self.max_target < 1:
+            raise ValueError(
+                f"max_number {self.max_number} and max_target {self.max_target} must be at least 1"
+            )
+
+    @classmethod
+    def of(cls, settings: Any) -> "Ranges":
+        """Return those of a command's settings, whose fields have these names."""
+        return cls(settings.num_numbers, settings.max_number, settings.max_target)
+
+
 # The problems of each preset, for all scripts: what SFT shows is what GRPO and evaluation ask.
 RANGES = {
-    "smoke": {"num_numbers": (3,), "max_number": 10, "max_target": 20},
-    "cpu": {"num_numbers": (3,), "max_number": 20, "max_target": 50},
-    "gpu": {"num_numbers": (3, 4), "max_number": 99, "max_target": 100},
+    "smoke": Ranges((3,), 10, 20),
+    "cpu": Ranges((3,), 20, 50),
+    "gpu": Ranges((3, 4), 99, 100),
 }
 
 
@@ -92,42 +121,39 @@ def split_of(nums: Sequence[int], target: int) -> str:
 
 def problem_at(
     index: int,
+    ranges: Ranges = Ranges(),
     *,
     split: str = "train",
     seed: int = 0,
-    num_numbers: Sequence[int] = (3,),
-    max_number: int = 99,
-    max_target: int = 100,
     style: str = "short",
 ) -> Problem:
     """Return problem `index` of a seed: uniform over all reachable (numbers, target) of the split.
 
     How many numbers is drawn first, evenly. Raises ValueError where the ranges hold no problem.
     """
-    _check_ranges(split, num_numbers, max_number, max_target)
+    if split not in ("train", "heldout"):
+        raise ValueError(f"split {split!r}: choose train or heldout")
     for draw in range(_MAX_DRAWS):
         words = _hash(f"countdown problem {seed} {index} {draw}")
         if draw == 0:
-            count = num_numbers[words[0] % len(num_numbers)]
-        target = 1 + words[1] % max_target
-        nums = [1 + word % max_number for word in words[2 : 2 + count]]
+            count = ranges.num_numbers[words[0] % len(ranges.num_numbers)]
+        target = 1 + words[1] % ranges.max_target
+        nums = [1 + word % ranges.max_number for word in words[2 : 2 + count]]
         # The cheap test first: solving is what costs.
         if split_of(nums, target) == split and is_reachable(nums, target):
             return make_problem(index, nums, target, style=style)
     raise ValueError(
-        f"no {split} problem found with {count} numbers up to {max_number} and targets up to "
-        f"{max_target}: widen the ranges"
+        f"no {split} problem found with {count} numbers up to {ranges.max_number} and targets up "
+        f"to {ranges.max_target}: widen the ranges"
     )
 
 
 def generate(
     num: int,
+    ranges: Ranges = Ranges(),
     *,
     split: str = "train",
     seed: int = 0,
-    num_numbers: Sequence[int] = (3,),
-    max_number: int = 99,
-    max_target: int = 100,
     style: str = "short",
 ) -> list[Problem]:
     """Return the first `num` different problems of a seed (same numbers in another order and same
@@ -139,15 +165,7 @@ def generate(
     seen: set[tuple] = set()
     index, misses = 0, 0
     while len(problems) < num:
-        problem = problem_at(
-            index,
-            split=split,
-            seed=seed,
-            num_numbers=num_numbers,
-            max_number=max_number,
-            max_target=max_target,
-            style=style,
-        )
+        problem = problem_at(index, ranges, split=split, seed=seed, style=style)
         index += 1
         key = _key(problem)
         if key in seen:
@@ -156,7 +174,8 @@ def generate(
             if misses > 2000:
                 raise ValueError(
                     f"only {len(problems)} different {split} problems found of {num} with numbers "
-                    f"up to {max_number} and targets up to {max_target}: widen the ranges"
+                    f"up to {ranges.max_number} and targets up to {ranges.max_target}: widen "
+                    "the ranges"
                 )
             continue
         misses = 0
@@ -226,15 +245,6 @@ def _read_row(line: str) -> tuple[list[int], int] | str:
     if not is_reachable(nums, target):
         return f"{target} cannot be reached from {nums}"
     return nums, target
-
-
-def _check_ranges(split: str, num_numbers: Sequence[int], max_number: int, max_target: int) -> None:
-    if split not in ("train", "heldout"):
-        raise ValueError(f"split {split!r}: choose train or heldout")
-    if not num_numbers or not all(2 <= count <= MAX_NUMBERS for count in num_numbers):
-        raise ValueError(f"num_numbers {tuple(num_numbers)}: give counts from 2 to {MAX_NUMBERS}")
-    if max_number < 1 or max_target < 1:
-        raise ValueError(f"max_number {max_number} and max_target {max_target} must be at least 1")
 
 
 def _key(problem: Problem) -> tuple:
@@ -369,23 +379,15 @@ class CountdownConfig:
 
 
 PRESETS = {
-    "smoke": {"num": 500, **RANGES["smoke"]},
-    "cpu": {"num": 10_000, **RANGES["cpu"]},
-    "gpu": {"num": 100_000, "num_workers": 8, **RANGES["gpu"]},
+    "smoke": {"num": 500, **vars(RANGES["smoke"])},
+    "cpu": {"num": 10_000, **vars(RANGES["cpu"])},
+    "gpu": {"num": 100_000, "num_workers": 8, **vars(RANGES["gpu"])},
 }
 
 
 def main(cfg: CountdownConfig) -> None:
     out = Path(cfg.out)
-    problems = generate(
-        cfg.num,
-        split=cfg.split,
-        seed=cfg.seed,
-        num_numbers=cfg.num_numbers,
-        max_number=cfg.max_number,
-        max_target=cfg.max_target,
-        style=cfg.style,
-    )
+    problems = generate(cfg.num, Ranges.of(cfg), split=cfg.split, seed=cfg.seed, style=cfg.style)
     solve_one = partial(worked_solution, seed=cfg.seed, direct_share=cfg.direct_share)
     lines = []
     # Ctrl-C goes to all processes of a terminal: the workers leave it to this one, which ends them.

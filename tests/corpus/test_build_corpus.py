@@ -129,13 +129,13 @@ def test_heldout_countdown_is_its_numbers_and_target():
     cfg = parse(build_corpus.CorpusConfig, build_corpus.PRESETS, ["--preset", "cpu"])
     index = decontaminate.Decontaminator(write.benchmark_texts(cfg))
     assert index.summary() == {"long": 0, "short": cfg.num_heldout, "unused": 0}
-    for problem in countdown.generate(20, split="heldout", **countdown.RANGES["cpu"]):
+    for problem in countdown.generate(20, countdown.RANGES["cpu"], split="heldout"):
         name, nums, target = f"countdown:{problem.id}", *problem.payload.values()
         assert index.matches(f"text\n{problem.prompt}text") == []
         assert index.matches(json.dumps({"nums": nums, "target": target})) == [f"{name}:row"]
         for equation in countdown.solve(nums, target):
             assert index.matches(f"So {equation} = {target}.") == []
-    train = countdown.generate(200, split="train", **countdown.RANGES["cpu"])
+    train = countdown.generate(200, countdown.RANGES["cpu"], split="train")
     assert not any(index.matches(json.dumps(problem.payload)) for problem in train)
 
 

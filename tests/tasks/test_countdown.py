@@ -14,6 +14,7 @@ from nanomath.judge.equation import read_equation
 from nanomath.rewards import format_reward
 from nanomath.tasks import countdown
 from nanomath.tasks.countdown import (
+    Ranges,
     extract_answer,
     generate,
     judge,
@@ -154,7 +155,7 @@ def test_problems_do_not_change_between_versions():
     """Problems and split are fixed for all time: the values of the first version."""
     payloads = [problem_at(i, seed=0).payload for i in range(3)]
     assert payloads == GOLDEN_TRAIN
-    assert problem_at(0, split="heldout", num_numbers=(4,)).payload == GOLDEN_HELDOUT
+    assert problem_at(0, Ranges((4,)), split="heldout").payload == GOLDEN_HELDOUT
 
 
 GOLDEN_TRAIN = [
@@ -167,7 +168,7 @@ GOLDEN_HELDOUT = {"nums": [60, 57, 82, 41], "target": 1}
 
 def test_problems_are_reachable_different_and_in_range():
     """Numbers, targets and counts stay in their ranges, every target is reached, none repeats."""
-    problems = generate(300, num_numbers=(3, 4), max_number=12, max_target=30, seed=1)
+    problems = generate(300, Ranges((3, 4), 12, 30), seed=1)
     keys = set()
     for problem in problems:
         nums, target = problem.payload["nums"], problem.payload["target"]
@@ -185,7 +186,7 @@ def test_problems_are_reachable_different_and_in_range():
 
 def test_both_ends_of_the_ranges_occur():
     """Every number from 1 to max_number, target 1 and target max_target are drawn."""
-    problems = generate(60, num_numbers=(2,), max_number=9, max_target=18, seed=0)
+    problems = generate(60, Ranges((2,), 9, 18), seed=0)
     nums = [n for problem in problems for n in problem.payload["nums"]]
     assert set(nums) == set(range(1, 10))
     targets = {problem.payload["target"] for problem in problems}
@@ -197,10 +198,10 @@ def test_split_never_leaks():
     """Held-out problems are disjoint from training problems of every seed, order and range."""
     heldout = {
         (*sorted(p.payload["nums"]), p.payload["target"])
-        for p in generate(100, split="heldout", max_number=10, max_target=20)
+        for p in generate(100, countdown.RANGES["smoke"], split="heldout")
     }
     for seed in range(3):
-        train = generate(400, seed=seed, max_number=10, max_target=20)
+        train = generate(400, countdown.RANGES["smoke"], seed=seed)
         assert not heldout & {(*sorted(p.payload["nums"]), p.payload["target"]) for p in train}
     for *nums, target in heldout:
         for order in itertools.permutations(nums):
@@ -216,20 +217,16 @@ def test_split_share():
 def test_exhausted_ranges_end_with_an_error():
     """Asking for more problems than exist, or for none that exist, is one clear error."""
     with pytest.raises(ValueError, match="different train problems found of 1000.*widen"):
-        generate(1000, num_numbers=(2,), max_number=3, max_target=5)
+        generate(1000, Ranges((2,), 3, 5))
     other = "train" if split_of((1, 1), 1) == "heldout" else "heldout"
     with pytest.raises(ValueError, match=f"no {other} problem found"):
-        problem_at(0, split=other, num_numbers=(2,), max_number=1, max_target=1)
-    for bad in (
-        {"split": "test"},
-        {"num_numbers": ()},
-        {"num_numbers": (1,)},
-        {"num_numbers": (9,)},
-        {"max_number": 0},
-        {"style": "long"},
-    ):
-        with pytest.raises(ValueError):
+        problem_at(0, Ranges((2,), 1, 1), split=other)
+    for bad in ({"split": "test"}, {"style": "long"}):
+        with pytest.raises(ValueError, match="choose"):
             problem_at(0, **bad)
+    for bad in (((),), ((1,),), ((9,),), ((3,), 0), ((3,), 9, 0)):
+        with pytest.raises(ValueError, match="give counts|at least 1"):
+            Ranges(*bad)
 
 
 def test_prompts():
@@ -291,7 +288,7 @@ def test_worked_solutions_are_right():
     """Every solution earns both rewards, DIRECT_SHARE of them have no search (3 sigma), all or none
     where that is asked for; steps are true, and whole where that is possible; each attempt ends
     with its distance from the target, 0 for the last one only; they come in order, none twice."""
-    problems = generate(400, num_numbers=(3, 4), seed=5)
+    problems = generate(400, Ranges((3, 4)), seed=5)
     num_direct = 0
     for problem in problems:
         solution, target = worked_solution(problem, seed=2), problem.payload["target"]
@@ -521,4 +518,4 @@ def test_command_writes_worked_solutions(tmp_path, capsys):
 def test_presets_hold_enough_problems(name):
     """Every preset's ranges hold its number of training problems (checked on a part for gpu)."""
     num = min(countdown.PRESETS[name]["num"], 10_000 if name != "gpu" else 200)
-    assert len(generate(num, **countdown.RANGES[name])) == num
+    assert len(generate(num, countdown.RANGES[name])) == num
