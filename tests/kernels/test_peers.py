@@ -87,7 +87,7 @@ def test_equals_trl_chunked_logprob(batch, temperature):
     torch.testing.assert_close(ours.logp_N.float(), logp_N, rtol=2e-6, atol=5e-6)
     torch.testing.assert_close(ours.entropy_N, entropy_N, rtol=2e-6, atol=1e-5)
     ratio_N = reference.ratio(logp_N, rows["old_logp_N"])
-    surrogate_N = reference.clipped_surrogate(ratio_N, rows["advantages_N"], 0.2, 0.28)
+    surrogate_N = reference.clipped_surrogate(ratio_N, rows["advantages_N"], OBJECTIVE)
     loss_N = -(surrogate_N - 0.04 * reference.kl_k3(logp_N, rows["ref_logp_N"]))
     theirs = (rows["weights_N"] * loss_N).sum()
     torch.testing.assert_close(ours.loss, theirs, rtol=1e-5, atol=1e-6)
