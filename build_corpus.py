@@ -3,7 +3,7 @@
     python build_corpus.py --preset cpu --run_dir runs/corpus
     python build_corpus.py --pages crawl.jsonl --seed_pages openwebmath.jsonl --url_rules my.tsv
 
-Pages are the embedded web (installed documentation and generated arithmetic) or a crawl in JSONL
+Pages are the embedded web (installed documentation) or a crawl in JSONL
 lines {"url", "text"}; without --preset the values are then the paper's. The run folder gets
 corpus.jsonl, valid.jsonl (math pages of hosts the seed never saw, or else a share of the collected
 ones), funnel.json, plots/, and what each round did under round-N/. Every step writes its file by

@@ -78,11 +78,11 @@ PRESETS = {
         "context": 512,
         "batch_size": 256,
         "micro_batch_size": 64,
-        "num_steps": 1000,
+        "num_steps": 300,  # a dozen times through the embedded web's mathematics
         "lr": 1e-3,
-        "warmup_steps": 100,
-        "eval_interval": 200,
-        "checkpoint_interval": 250,
+        "warmup_steps": 50,
+        "eval_interval": 100,
+        "checkpoint_interval": 100,
     },
     "cpu": {
         **shape(4, 128, 4, 4, 344),

@@ -63,7 +63,7 @@ def host_pages(folder: Path, most: int) -> list[dict]:
         if len(text) < 300 or near.add(len(pages), dedup.minhash(canonical(text))) is not None:
             continue
         url = f"https://{folder.name}/{path.relative_to(folder)}"
-        pages.append({"url": url, "text": text, "kind": "real", "tokens": num_tokens(text)})
+        pages.append({"url": url, "text": text, "tokens": num_tokens(text)})
     return pages
 
 

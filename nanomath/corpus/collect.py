@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nanomath.base.files import open_atomically, write_json
 from nanomath.base.log import progress
-from nanomath.corpus import dedup, generated, recall
+from nanomath.corpus import dedup, recall
 from nanomath.corpus.domains import UrlRules
 from nanomath.corpus.pages import (
     MAX_CRAWL_CHARACTERS,
@@ -56,7 +56,7 @@ def collect_pages(cfg: CorpusConfig, rules: UrlRules, run_dir: Path) -> dict:
 
 
 def embedded_web(cfg: CorpusConfig, counts: PageCounts) -> Iterator[Page]:
-    """Yield the pages of the packages found, parsed by a pool, then the generated ones."""
+    """Yield the pages of the packages found, parsed by a pool."""
     tasks = []
     for name in cfg.packages:
         root = find_package(name)
@@ -76,9 +76,6 @@ def embedded_web(cfg: CorpusConfig, counts: PageCounts) -> Iterator[Page]:
             counts.too_short += too_short
             counts.pages += len(got)
             yield from got
-    for page in generated.generated_pages(cfg.num_generated, cfg.seed):
-        counts.pages += 1
-        yield page
 
 
 def _rows(path: Path) -> Iterator[dict]:
@@ -88,14 +85,13 @@ def _rows(path: Path) -> Iterator[dict]:
 
 
 def math_limit(raw: Path, rules: UrlRules, cfg: CorpusConfig) -> float:
-    """Return the hash below which a real math page is kept, so that math is as rare as asked."""
+    """Return the hash below which a math page is kept, so that math is as rare as asked."""
     places, num_other = [], 0
     for page in _rows(raw):
-        if page["kind"] == "real":
-            if rules.is_math(page["url"]):
-                places.append(recall.unit_hash(page["url"], cfg.seed, "cap"))
-            else:
-                num_other += 1
+        if rules.is_math(page["url"]):
+            places.append(recall.unit_hash(page["url"], cfg.seed, "cap"))
+        else:
+            num_other += 1
     if cfg.math_share >= 1:
         return 1.0
     num_kept = int(num_other * cfg.math_share / (1 - cfg.math_share))
@@ -111,7 +107,7 @@ def unique_pages(
     for number, page in enumerate(
         progress(_rows(raw), total=steps["pages"], desc="deduplicating", unit="page")
     ):
-        capped = limit is not None and page["kind"] == "real" and rules.is_math(page["url"])
+        capped = limit is not None and rules.is_math(page["url"])
         if capped and recall.unit_hash(page["url"], cfg.seed, "cap") >= limit:
             steps["capped"] += 1
             continue

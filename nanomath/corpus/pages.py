@@ -3,7 +3,7 @@
 The embedded web needs no download: the docstrings of a fixed list of packages, read with `ast` and
 never imported, so that no package's code runs. One page per module docstring, function and class
 (with its methods); host = subpackage.package, as in https://linalg.numpy/linalg/norm. A crawl of
-one's own comes as JSONL lines {"url", "text"}. Generated pages are in generated.py.
+one's own comes as JSONL lines {"url", "text"}.
 """
 
 import ast
@@ -41,11 +41,10 @@ _SKIPPED_FOLDERS = {"test", "tests", "testing", "site-packages", "dist-packages"
 
 @dataclass(frozen=True)
 class Page:
-    """One web page; kind is `real` or `generated`."""
+    """One web page."""
 
     url: str
     text: str
-    kind: str = "real"
 
     def to_json(self) -> str:
         return json.dumps(self.__dict__, ensure_ascii=False)
@@ -167,8 +166,7 @@ def _read_line(line: bytes | None) -> tuple[Page | None, str]:
         urlsplit(url)
     except ValueError as error:  # an open IPv6 bracket, a host that NFKC would change
         return None, f"{error} in its url"
-    kind = "generated" if row.get("kind") == "generated" else "real"
-    return Page(url, _clean(row["text"]), kind), ""
+    return Page(url, _clean(row["text"])), ""
 
 
 def _clean(text: str) -> str:

@@ -26,20 +26,18 @@ class Web:
     hosts: list[str]
     offsets_N: np.ndarray  # of each page's line in the file, bytes
     tokens_N: np.ndarray
-    generated_N: np.ndarray  # bool
     math_N: np.ndarray  # bool: what the URL rules say, the truth of precision and recall
 
     @classmethod
     def load(cls, path: str | Path, rules: domains.UrlRules) -> "Web":
-        """Read the columns of a pages file (lines with url, text, kind, tokens)."""
-        urls, tokens, generated, offsets = [], [], [], []
+        """Read the columns of a pages file (lines with url, text, tokens)."""
+        urls, tokens, offsets = [], [], []
         with open(path, "rb") as lines:
             offset = 0
             for line in lines:
                 row = json.loads(line)
                 urls.append(row["url"])
                 tokens.append(row["tokens"])
-                generated.append(row["kind"] == "generated")
                 offsets.append(offset)
                 offset += len(line)
         return cls(
@@ -48,7 +46,6 @@ class Web:
             [domains.host_of(url) for url in urls],
             np.array(offsets, np.int64),
             np.array(tokens, np.int64),
-            np.array(generated, bool),
             np.array([rules.is_math(url) for url in urls], bool),
         )
 
@@ -151,25 +148,18 @@ def round_metrics(
     web: Web, collected_N: np.ndarray, seed_N: np.ndarray, never_N: np.ndarray, before_N: np.ndarray
 ) -> dict[str, float | int | None]:
     """Return a round's row of the report; None where there is nothing to divide by."""
-    row: dict[str, float | int | None] = {
+    right_N, unseen_N = web.math_N & collected_N, web.math_N & ~seed_N
+    tokens, tokens_before = (web.tokens_N[x].sum() for x in (collected_N, collected_N & before_N))
+    return {
         "seed_pages": int(seed_N.sum()),
         "pages": int(collected_N.sum()),
-        "tokens": int(web.tokens_N[collected_N].sum()),
+        "tokens": int(tokens),
+        "precision": _ratio(right_N.sum(), collected_N.sum()),
+        "recall": _ratio(right_N.sum(), web.math_N.sum()),
+        "recall_outside_seed": _ratio((unseen_N & collected_N).sum(), unseen_N.sum()),
+        "recall_never_seeded": _ratio((never_N & collected_N).sum(), never_N.sum()),
+        "overlap": _ratio(tokens_before, tokens),
     }
-    groups = {"": np.ones(len(web), bool), "real_": ~web.generated_N}
-    groups["generated_"] = web.generated_N
-    for name, group_N in groups.items():
-        right_N = group_N & web.math_N & collected_N
-        row[f"{name}pages"] = int((group_N & collected_N).sum())
-        row[f"{name}precision"] = _ratio(right_N.sum(), (group_N & collected_N).sum())
-        row[f"{name}recall"] = _ratio(right_N.sum(), (group_N & web.math_N).sum())
-        unseen_N = group_N & web.math_N & ~seed_N
-        row[f"{name}recall_outside_seed"] = _ratio((unseen_N & collected_N).sum(), unseen_N.sum())
-        new_N = group_N & never_N
-        row[f"{name}recall_never_seeded"] = _ratio((new_N & collected_N).sum(), new_N.sum())
-    tokens_before = web.tokens_N[collected_N & before_N].sum()
-    row["overlap"] = _ratio(tokens_before, web.tokens_N[collected_N].sum())
-    return row
 
 
 def run_round(

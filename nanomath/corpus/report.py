@@ -9,20 +9,16 @@ from nanomath.corpus.recall import Web
 
 
 def print_round(row: dict) -> None:
-    """Print one round: pages, precision, recall; real and generated apart; hosts never seeded."""
+    """Print one round: pages, precision, recall of all, outside the seed, on hosts never in it."""
     print(
         f"round {row['round']}: seed {row['seed_pages']} pages, collected {row['pages']} pages, "
         f"{row['tokens'] / 1e6:.2f}M tokens, precision {_percent(row['precision'])}, "
         f"recall {_percent(row['recall'])}, {_percent(row['overlap'])} collected before"
     )
-    for kind in ("real", "generated"):
-        print(
-            f"    {kind:>9}: {row[f'{kind}_pages']} pages, "
-            f"precision {_percent(row[f'{kind}_precision'])}, "
-            f"recall {_percent(row[f'{kind}_recall'])}, "
-            f"outside the seed {_percent(row[f'{kind}_recall_outside_seed'])}, "
-            f"on hosts never in the seed {_percent(row[f'{kind}_recall_never_seeded'])}"
-        )
+    print(
+        f"    recall outside the seed {_percent(row['recall_outside_seed'])}, "
+        f"on hosts never in it {_percent(row['recall_never_seeded'])}"
+    )
     print(
         f"    {row['domains']} hosts over the domain threshold; "
         f"{row['joining']} uncollected pages join the seed",
@@ -37,17 +33,15 @@ def print_rounds(funnel: dict) -> None:
 
 def print_corpus(run_dir: Path, funnel: dict) -> None:
     """Print what decontamination dropped and what the corpus holds."""
-    texts, dropped = funnel["benchmark_texts"], funnel["contaminated"]
+    texts, total = funnel["benchmark_texts"], funnel["corpus"]
     print(
-        f"decontamination: {dropped['real']} real and {dropped['generated']} generated pages "
-        f"dropped; benchmark texts matched by 10-grams {texts['long']}, whole {texts['short']}, "
+        f"decontamination: {funnel['contaminated']} pages dropped; benchmark texts matched by "
+        f"10-grams {texts['long']}, whole {texts['short']}, "
         f"too short or bare numbers, not used {texts['unused']}"
     )
-    for kind, total in funnel["corpus"].items():
-        print(f"{kind:>9}: {total['pages']} pages, {total['tokens'] / 1e6:.2f}M tokens")
     print(
-        f"{run_dir / 'corpus.jsonl'}; {funnel['validation']} validation pages of "
-        f"{funnel['validation_source']} beside it"
+        f"{run_dir / 'corpus.jsonl'}: {total['pages']} pages, {total['tokens'] / 1e6:.2f}M tokens; "
+        f"{funnel['validation']} validation pages of {funnel['validation_source']} beside it"
     )
 
 
@@ -74,7 +68,7 @@ def plot_funnel(path: Path, funnel: dict) -> None:
         left -= steps[name]
         bars.append((label, left))
     bars += [(f"collected, round {row['round']}", row["pages"]) for row in funnel["rounds"]]
-    bars.append(("corpus", sum(total["pages"] for total in funnel["corpus"].values())))
+    bars.append(("corpus", funnel["corpus"]["pages"]))
     figure, (axis,) = new_figure(1)
     labels, values = zip(*reversed(bars))
     drawn = axis.barh(labels, values, color="tab:blue")
@@ -90,11 +84,7 @@ def plot_scores(
 ) -> None:
     """Draw the classifier's scores, math pages and others by the URL rules, and the cut."""
     figure, (axis,) = new_figure(1)
-    groups = [
-        ("other", ~web.math_N),
-        ("math, real", web.math_N & ~web.generated_N),
-        ("math, generated", web.math_N & web.generated_N),
-    ]
+    groups = [("other", ~web.math_N), ("math", web.math_N)]
     groups = [(label, group_N) for label, group_N in groups if group_N.any()]
     axis.hist(
         [scores_N[group_N] for _, group_N in groups],

@@ -28,8 +28,7 @@ class CorpusConfig:
     seed: int = opt(0, "seed of every draw", low=0)
     num_workers: int = opt(2, "processes that parse files", low=1, may_change=True)
     packages: tuple[str, ...] = opt(PACKAGES, "packages whose documentation is the web")
-    num_generated: int = opt(400, "pages of generated hosts", low=0)
-    math_share: float = opt(0.1, "math pages are at most this share of real pages", low=0, high=1)
+    math_share: float = opt(0.1, "math pages are at most this share of the web", low=0, high=1)
     min_similarity: float = opt(0.8, "MinHash similarity of a near-duplicate", low=0.0, high=1.0)
     never_hosts: float = opt(0.2, "share of math hosts never in the seed", low=0.0, high=1.0)
     seed_hosts: float = opt(0.5, "share of math hosts the first seed comes from", low=0, high=1)
@@ -70,16 +69,15 @@ PRESETS = {
     "smoke": _SMALL
     | {
         "packages": ("mpmath", "networkx", "numpy", "setuptools", "fsspec", "werkzeug", "markdown"),
-        # A generated page is thirty times as long as a real one: more of them fill the budget.
-        "num_generated": 27,
         "num_heldout": 50,
-        "budgets": (185_000, 225_000),
+        "budgets": (22_000, 35_000),
         "valid_pages": 20,
     }
     | vars(countdown.RANGES["smoke"]),
-    "cpu": _SMALL | {"budgets": (1_600_000, 2_400_000)} | vars(countdown.RANGES["cpu"]),
+    "cpu": _SMALL | {"budgets": (250_000, 400_000)} | vars(countdown.RANGES["cpu"]),
     "gpu": _SMALL
-    | {"num_generated": 4000, "budgets": (16_000_000, 24_000_000), "num_workers": 8}
+    # All the mathematics that the documentation holds: four times as much.
+    | {"budgets": (900_000, 1_400_000), "math_share": 1.0, "num_workers": 8}
     | vars(countdown.RANGES["gpu"]),
 }
 

@@ -41,13 +41,13 @@ def choose_validation(
 
     Math pages of never-seeded hosts, at most half of them: the others still say how much of new
     hosts is recalled. Where there are none (--never_hosts 0, or a crawl whose hosts no rule
-    knows), a tenth of the collected pages, real ones first.
+    knows), a tenth of the collected pages.
     """
     place = lambda i: recall.unit_hash(web.urls[i], cfg.seed, "valid")
-    held = sorted(np.flatnonzero(never_N & ~web.generated_N), key=place)
+    held = sorted(np.flatnonzero(never_N), key=place)
     if len(held) >= 2:
         return held[: min(cfg.valid_pages, len(held) // 2)], "never-seeded hosts"
-    held = sorted(np.flatnonzero(collected_N), key=lambda i: (web.generated_N[i], place(i)))
+    held = sorted(np.flatnonzero(collected_N), key=place)
     return held[: min(cfg.valid_pages, -(-len(held) // 10))], "collected pages"
 
 
@@ -69,20 +69,19 @@ def write_corpus(
     chosen_N[held] = False
     order = np.random.default_rng(cfg.seed).permutation(np.flatnonzero(chosen_N))
     index = decontaminate.Decontaminator(benchmark_texts(cfg))
-    totals = {kind: {"pages": 0, "tokens": 0} for kind in ("real", "generated")}
+    total, num_dropped = {"pages": 0, "tokens": 0}, 0
     bar = progress(web.pages(order), total=len(order), desc="decontaminating", unit="page")
-    num_dropped = {"real": 0, "generated": 0}
     with (
         open_atomically(run_dir / "corpus.jsonl") as corpus,
         open_atomically(run_dir / "contaminated.jsonl") as dropped,
     ):
         for page, score in zip(bar, scores_N[order]):
             if matched := index.matches(page["text"]):
-                num_dropped[page["kind"]] += 1
+                num_dropped += 1
                 dropped.write(json.dumps({"url": page["url"], "matches": matched}) + "\n")
                 continue
-            totals[page["kind"]]["pages"] += 1
-            totals[page["kind"]]["tokens"] += page["tokens"]
+            total["pages"] += 1
+            total["tokens"] += page["tokens"]
             _write_pages(corpus, [page], [score])
     return {
         "collected": int(collected_N.sum()),
@@ -91,13 +90,11 @@ def write_corpus(
         "contaminated": num_dropped,
         "benchmark_texts": index.summary(),
         "benchmark_hits": dict(sorted(index.hits.items(), key=lambda x: (-x[1], x[0]))[:100]),
-        "corpus": totals,
+        "corpus": total,
     }
 
 
 def _write_pages(file, found: Iterable[dict], scores: Iterable[float]) -> None:
     for page, score in zip(found, scores):
-        row = {key: page[key] for key in ("url", "text", "kind")} | {
-            "score": round(float(score), 6)
-        }
+        row = {"url": page["url"], "text": page["text"], "score": round(float(score), 6)}
         file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -7,14 +7,10 @@
 speedrun.sh pretrains the same model on each file (as many tokens, same tokenizer, same seed) and
 tunes each on the same solutions. So that nothing differs but which pages were chosen,
 
-- all are real pages of the run's deduplicated web, decontaminated as its corpus was. Its corpus is
-  mostly generated arithmetic by size, its seed less so, the web hardly: the three would differ in
-  shares of that, and Countdown is arithmetic;
+- all are pages of the run's deduplicated web, decontaminated as its corpus was;
 - none is on a host of the validation pages: all three are judged on hosts they never saw;
 - random pages are drawn until they have as many bytes as the recalled ones. A smaller seed is
   repeated, as in the paper, which trains 150B tokens on OpenWebMath's 13.6B.
-
-The last row is the run's own base model, trained on its whole corpus.
 """
 
 import json
@@ -40,15 +36,12 @@ from nanomath.run.load import load_model
 from nanomath.text.tokenizer import Tokenizer
 
 NAMES = ("random", "seed", "recalled")  # of the files, and of folders under RUN/table1
-WHOLE = "recalled and generated"  # the run's own corpus
 NOTES = """\
-Bits per byte: {valid_pages} real math pages of {valid_hosts} hosts that were never in the seed.
+Bits per byte: {valid_pages} math pages of {valid_hosts} hosts that were never in the seed.
 Countdown: {num_problems} held-out problems after the same SFT. 95% intervals over pages and over
 problems, differences paired: they say nothing about other training seeds. Each model was pretrained
-on {train_tokens:,} tokens, with one seed and the tokenizer of the run's whole corpus. Random, seed
-and recalled pages are real ones, decontaminated alike, none of them on those hosts; math pages are
-those of math URLs. The last row is the run's own corpus: {generated_share:.0%} of its words are
-generated arithmetic, and of those hosts it may have other pages than the {valid_pages}."""
+on {train_tokens:,} tokens, with one seed and the tokenizer of the run's whole corpus. All pages are
+decontaminated alike and none is on those hosts; math pages are those of math URLs."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +93,7 @@ def page_pools(
 ) -> dict[str, np.ndarray]:
     """Return which pages each file is drawn from, bool [N]; valid and corpus are the run's URLs."""
     held_hosts = {host_of(url) for url in valid}
-    free_N = ~web.generated_N & np.array([host not in held_hosts for host in web.hosts])
+    free_N = np.array([host not in held_hosts for host in web.hosts])
     seed_N, _ = recall.choose_seed(web, cfg.seed, cfg.seed_hosts, cfg.seed_share, cfg.never_hosts)
     recalled_N = np.array([url in corpus for url in web.urls])
     return {"recalled": recalled_N & free_N, "seed": seed_N & free_N, "random": free_N}
@@ -190,9 +183,8 @@ def compare_models(run: Path) -> dict[str, Any]:
     """Return table 1 as JSON: by corpus what was trained on, and figures with intervals."""
     counts = read_json(run / "table1" / "pages.json")
     texts = [row["text"] for _, row in read_jsonl(run / "corpus/valid.jsonl", required=("text",))]
-    folders = {name: run / "table1" / name / "base" for name in NAMES} | {WHOLE: run / "base"}
+    folders = {name: run / "table1" / name / "base" for name in NAMES}
     evals = {name: read_json(run / "table1" / name / "eval.json") for name in NAMES}
-    evals[WHOLE] = read_json(run / "eval-sft.json")
     models = {name: measure(folder, texts) for name, folder in folders.items()}
     reference = models["recalled"]["values"]
     rows = {}
@@ -201,22 +193,17 @@ def compare_models(run: Path) -> dict[str, Any]:
         low, high = bootstrap_interval(values)
         rows[name] = {
             **model,
-            **counts.get(name, {}),
+            **counts[name],
             "bits_per_byte": {"value": sum(values) / len(values), "low": low, "high": high},
             "bits_difference": paired_difference(reference, values, shares=False),
             "greedy": evals[name]["metrics"]["greedy"],
             "greedy_difference": compare(evals["recalled"], evals[name])["greedy"],
         }
-    words = {
-        kind: count["tokens"]
-        for kind, count in read_json(run / "corpus/funnel.json")["corpus"].items()
-    }
     return {
         "rows": rows,
         "valid_pages": len(texts),
         "valid_hosts": len({host_of(url) for url in urls(run / "corpus/valid.jsonl")}),
         "num_problems": evals["recalled"]["num_problems"],
-        "generated_share": words["generated"] / sum(words.values()),
     }
 
 
@@ -226,12 +213,11 @@ def as_markdown(result: dict[str, Any]) -> str:
     for name, row in result["rows"].items():
         is_reference = name == "recalled"
         bits, bits_gain = row["bits_per_byte"], row["bits_difference"]
-        math_share = f"{row['math_pages'] / row['pages']:.0%}" if "pages" in row else ""
         rows.append(
             [
                 name,
                 f"{row['train_bytes'] / 1e6:.2f}",
-                math_share,
+                f"{row['math_pages'] / row['pages']:.0%}",
                 f"{row['epochs']:.2f}",
                 f"{bits['value']:.3f} [{bits['low']:.3f}, {bits['high']:.3f}]",
                 ""

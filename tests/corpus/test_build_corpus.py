@@ -13,12 +13,12 @@ import pytest
 
 import build_corpus
 from nanomath.base.config import parse
-from nanomath.corpus import decontaminate, generated, write
+from nanomath.corpus import decontaminate, write
 from nanomath.tasks import countdown
 
 ROOT = Path(build_corpus.__file__).parent
-TINY = ["--preset", "smoke", "--packages", "mpmath", "--num_generated", "48", "--num_heldout", "5"]
-TINY += ["--budgets", "40000", "60000", "--buckets", "2000", "--dim", "8", "--num_workers", "1"]
+TINY = ["--preset", "smoke", "--packages", "mpmath", "markdown", "--num_heldout", "5"]
+TINY += ["--budgets", "4000", "6000", "--buckets", "2000", "--dim", "8", "--num_workers", "1"]
 
 
 def _fails(*argv: str) -> str:
@@ -58,16 +58,16 @@ def test_a_wrong_flag_names_the_nearest(tmp_path, capsys):
     assert "--budgets" in capsys.readouterr().err
 
 
-def test_a_crawl_becomes_a_corpus_once(tmp_path, capsys):
+def test_a_crawl_becomes_a_corpus_once(tmp_path, capsys, made_up_pages):
     """Own pages, seed and rules: math pages are found, a planted benchmark page is dropped, other
     settings are refused, and a second call says that the run is finished."""
     crawl, seed, bench = (tmp_path / name for name in ("crawl.jsonl", "seed.jsonl", "bench.jsonl"))
-    rows = [json.loads(page.to_json()) for page in generated.generated_pages(72, seed=1)]
+    rows = [json.loads(page.to_json()) for page in made_up_pages(72, seed=1)]
     planted = " ".join(f"word{i}" for i in range(12))
-    target = next(row for row in rows if "stories.worked" in row["url"])
+    target = next(row for row in rows if "sums.sympy" in row["url"])
     target["text"] += "\n" + planted
     crawl.write_text("\n".join(map(json.dumps, [*rows, rows[0]])) + "\nbad line\n")
-    extra = [page for page in generated.generated_pages(24, seed=2) if "worked" in page.url]
+    extra = [page for page in made_up_pages(24, seed=2) if "sympy" in page.url]
     seed.write_text("\n".join(page.to_json() for page in extra) + "\n")
     bench.write_text(json.dumps({"question": planted, "answer": "12"}) + "\n")
     argv = ["--pages", str(crawl), "--seed_pages", str(seed), "--benchmarks", str(bench)]
@@ -76,10 +76,10 @@ def test_a_crawl_becomes_a_corpus_once(tmp_path, capsys):
     build_corpus.run(argv)
     funnel = json.loads((tmp_path / "r" / "funnel.json").read_text())
     assert funnel["pages"]["bad_lines"] == 1 and funnel["pages"]["same_url"] == 1
-    assert funnel["contaminated"] == {"real": 0, "generated": 1}
+    assert funnel["contaminated"] == 1
     assert funnel["benchmark_hits"] == {"bench:1:question": 1}
     corpus = [json.loads(x) for x in (tmp_path / "r" / "corpus.jsonl").read_text().splitlines()]
-    assert set(corpus[0]) == {"url", "text", "kind", "score"}
+    assert set(corpus[0]) == {"url", "text", "score"}
     assert not any(planted in page["text"] for page in corpus)
     valid = [json.loads(x) for x in (tmp_path / "r" / "valid.jsonl").read_text().splitlines()]
     assert funnel["validation"] == len(valid) > 0
@@ -94,17 +94,17 @@ def test_a_crawl_becomes_a_corpus_once(tmp_path, capsys):
     assert "--lr was 1.0, is 2.0" in _fails(*argv, "--lr", "2")
 
 
-def test_a_crawl_of_unknown_hosts_gets_validation_pages(tmp_path, capsys):
+def test_a_crawl_of_unknown_hosts_gets_validation_pages(tmp_path, capsys, made_up_pages):
     """With default rules no host is math: a tenth of the collected pages validates and is not in
     the corpus, and a line whose URL cannot be read is one more bad line."""
     crawl, seed = tmp_path / "crawl.jsonl", tmp_path / "seed.jsonl"
     rows = [
-        {"url": page.url.replace("https://", "https://x"), "text": page.text}
-        for page in generated.generated_pages(72, seed=1)
+        {"url": page.url.replace("sympy", "x").replace("mpmath", "y"), "text": page.text}
+        for page in made_up_pages(72, seed=1)
     ]
     rows.insert(3, {"url": "http://[::1/x", "text": "text"})
     crawl.write_text("\n".join(map(json.dumps, rows)))
-    extra = [page for page in generated.generated_pages(24, seed=2) if "worked" in page.url]
+    extra = [page for page in made_up_pages(24, seed=2) if "sympy" in page.url]
     seed.write_text("\n".join(page.to_json() for page in extra) + "\n")
     argv = ["--pages", str(crawl), "--seed_pages", str(seed), "--budgets", "90000"]
     argv += ["--dim", "8", "--lr", "1", "--epochs", "10", "--buckets", "2000"]
@@ -152,13 +152,13 @@ def test_presets_are_known_and_the_embedded_web_gets_one(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_smoke_preset_recalls_real_mathematics(tmp_path):
-    """Each round collects dozens of real pages, most of them math, and the corpus holds them."""
+    """Each round collects dozens of pages, most of them math, and the corpus holds them."""
     build_corpus.run(["--preset", "smoke", "--run_dir", str(tmp_path)])
     funnel = json.loads((tmp_path / "funnel.json").read_text())
     for row in funnel["rounds"]:
-        assert row["real_pages"] >= 36 and row["real_precision"] > 0.6
-    assert funnel["corpus"]["real"]["pages"] >= 60
-    assert funnel["validation"] > 0 and funnel["contaminated"] == {"real": 0, "generated": 0}
+        assert row["pages"] >= 36 and row["precision"] > 0.6
+    assert funnel["corpus"]["pages"] >= 60
+    assert funnel["validation"] > 0 and funnel["contaminated"] == 0
 
 
 @pytest.mark.slow

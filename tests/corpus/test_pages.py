@@ -6,8 +6,7 @@ import sys
 import pytest
 
 from nanomath.base.files import open_atomically
-from nanomath.corpus import dedup, generated, pages
-from nanomath.corpus.domains import RULES_FILE, UrlRules, host_of
+from nanomath.corpus import dedup, pages
 from nanomath.corpus.pages import (
     PageCounts,
     find_package,
@@ -134,34 +133,6 @@ def test_long_pages_are_cut_and_long_lines_skipped(tmp_path, monkeypatch):
     path.write_bytes(line(5) + b"\n" + line(2000))  # the long line ends the file
     counts = PageCounts()
     assert len(list(read_jsonl(path, counts))) == 1 and counts.bad_lines == 1
-
-
-def test_generated_pages_depend_on_the_seed_alone():
-    """The same seed gives the same pages, another seed others; every host is known to the rules."""
-    first = list(generated.generated_pages(72, seed=0))
-    assert first == list(generated.generated_pages(72, seed=0))
-    assert first != list(generated.generated_pages(72, seed=1))
-    assert {host_of(page.url) for page in first} == set(generated.HOSTS)
-    assert all(page.kind == "generated" for page in first)
-    rules = UrlRules.load(RULES_FILE)
-    other = {host_of(page.url) for page in first if not rules.is_math(page.url)}
-    assert other == {"timetable.notices", "weather.notices", "tongzhi.notices"}
-
-
-def test_generated_arithmetic_is_right():
-    """Every `a op b = c` line of the worksheets and chains holds."""
-    checked = 0
-    for page in generated.generated_pages(72, seed=3):
-        if host_of(page.url) not in ("sums.worksheets", "products.worksheets", "chains.worked"):
-            continue
-        for line in page.text.splitlines():
-            parts = line.rpartition(") ")[2].split()
-            if len(parts) != 5 or parts[3] != "=":
-                continue
-            a, b, c = int(parts[0]), int(parts[2]), int(parts[4])
-            assert c == {"+": a + b, "-": a - b, "*": a * b, "/": a / b if b else None}[parts[1]]
-            checked += 1
-    assert checked > 1000
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):

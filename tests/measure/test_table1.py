@@ -16,9 +16,9 @@ from nanomath.model import ModelConfig, Transformer
 from nanomath.text.tokenizer import Tokenizer
 
 
-def page(host: str, number: int, *, kind: str = "real", text: str = "") -> dict:
+def page(host: str, number: int, *, text: str = "") -> dict:
     text = text or f"page {number} of {host} " + "word " * (number % 7)
-    return {"url": f"https://{host}/{number}", "text": text, "kind": kind, "tokens": 5}
+    return {"url": f"https://{host}/{number}", "text": text, "tokens": 5}
 
 
 def write_rows(path, rows) -> None:
@@ -31,7 +31,6 @@ def run(tmp_path):
     """A finished corpus: two math hosts known, one held out, one host of other things."""
     hosts = [f"m{i}.math" for i in range(12)] + ["other.web"]
     pages = [page(host, number) for host in hosts for number in range(20)]
-    pages += [page("sums.generated", number, kind="generated") for number in range(20)]
     (tmp_path / "rules.tsv").write_text("*.math\t/\t+\n")
     cfg = CorpusConfig(url_rules=str(tmp_path / "rules.tsv"), num_heldout=3, seed=4)
     corpus = tmp_path / "run" / "corpus"
@@ -41,7 +40,7 @@ def run(tmp_path):
     never = sorted({host for host, held in zip(web.hosts, never_N) if held})
     assert len(never) > 1  # one validates, pages of the other may be recalled
     write_rows(corpus / "valid.jsonl", [p for p in pages if never[0] in p["url"]][:5])
-    write_rows(corpus / "corpus.jsonl", pages[5:250:2] + pages[-10:])
+    write_rows(corpus / "corpus.jsonl", pages[5:250:2])
     write_json(corpus / "config.json", to_json(cfg))
     write_json(corpus / "funnel.json", {"corpus": {}})
     return tmp_path / "run", never[0], pages
@@ -52,21 +51,17 @@ def files(run) -> dict[str, list[dict]]:
     return {name: [json.loads(line) for line in text.splitlines()] for name, text in lines.items()}
 
 
-def test_pages_are_real_and_on_no_validation_host(run, capsys):
-    """Recalled: the corpus' real pages but those on validation hosts. Seed: the first round's.
+def test_pages_are_on_no_validation_host(run, capsys):
+    """Recalled: the corpus' pages but those on validation hosts. Seed: the first round's.
     Random: pages of all kinds of hosts, by bytes at most as many. The same twice."""
     folder, held, pages = run
     table1.write_pages(folder)
     found = files(folder)
     for name, rows in found.items():
-        assert all(row["kind"] == "real" and held not in row["url"] for row in rows), name
+        assert all(held not in row["url"] for row in rows), name
         assert len({row["url"] for row in rows}) == len(rows) > 0
     corpus = table1.urls(folder / "corpus" / "corpus.jsonl")
-    expected = {
-        p["url"]
-        for p in pages
-        if p["url"] in corpus and p["kind"] == "real" and held not in p["url"]
-    }
+    expected = {p["url"] for p in pages if p["url"] in corpus and held not in p["url"]}
     assert {row["url"] for row in found["recalled"]} == expected
     assert all(".math" in row["url"] for row in found["seed"])
     assert {".math" in row["url"] for row in found["random"]} == {True, False}
@@ -147,18 +142,15 @@ def write_evaluation(path, num_right: int) -> None:
 
 def test_differences_are_those_to_the_recalled_corpus(run, monkeypatch):
     """Bits and accuracy of each row less the recalled corpus': a worse corpus has more bits and a
-    lower accuracy; words are counted by kind."""
+    lower accuracy."""
     folder, held, _ = run
-    bits = {"random": 3.0, "seed": 2.5, "recalled": 2.0, "run": 1.0}
-    right = {"random": 0, "seed": 1, "recalled": 2, "run": 4}
+    bits = {"random": 3.0, "seed": 2.5, "recalled": 2.0}
+    right = {"random": 0, "seed": 1, "recalled": 2}
     table = folder / "table1"
     for name in table1.NAMES:
         write_evaluation(table / name / "eval.json", right[name])
-    write_evaluation(folder / "eval-sft.json", right["run"])
     counts = {"pages": 4, "bytes": 9, "math_pages": 1, "contaminated": 0}
     write_json(table / "pages.json", dict.fromkeys(table1.NAMES, counts))
-    words = {"real": {"tokens": 1}, "generated": {"tokens": 3}}
-    write_json(folder / "corpus" / "funnel.json", {"corpus": words})
 
     def measure(base, texts):
         trained = {"train_bytes": 2_000_000, "train_tokens": 4096, "epochs": 1.5}
@@ -166,17 +158,17 @@ def test_differences_are_those_to_the_recalled_corpus(run, monkeypatch):
 
     monkeypatch.setattr(table1, "measure", measure)
     result = table1.compare_models(folder)
-    assert list(result["rows"]) == [*table1.NAMES, table1.WHOLE]
+    assert list(result["rows"]) == [*table1.NAMES]
     for name, row in zip(bits, result["rows"].values(), strict=True):
         assert row["bits_per_byte"] == dict.fromkeys(("value", "low", "high"), bits[name])
         assert row["bits_difference"]["value"] == bits[name] - 2.0
         assert row["greedy_difference"]["value"] == (right[name] - 2) / 4
     sizes = [result[key] for key in ("valid_pages", "valid_hosts", "num_problems")]
-    assert sizes == [5, 1, 4] and result["generated_share"] == 0.75
+    assert sizes == [5, 1, 4]
     text = table1.as_markdown(result)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
-    random, _, recalled, whole = lines[2:6]
+    random, _, recalled = lines[2:5]
     assert random[:4] == ["random", "2.00", "25%", "1.50"]
     assert random[5] == "+1.000 [+1.000, +1.000]" and random[7].startswith("-50.0%")
-    assert recalled[5] == recalled[7] == whole[2] == ""
-    assert "75% of its words" in text and "5 real math pages of 1 hosts" in text
+    assert recalled[5] == recalled[7] == ""
+    assert "5 math pages of 1 hosts" in text
