@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import pytest
 import build_corpus
 from nanomath.base.config import parse
 from nanomath.corpus import decontaminate, write
+from nanomath.run.guard import run_lock
 from nanomath.tasks import countdown
 
 ROOT = Path(build_corpus.__file__).parent
@@ -187,13 +187,13 @@ def test_kill_and_resume_give_the_same_bytes(tmp_path):
 
 @pytest.mark.slow
 def test_a_folder_in_use_is_refused(tmp_path):
-    """A second process on the same run folder ends with one line, and the first goes on."""
+    """A process on a run folder that another one holds ends with one line and writes nothing there;
+    once it is free, the same command builds the corpus."""
     command = [sys.executable, str(ROOT / "build_corpus.py"), *TINY, "--run_dir", str(tmp_path)]
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT)
-    while not (tmp_path / "config.json").exists():
-        assert first.poll() is None
-        time.sleep(0.05)
-    second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert second.returncode != 0 and "Traceback" not in second.stderr
-    assert re.search(r"error: .* in use", second.stderr)
-    assert first.wait() == 0
+    with run_lock(tmp_path):
+        refused = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert refused.returncode != 0 and "Traceback" not in refused.stderr
+        assert re.search(r"error: .* in use", refused.stderr)
+        assert not (tmp_path / "config.json").exists()
+    assert subprocess.run(command, capture_output=True, cwd=ROOT).returncode == 0
+    assert (tmp_path / "corpus.jsonl").stat().st_size > 0

@@ -230,7 +230,7 @@ UNITS = (
 
 @pytest.mark.parametrize("opening", ["", "Answer: She has ", "#### ", "\\boxed{"])
 def test_extraction_is_linear(opening):
-    """Pieces repeated over a megabyte, or in any order, cost at most 8 times what a quarter costs: a
+    """Pieces repeated over a megabyte, or in any order, cost at most 8 times what a quarter does: a
     square would cost 16 times. The speed of the machine, and its other work, do not count."""
     rng = random.Random(0)
     mixed = "".join(rng.choices(UNITS, k=50_000))
