@@ -220,6 +220,17 @@ def test_what_functions_print_is_shown(workers, capfd):
     assert shown == "hi\necho from a shell\n[9.0, null]\n" and 'hostile.py", line' in crashed
 
 
+def test_what_floods_is_cut_in_each_call(workers, capfd):
+    """Of a function that prints without an end a call shows its first 20,000 bytes, and says so."""
+    for _ in range(2):
+        workers.score(tasks("flood"))
+        shown, notice, more = capfd.readouterr().err.partition(
+            "\n(what else reward functions print"
+        )
+        assert 19_000 < len(shown) <= 20_000 and set(shown) == {"x", "\n"} and notice
+        assert len(more) < 100
+
+
 def test_workers_are_kept_and_only_the_lost_one_replaced(spec):
     """Set-up is paid once: the same two processes score every call, until one is killed."""
     workers = Workers([spec], num_workers=2, seconds=SECONDS)
