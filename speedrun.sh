@@ -94,12 +94,13 @@ trap 'echo "speedrun.sh: stopped; the same command continues" >&2; exit 143' TER
 
 # ---- stages -----------------------------------------------------------------------------------
 stage corpus    "$PY" build_corpus.py --preset "$PRESET" --run_dir "$RUN/corpus" ${BENCHMARKS[@]+"${BENCHMARKS[@]}"}
-stage tokenizer "$PY" -m nanomath.text.tokenizer --preset "$PRESET" --corpus "$RUN/corpus/corpus.jsonl" --out "$RUN/tokenizer"
-stage pretrain  "$PY" train_pretrain.py --preset "$PRESET" --corpus "$RUN/corpus/corpus.jsonl" \
-                    --valid "$RUN/corpus/valid.jsonl" --tokenizer "$RUN/tokenizer" --seed "$SEED" --run_dir "$RUN/base"
 if [ ! -f "$RUN/solutions.jsonl" ]; then # it appears when it is complete
     stage solutions "$PY" -m nanomath.tasks.countdown --preset "$PRESET" --seed "$SEED" --out "$RUN/solutions.jsonl"
 fi
+stage tokenizer "$PY" -m nanomath.text.tokenizer --preset "$PRESET" --corpus "$RUN/corpus/corpus.jsonl" \
+                    --solutions "$RUN/solutions.jsonl" --out "$RUN/tokenizer"
+stage pretrain  "$PY" train_pretrain.py --preset "$PRESET" --corpus "$RUN/corpus/corpus.jsonl" \
+                    --valid "$RUN/corpus/valid.jsonl" --tokenizer "$RUN/tokenizer" --seed "$SEED" --run_dir "$RUN/base"
 stage sft       "$PY" train_sft.py --preset "$PRESET" --init "$RUN/base" --data "$RUN/solutions.jsonl" \
                     --seed "$SEED" --run_dir "$RUN/sft"
 if [ "$TABLE1" = yes ]; then

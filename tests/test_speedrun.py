@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # takes a while, in the midst of its work on a fast machine and on a slow one.
 CUTS = [
     ("== corpus", "scoring, round 1:", signal.SIGKILL, 0.2),
+    ("== solutions", "", signal.SIGKILL, 0.3),
     ("== tokenizer", "", signal.SIGINT, 0.3),
     ("== pretrain", "pretrain:", signal.SIGKILL, 0.3),
-    ("== solutions", "", signal.SIGKILL, 0.3),
     ("== sft", "sft:", signal.SIGINT, 2.0),
     ("== grpo", "grpo:", signal.SIGKILL, 1.0),
     ("== evaluate sft", "countdown, greedy:", signal.SIGKILL, 0.1),

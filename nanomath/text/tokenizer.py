@@ -343,6 +343,9 @@ class Config:
     corpus: str = opt(
         "runs/speedrun-cpu/corpus/corpus.jsonl", "pages, one JSON object with `text` a line"
     )
+    solutions: str = opt(
+        "", "worked solutions to train on as well, `prompt` and `solution` a line; empty: none"
+    )
     vocab_size: int = opt(1024, "bytes, merges, added and control tokens together", low=263)
     out: str = opt("runs/tokenizer", "folder to write tokenizer.json to")
     max_mb: float = opt(100.0, "megabytes of text to train on", low=0.001)
@@ -354,12 +357,22 @@ HELD_OUT_EVERY = 20  # each 20th page is not trained on and measures bytes per t
 
 
 def main(cfg: Config) -> None:
-    """Train on cfg.corpus and print bytes per token on held-out pages; do nothing if done."""
-    out, corpus = Path(cfg.out), Path(cfg.corpus)
+    """Train on cfg.corpus and print bytes per token on held-out pages; do nothing if done.
+
+    Pages hold few numbers: with the solutions each number of the task becomes one token, so that a
+    model need not spell what it calculates with.
+    """
+    out, corpus, solutions = Path(cfg.out), Path(cfg.corpus), Path(cfg.solutions)
     if not corpus.is_file():
         raise SystemExit(f"--corpus {corpus} is missing; make one with: python build_corpus.py")
-    corpus_bytes = corpus.stat().st_size
-    settings = {"vocab_size": cfg.vocab_size, "max_mb": cfg.max_mb, "corpus_bytes": corpus_bytes}
+    if cfg.solutions and not solutions.is_file():
+        raise SystemExit(f"--solutions {solutions} is missing")
+    settings = {
+        "vocab_size": cfg.vocab_size,
+        "max_mb": cfg.max_mb,
+        "corpus_bytes": corpus.stat().st_size,
+        "solutions_bytes": solutions.stat().st_size if cfg.solutions else 0,
+    }
     record = out / "training.json"
     if (out / "tokenizer.json").exists():
         before = read_json(record) if record.exists() else {}
@@ -379,6 +392,9 @@ def main(cfg: Config) -> None:
             break
     if not trained:
         raise SystemExit(f"{corpus}: one page is too little to train on and to measure")
+    if cfg.solutions:
+        rows = read_jsonl(solutions, required=("prompt", "solution"))
+        trained += [row["prompt"] + row["solution"] for _, row in rows]
     tokenizer = Tokenizer.train(trained, cfg.vocab_size, show_progress=True)
     num_held_out = sum(len(text.encode("utf-8", "replace")) for text in held_out)
     num_tokens = sum(len(tokenizer.encode(text)) for text in held_out)

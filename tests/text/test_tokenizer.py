@@ -497,6 +497,25 @@ def test_command_trains_skips_and_refuses(tmp_path):
     assert "Traceback" not in damaged.stderr
 
 
+def test_numbers_of_the_solutions_are_single_tokens(tmp_path):
+    """With --solutions every number they hold is one token; pages alone spell it."""
+    corpus, solutions = tmp_path / "corpus.jsonl", tmp_path / "solutions.jsonl"
+    pages = [json.dumps({"text": f"Theorem {seed} of the page"}) + "\n" for seed in range(9)]
+    corpus.write_text("".join(pages))
+    rows = [{"prompt": f"{n} 2 ->\n", "solution": f"{n}+2={n + 2}"} for n in range(10, 48)]
+    solutions.write_text("".join(json.dumps(row) + "\n" for row in 3 * rows))
+    out = ["--corpus", str(corpus), "--vocab_size", "400", "--out"]
+    for folder, flags in (("with", ["--solutions", str(solutions)]), ("without", [])):
+        done = _command(*out, str(tmp_path / folder), *flags)
+        assert done.returncode == 0, done.stderr
+    assert {len(Tokenizer.load(tmp_path / "with").encode(str(n))) for n in range(10, 50)} == {1}
+    assert {len(Tokenizer.load(tmp_path / "without").encode(str(n))) for n in range(10, 50)} == {2}
+    changed = _command(*out, str(tmp_path / "with"))
+    assert "remove it or give another --out" in changed.stderr
+    missing = _command(*out, str(tmp_path / "x"), "--solutions", str(tmp_path / "no.jsonl"))
+    assert missing.stderr.strip() == f"--solutions {tmp_path / 'no.jsonl'} is missing"
+
+
 def test_report_speed(record_property):
     """Trains 1 MB to 1,024 tokens; the time is reported, not judged."""
     texts = [sample_text(seed, 2000) for seed in range(100)]
