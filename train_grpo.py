@@ -25,16 +25,14 @@ from kernels import Objective
 from nanomath import sampler
 from nanomath.advantages import drop_without_gradient, outcome_advantages, output_weights
 from nanomath.base.config import one_line_errors, parse
-from nanomath.base.files import content_sha256, file_sha256
 from nanomath.data import epoch_order
 from nanomath.dist import (
     Dist,
-    broadcast_json,
     copy_weights,
     make_replica,
     refresh_replica,
 )
-from nanomath.engine.stream import sample_groups, sample_stream
+from nanomath.engine.stream import sample_groups
 from nanomath.grpo import policy_update, response_logprobs, update_metrics
 from nanomath.measure.evaluation import heldout_metrics
 from nanomath.model import Transformer
@@ -42,7 +40,7 @@ from nanomath.optim import SCHEDULES, make_adamw
 from nanomath.rewards import Rewards
 from nanomath.rollouts import RolloutBatch, Rollouts, make_batch
 from nanomath.run import presets
-from nanomath.run.guard import RunLock, StopSignal
+from nanomath.run.guard import RunLock
 from nanomath.run.loop import Run, load_start, open_run, start_model
 from nanomath.run.metrics import (
     SHOWN,
@@ -53,11 +51,16 @@ from nanomath.run.metrics import (
     rollout_metrics,
     sample_lines,
 )
-from nanomath.settings import GRPOConfig, check, clip_without_effect, loss_starts_at_0
-from nanomath.tasks import Problem, benchmarks, countdown, encode_prompt
+from nanomath.run.problems import (
+    announce,
+    check_cache,
+    end_without_rewards,
+    load_problems,
+    note_reward_files,
+)
+from nanomath.settings import GRPOConfig, check, loss_starts_at_0
+from nanomath.tasks import Problem, encode_prompt
 from nanomath.text.tokenizer import Tokenizer
-
-MAX_STEPS_WITHOUT_REWARD = 16  # in a row: warnings alone would let a broken function run for days
 
 
 def load_modules(cfg: GRPOConfig, dist: Dist) -> tuple[dict[str, Transformer], Tokenizer]:
@@ -69,69 +72,6 @@ def load_modules(cfg: GRPOConfig, dist: Dist) -> tuple[dict[str, Transformer], T
         reference, _ = start_model(cfg, dist, compile=cfg.compile)
         modules["reference"] = reference.requires_grad_(False)
     return modules, tokenizer
-
-
-def problem_sets(cfg: GRPOConfig) -> tuple[list[Problem], list[Problem]]:
-    """Return the problems to train on and, the same for every seed, those held out."""
-    if cfg.problems:
-        train, heldout = benchmarks.read_splits(cfg.problems)
-        return train[: cfg.num_problems], heldout[: cfg.num_eval_problems]
-    generate = partial(countdown.generate, ranges=countdown.Ranges.of(cfg), style=cfg.prompt_style)
-    train = generate(cfg.num_problems, split="train", seed=cfg.seed)
-    return train, generate(cfg.num_eval_problems, split="heldout", seed=0)
-
-
-def drop_long_prompts(
-    cfg: GRPOConfig,
-    sets: tuple[list[Problem], ...],
-    tokenizer: Tokenizer,
-    max_context: int,
-    dist: Dist,
-) -> list[list[Problem]]:
-    """Return of each set the problems whose prompt leaves room for an output; name the others.
-
-    Raises ValueError where none does.
-    """
-    kept, dropped, tight = [], [], 0
-    for problems in sets:
-        lengths = [len(encode_prompt(tokenizer, problem)) for problem in problems]
-        if min(lengths) >= max_context:
-            shorter = "shorten the questions" if cfg.problems else "give --prompt_style short"
-            raise ValueError(
-                f"no prompt leaves room for an output: the shortest has {min(lengths)} tokens and "
-                f"{cfg.init} a context of {max_context}; {shorter}, or take another model"
-            )
-        pairs = [*zip(problems, lengths, strict=True)]
-        kept.append([problem for problem, length in pairs if length < max_context])
-        dropped += [problem for problem, length in pairs if length >= max_context]
-        tight += sum(max_context - cfg.max_new_tokens < length < max_context for length in lengths)
-    count = sum(map(len, sets))
-    if dropped and dist.is_main:
-        ids = ", ".join(str(problem.id) for problem in dropped[:8])
-        print(
-            f"warning: {len(dropped)} of {count} problems are left out, prompts of "
-            f"{max_context} tokens or more fill the context of {cfg.init}: "
-            f"{cfg.problems or 'Countdown'} {ids}{', ...' if len(dropped) > 8 else ''}",
-            flush=True,
-        )
-    if tight and dist.is_main:
-        print(
-            f"note: after {tight} of {count} prompts the context of {cfg.init} "
-            f"({max_context} tokens) ends an output before --max_new_tokens {cfg.max_new_tokens}",
-            flush=True,
-        )
-    return kept
-
-
-def check_cache(
-    cfg: GRPOConfig, model: Transformer, tokenizer: Tokenizer, problems: list[Problem]
-) -> None:
-    """Refuse now, with the sampler's error, a --cache_gb that it would refuse within a step."""
-    if cfg.cache_gb:
-        prompts = [encode_prompt(tokenizer, problem) for problem in problems]
-        extremes = [min(prompts, key=len), max(prompts, key=len)]
-        sizes = {"max_new_tokens": cfg.max_new_tokens, "cache_gb": cfg.cache_gb}
-        sample_stream(model, extremes, 1, eos_ids=(), **sizes)
 
 
 # ----------------------------------------------------------------------------- phases of a step
@@ -146,30 +86,6 @@ def sampler_settings(cfg: GRPOConfig, dist: Dist) -> dict[str, Any]:
         # A second bar, at a terminal, when sampling takes longer than this.
         "progress": 5.0 if dist.is_main and sys.stderr.isatty() else None,
     }
-
-
-def evaluate(
-    cfg: GRPOConfig,
-    model: Transformer,
-    tokenizer: Tokenizer,
-    problems: list[Problem],
-    rewards: Rewards,
-    dist: Dist,
-    stop: StopSignal | None = None,
-) -> dict[str, float]:
-    """Return Pass@1, and with --num_eval_samples Pass@K and Maj@K, of held-out problems; {} when a
-    signal to `stop` ended that."""
-    return heldout_metrics(
-        model,
-        tokenizer=tokenizer,
-        problems=problems,
-        rewards=rewards,
-        num_samples=cfg.num_eval_samples,
-        temperature=cfg.eval_temperature,
-        dist=dist,
-        stop=stop,
-        **sampler_settings(cfg, dist),
-    )
 
 
 def sample(
@@ -268,34 +184,6 @@ def update(
     return update_metrics(steps, cfg.kl_coef)
 
 
-def end_without_rewards(run: Run, rewards: Rewards, metrics: dict[str, float]) -> None:
-    """Let the run end where no output of MAX_STEPS_WITHOUT_REWARD steps in a row had a reward."""
-    num_outputs = run.cfg.batch_size * run.cfg.group_size
-    count = run.state.get("without_reward", 0) + 1 if metrics["no_reward"] == num_outputs else 0
-    run.state["without_reward"] = count
-    if count >= MAX_STEPS_WITHOUT_REWARD:
-        reasons = broadcast_json(rewards.missing, run.dist)  # a rank without questions has none
-        run.ends_with = (
-            f"no output has had a reward for {count} steps: "
-            + "; ".join(f"reward {name}, {reason}" for name, reason in reasons.items())
-            + ". Mend that and give the same command: it continues from the checkpoint of this step"
-        )
-
-
-def note_reward_files(run: Run) -> None:
-    """Say which reward functions have changed since the run's last checkpoint.
-
-    They may: a broken one must be mended for the run to go on (end_without_rewards).
-    """
-    files = {name.rpartition(":")[0] for name in run.cfg.reward if ":" in name}
-    now = {file: file_sha256(file) for file in sorted(files)}
-    before = run.state.get("reward_files", {})
-    for file in now:
-        if before.get(file, now[file]) != now[file]:
-            run.say(f"note: --reward {file} has changed since step {run.state['step']}")
-    run.state["reward_files"] = now
-
-
 def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
     """Run Algorithm 1 with outcome rewards (Sec. 4.1.2, 4.1.4)."""
     with one_line_errors():
@@ -305,28 +193,24 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
         # On one CPU the policy samples for itself; else a whole copy does, refreshed before use.
         sampling_model = make_replica(policy, dist)
         optimizer = make_adamw(policy, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0)
-        sets = problem_sets(cfg)
-        asked = [problem for part in sets for problem in part]
-        data = {
-            "--problems": content_sha256(map(vars, asked)),
-            "--init's tokenizer": content_sha256(encode_prompt(tokenizer, p) for p in asked[:100]),
-        }
-        problems, heldout = drop_long_prompts(cfg, sets, tokenizer, policy.cfg.max_context, dist)
+        problems, heldout, data = load_problems(cfg, tokenizer, policy.cfg.max_context, dist)
         check_cache(cfg, sampling_model, tokenizer, [*problems, *heldout])
         run = Run(cfg, dist, lock, modules, optimizer, tokenizer, data)
         note_reward_files(run)
     total_steps = cfg.num_iterations * cfg.num_steps
-    run.say(
-        f"{cfg.init}: {policy.cfg.num_parameters:,} parameters, {dist.world_size} x "
-        f"{dist.device.type}; {cfg.problems or 'Countdown'}: {len(problems)} problems, "
-        f"{len(heldout)} held out; {total_steps} steps of {cfg.batch_size} questions x "
-        f"{cfg.group_size} outputs; reward {' + '.join(cfg.reward)}"
+    announce(run, problems, heldout)
+    evaluate = partial(  # Pass@1 and, with --num_eval_samples, Pass@K and Maj@K; {} when signalled
+        heldout_metrics,
+        sampling_model,
+        tokenizer,
+        heldout,
+        rewards=rewards,
+        num_samples=cfg.num_eval_samples,
+        temperature=cfg.eval_temperature,
+        dist=dist,
+        stop=run.signal,
+        **sampler_settings(cfg, dist),
     )
-    if cfg.problems and dist.is_main:
-        for note in benchmarks.unreadable_references([*problems, *heldout], cfg.problems):
-            run.say(f"warning: {note}")
-    if note := clip_without_effect(cfg):
-        run.say(note)
     for step in run.steps(total_steps, desc="grpo"):  # Alg. 1 l.2, l.4
         if step % cfg.num_steps == 0 and cfg.kl_coef > 0:
             copy_weights(reference, policy)  # Alg. 1 l.3
@@ -338,7 +222,7 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
         is_shown, is_last = step % cfg.eval_interval == 0, step + 1 == total_steps
         metrics = {}
         if is_shown:
-            metrics = evaluate(cfg, sampling_model, tokenizer, heldout, rewards, dist, run.signal)
+            metrics = evaluate()
             if not metrics:
                 run.leave_step()
         clock.lap("evaluation")
@@ -373,7 +257,7 @@ def train(cfg: GRPOConfig, dist: Dist, lock: RunLock, rewards: Rewards) -> None:
         clock.lap("update")
         if is_last:
             refresh_replica(sampling_model, policy, dist)
-            after = evaluate(cfg, sampling_model, tokenizer, heldout, rewards, dist, run.signal)
+            after = evaluate()
             if not after:
                 run.say(f"the last evaluation was left: evaluate.py --checkpoint {cfg.run_dir}")
             metrics |= after

@@ -22,6 +22,7 @@ from nanomath.data import TokenShards, describe_source, epoch_order, write_shard
 from nanomath.dist import Dist, all_reduce_sum, shard
 from nanomath.model import ModelConfig, Transformer
 from nanomath.optim import SCHEDULES, make_adamw
+from nanomath.run import presets
 from nanomath.run.guard import RunLock, StopSignal
 from nanomath.run.loop import Run, open_run, supervised_update
 from nanomath.text.tokenizer import Tokenizer
@@ -55,60 +56,6 @@ class PretrainConfig(RunConfig):
     beta2: float = opt(0.95, "AdamW, Sec. 2.2", low=0.0, below=1.0)
     eval_interval: int = opt(500, "steps between validations", low=1)
     max_valid_tokens: int = opt(1_000_000, "held-out tokens per validation at most", low=1)
-
-
-SHAPE = ("num_layers", "width", "num_heads", "num_kv_heads", "ffn_width")
-
-
-def shape(*values: int) -> dict[str, int]:
-    return dict(zip(SHAPE, values, strict=True))
-
-
-PRESETS = {
-    "deepseekmath_7b": {  # Sec. 2.3
-        **shape(30, 4096, 32, 32, 11008),
-        "batch_size": 2560,  # 10M tokens
-        "num_steps": 47684,  # 500B tokens
-        "lr": 4.2e-4,
-        "activation_checkpointing": "full",  # fits 8 GPUs of 80 GB, by nanomath.measure.plan
-    },
-    # From here on small runs. DEVIATION: a small model takes a higher rate and a shorter warm-up.
-    "gpu": {
-        **shape(8, 512, 8, 8, 1376),
-        "context": 512,
-        "batch_size": 256,
-        "micro_batch_size": 64,
-        "num_steps": 300,  # a dozen times through the embedded web's mathematics
-        "lr": 1e-3,
-        "warmup_steps": 50,
-        "eval_interval": 100,
-        "checkpoint_interval": 100,
-    },
-    "cpu": {
-        **shape(4, 128, 4, 4, 344),
-        "context": 256,
-        "batch_size": 8,
-        "micro_batch_size": 8,
-        "num_steps": 1000,
-        "lr": 3e-3,
-        "warmup_steps": 50,
-        "eval_interval": 200,
-        "max_valid_tokens": 65_536,
-        "checkpoint_interval": 100,
-    },
-    "smoke": {
-        **shape(2, 64, 2, 2, 176),
-        "context": 128,
-        "batch_size": 16,
-        "micro_batch_size": 16,
-        "num_steps": 20,
-        "lr": 3e-3,
-        "warmup_steps": 5,
-        "eval_interval": 10,
-        "max_valid_tokens": 8_192,
-        "checkpoint_interval": 10,
-    },
-}
 
 
 def tokenized(name: str, path: str, cfg: PretrainConfig, tokenizer: Tokenizer, dist: Dist):
@@ -188,7 +135,7 @@ def train(cfg: PretrainConfig, dist: Dist, lock: RunLock) -> None:
         num_windows = train_tokens.num_windows(cfg.context)  # raises where there is none
         if valid_tokens.num_tokens < 2:
             raise ValueError(f"{cfg.valid} holds no text to validate on")
-        widths = shape(*(getattr(cfg, name) for name in SHAPE))
+        widths = {name: getattr(cfg, name) for name in presets.SHAPE}
         model = Transformer(ModelConfig(tokenizer.vocab_size, **widths, max_context=cfg.context))
         model.init_weights(cfg.seed)
         model = shard(model, dist, cfg.activation_checkpointing, cfg.compile)
@@ -226,7 +173,7 @@ def train(cfg: PretrainConfig, dist: Dist, lock: RunLock) -> None:
 
 
 def main() -> None:
-    cfg = parse(PretrainConfig, PRESETS, description=__doc__)
+    cfg = parse(PretrainConfig, presets.PRETRAIN, description=__doc__)
     with open_run(cfg) as (dist, lock):
         train(cfg, dist, lock)
 

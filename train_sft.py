@@ -15,6 +15,7 @@ from nanomath.base.log import plot_metrics
 from nanomath.data import PackedExamples, encode_examples, epoch_order
 from nanomath.dist import Dist
 from nanomath.optim import SCHEDULES, make_adamw
+from nanomath.run import presets
 from nanomath.run.guard import RunLock
 from nanomath.run.loop import Run, load_start, open_run, supervised_update
 from nanomath.text.chat import CHOICES
@@ -43,41 +44,6 @@ class SFTConfig(RunConfig):
     weight_decay: float = opt(0.1, "AdamW (paper silent: as in pretraining)", low=0.0)
     beta1: float = opt(0.9, "AdamW (paper silent: as in pretraining)", low=0.0, below=1.0)
     beta2: float = opt(0.95, "AdamW (paper silent: as in pretraining)", low=0.0, below=1.0)
-
-
-PRESETS = {
-    # DEVIATION: a small model takes a higher rate, which may fall, and fewer and shorter rows.
-    "gpu": {
-        "context": 512,
-        "batch_size": 128,
-        "micro_batch_size": 64,
-        "num_steps": 2000,
-        "lr": 5e-4,
-        "schedule": "cosine",
-        "warmup_steps": 50,
-        "checkpoint_interval": 500,
-    },
-    "cpu": {
-        "context": 192,
-        "batch_size": 6,  # many small steps: 2200 of 11 rows end at a loss two fifths higher
-        "micro_batch_size": 6,
-        "num_steps": 4000,
-        "lr": 3e-3,
-        "schedule": "cosine",
-        "warmup_steps": 40,
-        "beta2": 0.98,
-        "checkpoint_interval": 200,
-    },
-    "smoke": {
-        "context": 160,
-        "batch_size": 16,
-        "micro_batch_size": 16,
-        "num_steps": 200,
-        "lr": 3e-3,
-        "warmup_steps": 5,
-        "checkpoint_interval": 50,
-    },
-}
 
 
 def train(cfg: SFTConfig, dist: Dist, lock: RunLock) -> None:
@@ -112,7 +78,7 @@ def train(cfg: SFTConfig, dist: Dist, lock: RunLock) -> None:
 
 
 def main() -> None:
-    cfg = parse(SFTConfig, PRESETS, description=__doc__)
+    cfg = parse(SFTConfig, presets.SFT, description=__doc__)
     with open_run(cfg) as (dist, lock):
         train(cfg, dist, lock)
 

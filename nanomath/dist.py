@@ -19,11 +19,9 @@ import json
 import math
 import os
 import time
-import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as td
@@ -34,6 +32,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from nanomath.activations import wrap_blocks
+from nanomath.base.processes import agree_on_life, default_threads
 
 # A rank may wait this long for another one: sampling and judging are uneven between ranks, and the
 # first step compiles. `set_timeout` shortens it once the first step is done.
@@ -80,39 +79,13 @@ def setup(device: str = "auto", threads: int = 0, timeout_s: float = START_TIMEO
     timeout, store, life = timedelta(seconds=timeout_s), td.HashStore(), ""
     if world_size > 1:
         store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
-        life = _agree_on_life(store, rank, world_size, timeout_s)
+        life = agree_on_life(store, rank, world_size, timeout_s)
         store = td.PrefixStore(life, store)
     # Both on GPUs: control messages travel as CPU tensors, and never wait in NCCL's queue.
     backend = "gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl"
     td.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     mesh = init_device_mesh(chosen.type, (world_size,))
     return Dist(rank, local_rank, world_size, chosen, mesh, life, store)
-
-
-def _agree_on_life(store: td.Store, rank: int, world_size: int, timeout_s: float) -> str:
-    """Return a name that all ranks share and no earlier start of them has used.
-
-    torchrun's store outlives the processes it restarts, with the addresses of the dead: a group set
-    up on the same keys connects to those and fails or hangs. Its count of restarts cannot serve as
-    a name, because each node has its own. So each rank says who it is now, and rank 0 answers that.
-    """
-    me = uuid.uuid4().hex
-    if rank > 0:
-        store.set(f"rank-{rank}", me)
-        life = store.get(f"life-of-{me}").decode()  # waits for rank 0
-        store.set(f"{life}-has-{rank}", "")
-        return life
-    missing, give_up = set(range(1, world_size)), time.monotonic() + timeout_s
-    while missing:
-        for other in tuple(missing):
-            if store.check([f"rank-{other}"]):  # may be a dead one's: it will not answer
-                store.set(f"life-of-{store.get(f'rank-{other}').decode()}", me)
-            if store.check([f"{me}-has-{other}"]):
-                missing.remove(other)
-        if time.monotonic() > give_up:
-            raise TimeoutError(f"ranks {sorted(missing)} did not start within {timeout_s:.0f} s")
-        time.sleep(0.02)
-    return me
 
 
 def cleanup(dist: Dist) -> None:
@@ -130,33 +103,6 @@ def set_timeout(dist: Dist, seconds: float) -> None:
     """Let collectives wait at most this long from now on; call it after the first step."""
     if dist.mesh is not None:
         td.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
-
-
-def default_threads(local_world_size: int) -> int:
-    """Return the physical cores this process may use divided by the processes sharing them.
-
-    OMP_NUM_THREADS counts for a single process only: torchrun sets it to 1 by itself.
-    """
-    if local_world_size == 1 and os.environ.get("OMP_NUM_THREADS", "").isdigit():
-        return max(1, int(os.environ["OMP_NUM_THREADS"]))
-    return max(1, _physical_cores() // local_world_size)
-
-
-def _physical_cores() -> int:
-    """Count cores in the affinity mask, hyper-threads as one, within the cgroup's quota."""
-    siblings = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-    is_linux = hasattr(os, "sched_getaffinity")
-    cpus = os.sched_getaffinity(0) if is_linux else range(os.cpu_count() or 1)
-    num_cores = len({_read(siblings.format(cpu), default=str(cpu)) for cpu in cpus})
-    quota, period = _read("/sys/fs/cgroup/cpu.max", default="max 100000").split()
-    return num_cores if quota == "max" else min(num_cores, max(1, int(quota) // int(period)))
-
-
-def _read(path: str, default: str) -> str:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return default
 
 
 def _choose_device(device: str, local_rank: int) -> torch.device:

@@ -32,6 +32,7 @@ from nanomath.measure import evaluation
 from nanomath.model import ModelConfig, Transformer
 from nanomath.optim import cosine_lr
 from nanomath.run import checkpoint, load, presets
+from nanomath.run import problems as run_problems
 from nanomath.run.guard import run_lock
 from nanomath.run.loop import Run
 from nanomath.run.metrics import MEASURED, PANELS
@@ -156,7 +157,7 @@ def plain_loop(cfg, start_dir, reward) -> torch.Tensor:
     """
     is_paper = cfg.loss_norm == "response"
     policy, tokenizer, _ = load.load_model(start_dir, device="cpu")
-    problems, _ = train_grpo.problem_sets(cfg)
+    problems, _ = run_problems.problem_sets(cfg)
     optimizer = torch.optim.AdamW(
         policy.parameters(), betas=(cfg.beta1, cfg.beta2), weight_decay=0.0
     )
@@ -266,7 +267,7 @@ def test_train_grpo_is_algorithm_1(tmp_path, tokenizer, monkeypatch, sampler):
     cfg = parse(train_grpo.GRPOConfig, presets.GRPO, argv)
     policy, _, _ = load.load_model(start, device="cpu")
     started = copy.deepcopy(policy)
-    problems, _ = train_grpo.problem_sets(cfg)
+    problems, _ = run_problems.problem_sets(cfg)
     means = algorithm1.train(
         policy,
         [tokenizer.encode(problem.prompt, bos=True) for problem in problems],
@@ -365,9 +366,9 @@ def test_heldout_problems_are_never_trained_on(tmp_path, start, monkeypatch):
         asked["train"] += problems
         return real_judge(rewards, problems, *rest)
 
-    def metrics(model, *, problems, **rest):
+    def metrics(model, tokenizer, problems, **rest):
         asked["heldout"] += problems
-        return real_metrics(model, problems=problems, **rest)
+        return real_metrics(model, tokenizer, problems, **rest)
 
     monkeypatch.setattr(train_grpo, "judge", judge)
     monkeypatch.setattr(train_grpo, "heldout_metrics", metrics)
@@ -516,7 +517,7 @@ def test_prompts_that_fill_the_context_are_dropped_and_named(
     assert len(seen) == 24 and max(seen) < limit
     one_rank = SimpleNamespace(is_main=True)
     cfg = train_grpo.GRPOConfig(problems=str(path), init="wide", max_new_tokens=limit)
-    train_grpo.drop_long_prompts(cfg, splits, tokenizer, limit, one_rank)
+    run_problems.drop_long_prompts(cfg, splits, tokenizer, limit, one_rank)
     assert f"after 35 of 40 prompts the context of wide ({limit} tokens) ends an output" in (
         capsys.readouterr().out
     )
@@ -686,10 +687,10 @@ def test_evaluations_leave_training_as_it_is(tmp_path, start, monkeypatch, capsy
             reward_file(tmp_path), "--reward_weights", "1.0"]  # fmt: skip
     asked = []
 
-    def heldout_metrics(model, *, problems, num_samples, **settings):
+    def heldout_metrics(model, tokenizer, problems, *, num_samples, **settings):
         asked.append((torch.cat([p.detach().flatten() for p in model.parameters()]), num_samples))
         time.sleep(0.1)
-        return real(model, problems=problems, num_samples=num_samples, **settings)
+        return real(model, tokenizer, problems, num_samples=num_samples, **settings)
 
     real = train_grpo.heldout_metrics
     monkeypatch.setattr(train_grpo, "heldout_metrics", heldout_metrics)
@@ -931,7 +932,7 @@ def test_a_run_in_which_nothing_is_rewarded_ends(tmp_path, start, monkeypatch):
     """So many steps in a row without any reward, counted over a restart, end the run with the
     functions, what failed last and a checkpoint; one fewer does not; mended, the same command goes
     on and does not count the old ones."""
-    monkeypatch.setattr(train_grpo, "MAX_STEPS_WITHOUT_REWARD", 4)
+    monkeypatch.setattr(run_problems, "MAX_STEPS_WITHOUT_REWARD", 4)
     broken, file = tmp_path / "broken", tmp_path / "mine.py"
     file.write_text(
         "from pathlib import Path\n"

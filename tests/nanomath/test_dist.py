@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from nanomath import dist as nd
+from nanomath.base import processes
 from nanomath.model import ModelConfig, Transformer
 from nanomath.run import guard as failures
 
@@ -344,13 +345,13 @@ def test_bad_device_is_one_line():
 
 def test_default_threads(monkeypatch):
     """Processes on one machine share its cores; a lone process follows OMP_NUM_THREADS."""
-    monkeypatch.setattr(nd, "_physical_cores", lambda: 6)
+    monkeypatch.setattr(processes, "_physical_cores", lambda: 6)
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert nd.default_threads(1) == 5
-    assert nd.default_threads(2) == 3
-    assert nd.default_threads(16) == 1
+    assert processes.default_threads(1) == 5
+    assert processes.default_threads(2) == 3
+    assert processes.default_threads(16) == 1
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert nd.default_threads(1) == 6
+    assert processes.default_threads(1) == 6
 
 
 if __name__ == "__main__":
