@@ -154,19 +154,14 @@ def read_examples(
 ) -> list[tuple[str, str]]:
     """Return (prompt, solution) texts of a JSONL file for supervised training.
 
-    The first line decides which of prompt/solution, question/answer, problem/solution is read.
+    A line has prompt/solution, question/answer or problem/solution.
     """
-    keys = None
-    for _, first in read_jsonl(path, max_bad_fraction=1.0):
-        keys = next((keys for keys in EXAMPLE_KEYS if all(key in first for key in keys)), None)
-        if keys is None:
-            wanted = " or ".join("/".join(pair) for pair in EXAMPLE_KEYS)
-            raise ValueError(f"{path}: the first line has {sorted(first)}; wanted {wanted}")
-        break
-    if keys is None:
-        raise ValueError(f"{path}: no line is a JSON object")
 
     def read(row: dict) -> tuple[str, str]:
+        keys = next((pair for pair in EXAMPLE_KEYS if all(key in row for key in pair)), None)
+        if keys is None:
+            wanted = " or ".join("/".join(pair) for pair in EXAMPLE_KEYS)
+            raise ValueError(f"it has {sorted(row)[:8]}; wanted {wanted}")
         prompt = text_field(row, keys[0], blank=keys[0] == "prompt")
         return prompt, text_field(row, keys[1], number=True)
 

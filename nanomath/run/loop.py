@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from kernels import NotFinite
-from nanomath.base.config import RunConfig, lock_config, one_line_errors, to_json
+from nanomath.base.config import RunConfig, lock_config, one_line_errors
 from nanomath.base.log import RunLog, progress
 from nanomath.data import TrainBatch
 from nanomath.dist import Dist, barrier, set_timeout, setup
@@ -117,14 +117,9 @@ class Run:
         self._desc, self._saved_step = "", self.state["step"]
         self.failed_saves = 0
         self.ends_with: str | None = None  # once set, the run ends with this line after its step
-        self._log = RunLog(
-            cfg.run_dir,
-            start_step=self.state["step"],
-            is_main=dist.is_main,
-            tensorboard=cfg.tensorboard,
-            wandb=to_json(cfg) if cfg.wandb else None,
-        )
-        self.samples = self._log.samples
+        first = self.state["step"]
+        if dist.is_main:
+            self._log = RunLog(cfg.run_dir, start_step=first, tensorboard=cfg.tensorboard)
         self._shown: dict[str, str] = {}
 
     def _check_data(self, data: Mapping[str, str]) -> None:
@@ -204,7 +199,8 @@ class Run:
         skipped = 0 if values.get("stepped", 1.0) else self.state["skipped_in_a_row"] + 1
         self.state["skipped_in_a_row"] = skipped
         kind, numbers = batch[0], [int(number) for number in batch[1]]
-        self._log.metrics(step, {**values, f"skipped_{kind}": numbers} if skipped else values)
+        if self.dist.is_main:
+            self._log.metrics(step, {**values, f"skipped_{kind}": numbers} if skipped else values)
         self._shown |= {k: f"{values[k]:.4g}" for k in shown if k in values}
         self.bar.set_postfix(self._shown, refresh=False)
         if not skipped:
@@ -217,7 +213,7 @@ class Run:
 
     def _save(self, must_succeed: bool) -> None:
         try:
-            checkpoint.agree(self._log.sync, self.dist)
+            checkpoint.agree(lambda: self._log.sync(), self.dist, main_only=True)
             checkpoint.save(
                 self.cfg.run_dir,
                 self.state["step"],
@@ -247,8 +243,14 @@ class Run:
             bar = getattr(self, "bar", None)
             bar.write(text) if bar is not None else print(text, flush=True)
 
+    def samples(self, step: int, lines: Sequence[str]) -> None:
+        """Write whole samples as text, those of the first rank."""
+        if self.dist.is_main:
+            self._log.samples(step, lines)
+
     def close(self) -> None:
-        self._log.close()
+        if self.dist.is_main:
+            self._log.close()
 
 
 def supervised_update(run: Run, cfg: Any, step: int, batch: TrainBatch) -> dict[str, float]:
