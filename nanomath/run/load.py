@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from nanomath.dist import Dist, local
+from nanomath.dist import Dist
 from nanomath.hub.hf import load_hf
 from nanomath.hub.weights import StoredTensors, empty_model, module_tensors
 from nanomath.model import ModelConfig, Transformer
@@ -44,8 +44,7 @@ def load_model(
     stored, model, tokenizer = _unfilled(folder, name, dist, dtype, **sharding)
     wanted = module_tensors(model)
     stored.check(wanted)
-    for key, tensor in wanted.items():
-        local(tensor).copy_(stored.read(key, tensor, dist))
+    stored.restore(wanted, dist)
     return model, tokenizer, json.loads((folder / "state.json").read_text())
 
 

@@ -22,7 +22,8 @@ from nanomath.base.log import RunLog, progress
 from nanomath.data import TrainBatch
 from nanomath.dist import Dist, barrier, set_timeout, setup
 from nanomath.optim import SCHEDULES, supervised_step
-from nanomath.run import checkpoint, load
+from nanomath.run import load
+from nanomath.run.checkpoint import Checkpoints, SaveFailed, agree, newest_name
 from nanomath.run.guard import RunInUse, RunLock, StopSignal, raise_together, run_lock
 from nanomath.text.chat import use_template
 from nanomath.text.tokenizer import Tokenizer
@@ -46,7 +47,7 @@ def open_run(cfg: RunConfig) -> Iterator[tuple[Dist, RunLock]]:
         try:
             yield dist, lock
         except NotFinite as error:
-            newest = checkpoint.newest_name(cfg.run_dir) or "none"
+            newest = newest_name(cfg.run_dir) or "none"
             raise SystemExit(
                 f"{lock.doing}: {error}. The weights have diverged; the last checkpoint in "
                 f"{cfg.run_dir}, {newest}, may have, too: start again in another --run_dir, with a "
@@ -106,12 +107,13 @@ class Run:
         data: Mapping[str, str] | None = None,  # what it trains on: a flag and a sha256 each
     ):
         self.cfg, self.dist, self.lock = cfg, dist, lock
-        self.modules, self.optimizer, self.tokenizer = modules, optimizer, tokenizer
+        self.modules, self.optimizer = modules, optimizer
         if dist.is_main:
             lock_config(cfg, cfg.run_dir)  # not before set-up worked: a failed start binds nobody
         barrier(dist)
-        state = checkpoint.load_latest(cfg.run_dir, modules=modules, optimizer=optimizer, dist=dist)
-        self.state: dict[str, Any] = state or {"step": 0, "seconds": 0.0, "skipped_in_a_row": 0}
+        self._checkpoints = Checkpoints(cfg.run_dir, modules, optimizer, tokenizer, dist)
+        fresh = {"step": 0, "seconds": 0.0, "skipped_in_a_row": 0}
+        self.state: dict[str, Any] = self._checkpoints.load_latest() or fresh
         self._check_data(data or {})
         self.signal = StopSignal()
         self._desc, self._saved_step = "", self.state["step"]
@@ -213,23 +215,13 @@ class Run:
 
     def _save(self, must_succeed: bool) -> None:
         try:
-            checkpoint.agree(lambda: self._log.sync(), self.dist, main_only=True)
-            checkpoint.save(
-                self.cfg.run_dir,
-                self.state["step"],
-                modules=self.modules,
-                optimizer=self.optimizer,
-                state=self.state,
-                model_cfg=self.modules["model"].cfg,
-                tokenizer=self.tokenizer,
-                dist=self.dist,
-                keep=self.cfg.keep_checkpoints,
-                lock=self.lock,
-            )
+            agree(lambda: self._log.sync(), self.dist, main_only=True)
+            self.lock.check(self.dist)
+            self._checkpoints.save(self.state["step"], self.state, self.cfg.keep_checkpoints)
             self.failed_saves, self._saved_step = 0, self.state["step"]
         except RunInUse as error:
             raise SystemExit(str(error)) from None
-        except checkpoint.SaveFailed as error:
+        except SaveFailed as error:
             self.failed_saves += 1
             self.say(f"warning: {error}")
             if must_succeed or self.failed_saves >= MAX_FAILED_SAVES:

@@ -4,6 +4,7 @@ Kills at every moment of a save are tests/test_failures.py's.
 Two-process checks run this file as a script (`worker_*`), see test_dist.py.
 """
 
+import dataclasses
 import errno
 import importlib.util
 import json
@@ -23,7 +24,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nanomath import dist as nd
-from nanomath.hub import weights as weights_module
 from nanomath.model import ModelConfig, Transformer
 from nanomath.run import checkpoint as ck
 from nanomath.run import guard as failures
@@ -70,36 +70,21 @@ class Run:
             self.optimizer.zero_grad()
             self.step += 1
 
-    def save(self, **options):
-        state = {"cursor": self.step * 7, "note": "x"}
-        return ck.save(
-            self.run_dir,
-            self.step,
-            modules=self.modules,
-            optimizer=self.optimizer,
-            state=state,
-            model_cfg=self.cfg,
-            tokenizer=None,
-            dist=self.dist,
-            **options,
-        )
+    def checkpoints(self):
+        return ck.Checkpoints(self.run_dir, self.modules, self.optimizer, None, self.dist)
+
+    def save(self, keep=2):
+        return self.checkpoints().save(self.step, {"cursor": self.step * 7, "note": "x"}, keep)
 
     def load(self):
-        state = ck.load_latest(
-            self.run_dir, modules=self.modules, optimizer=self.optimizer, dist=self.dist
-        )
+        state = self.checkpoints().load_latest()
         self.step = 0 if state is None else state["step"]
         return state
 
     def tensors(self):
         """Return all weights and moments, whole, by name."""
-        found = ck._optim_tensors(self.modules, self.optimizer)
-        for name, module in self.modules.items():
-            found |= {
-                f"{name}/{key}": value
-                for key, value in weights_module.module_tensors(module).items()
-            }
-        return {name: full(value) for name, value in found.items()}
+        stored = self.checkpoints().tensors()
+        return {f"{stem}/{k}": full(v) for stem, some in stored.items() for k, v in some.items()}
 
 
 def assert_same(left, right):
@@ -166,14 +151,14 @@ def test_state_other_than_adamw_moments(tmp_path):
         module.register_buffer("count", torch.tensor([int(value)]))
         module.register_buffer("scratch", torch.tensor([value]), persistent=False)
         module.tied = module.narrow
+        module.cfg = CFG
         return module, torch.optim.SGD(module.parameters(), momentum=0.5)
 
     module, optimizer = build(1.25)
-    rest = {"state": {}, "model_cfg": CFG, "tokenizer": None, "dist": ALONE}
-    folder = ck.save(tmp_path, 1, modules={"m": module}, optimizer=optimizer, **rest)
+    folder = ck.Checkpoints(tmp_path, {"m": module}, optimizer, None, ALONE).save(1, {})
     assert set(load_file(folder / "m-00000.safetensors")) == {"narrow", "scalar", "count"}
     again, other = build(7.5)
-    ck.load_latest(tmp_path, modules={"m": again}, optimizer=other, dist=ALONE)
+    ck.Checkpoints(tmp_path, {"m": again}, other, None, ALONE).load_latest()
     assert torch.equal(again.narrow, module.narrow) and torch.equal(again.scalar, module.scalar)
     assert again.count.item() == 1 and again.scratch.item() == 7.5
     assert not other.state
@@ -188,7 +173,6 @@ def test_layout(run):
     stems = ["optim-00000", "policy-00000", "reference-00000"]
     files = {f"{stem}.safetensors" for stem in stems} | {"state.json", "config.json"}
     assert {path.name for path in folder.iterdir()} == files | {"COMMIT"}
-    assert (folder.parent / "latest").read_text() == "step-000004\n"
     assert set(json.loads((folder / "COMMIT").read_text())) == files
     weights = load_file(folder / "policy-00000.safetensors")
     assert weights["embedding.weight"].shape == (33, 12)
@@ -217,10 +201,10 @@ def test_newest_are_kept(run):
     for _ in range(3):
         run.train(1)
         run.save(keep=3)
-    assert names(run) == ["latest", "step-000006", "step-000007", "step-000008"]
+    assert names(run) == ["step-000006", "step-000007", "step-000008"]
     run.train(1)
     run.save(keep=1)
-    assert names(run) == ["latest", "step-000009"]
+    assert names(run) == ["step-000009"]
 
 
 def test_a_name_is_never_used_twice(run):
@@ -228,7 +212,7 @@ def test_a_name_is_never_used_twice(run):
     run.step = 4
     with pytest.raises(ck.SaveFailed, match="step-000004.*not empty"):
         run.save()
-    assert names(run) == ["latest", "step-000002", "step-000004"]
+    assert names(run) == ["step-000002", "step-000004"]
     assert run.load()["cursor"] == 28
 
 
@@ -238,7 +222,7 @@ def test_damaged_ones_do_not_count_as_kept(run):
     assert run.load()["step"] == 2
     run.train(2)
     run.save(keep=2)
-    assert names(run) == ["damaged-step-000004", "latest", "step-000002", "step-000004"]
+    assert names(run) == ["damaged-step-000004", "step-000002", "step-000004"]
 
 
 # ---------------------------------------------------------------------------- damage
@@ -351,16 +335,9 @@ def test_bad_calls_are_refused(run):
         ({"modules": {"optim": run.modules["policy"]}}, "module names"),
         ({"modules": {"reference": run.modules["reference"]}}, "of no module"),
     ]:
-        arguments = {
-            "modules": run.modules,
-            "optimizer": run.optimizer,
-            "state": {},
-            "model_cfg": CFG,
-            "tokenizer": None,
-            "dist": ALONE,
-        }
+        state = options.pop("state", {})
         with pytest.raises(ValueError, match=message):
-            ck.save(run.run_dir, 5, **(arguments | options))
+            dataclasses.replace(run.checkpoints(), **options).save(5, state)
     assert "step-000005" not in names(run)
 
 
@@ -388,16 +365,16 @@ def test_a_full_disk_fails_the_save_only(run):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, resource.RLIM_INFINITY))
         with pytest.raises(ck.SaveFailed, match=r"could not save .*step-000005: rank 0.*too large"):
             run.save()
-        assert names(run) == ["latest", "step-000002", "step-000004"]
+        assert names(run) == ["step-000002", "step-000004"]
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         run.save()  # the next try, with room again
-        assert names(run) == ["latest", "step-000004", "step-000005"]
+        assert names(run) == ["step-000004", "step-000005"]
 
     assert in_fork(full_disk) == 0
     assert Run(run.run_dir).load()["step"] == 5
 
 
-@pytest.mark.parametrize("target", ["fsync", "rename", "mkdir", "replace"])
+@pytest.mark.parametrize("target", ["fsync", "rename", "mkdir"])
 def test_io_errors_at_every_call(run, monkeypatch, target, capsys):
     """Wherever the disk says ENOSPC, a sound checkpoint remains and no temporary folder does."""
     real, newest, num_saved = getattr(os, target), 4, 0
@@ -423,7 +400,7 @@ def test_io_errors_at_every_call(run, monkeypatch, target, capsys):
         if len(calls) <= failing_call:
             break
     assert num_saved > 0
-    assert failing_call >= {"fsync": 9, "rename": 2, "mkdir": 1, "replace": 1}[target]
+    assert failing_call >= {"fsync": 8, "rename": 2, "mkdir": 1}[target]
 
 
 # ---------------------------------------------------------------------------- models for others
@@ -466,8 +443,7 @@ def test_tied_model_and_tokenizer(tmp_path):
     tokenizer = Tokenizer.train(["12 + 30 = 42"] * 3, 300)
     model = Transformer(cfg)
     model.init_weights(0)
-    options = {"optimizer": None, "state": {}, "model_cfg": cfg, "tokenizer": tokenizer}
-    folder = ck.save(tmp_path, 1, modules={"model": model}, dist=ALONE, **options)
+    folder = ck.Checkpoints(tmp_path, {"model": model}, None, tokenizer, ALONE).save(1, {})
     assert "head.weight" not in load_file(folder / "model-00000.safetensors")
     loaded, again, _ = load_module.load_model(tmp_path, device="cpu")
     assert loaded.head.weight is loaded.embedding.weight
@@ -512,15 +488,12 @@ def test_second_trainer_is_refused(tmp_path):
 
 
 def test_stolen_lock_stops_saving(run):
-    """A trainer whose lock file was removed or replaced saves nothing more."""
+    """A trainer whose lock file was removed, and taken by another, is told so before it saves."""
     with run_lock(run.run_dir) as lock:
-        run.save(lock=lock)
+        lock.check(ALONE)
         (run.run_dir / ".lock").unlink()
-        with run_lock(run.run_dir):  # the thief
-            run.step = 6
-            with pytest.raises(RunInUse, match="removed or replaced"):
-                run.save(lock=lock)
-    assert "step-000006" not in names(run)
+        with run_lock(run.run_dir), pytest.raises(RunInUse, match="removed or replaced"):
+            lock.check(ALONE)
 
 
 # ---------------------------------------------------------------------------- two processes
@@ -536,19 +509,20 @@ def worker_reshard(out):
         loaded = run.tensors()
         run.run_dir = out / "two"
         with run_lock(run.run_dir, dist) as lock:
-            run.save(lock=lock)
+            lock.check(dist)
+            run.save()
             run.train(2)
             real = os.fsync
             if dist.rank == 1:
                 os.fsync = lambda handle: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full"))
             try:
-                run.save(lock=lock)
+                run.save()
             except ck.SaveFailed as error:
                 facts["failed"] = str(error)
             os.fsync = real
             nd.barrier(dist)
             facts["after_failure"] = names(run)
-            run.save(lock=lock)
+            run.save()
             other = nd.Dist(0, 0, 1, dist.device)
             try:
                 run_lock(run.run_dir, other).__enter__()
@@ -592,7 +566,7 @@ def test_reshard_one_to_two_to_one(tmp_path):
         facts = json.loads((tmp_path / f"facts-{rank}.json").read_text())
         assert facts["state"] == {"step": 2, "cursor": 14, "note": "x"}
         assert "rank 1: OSError: [Errno 28] full" in facts["failed"]
-        assert facts["after_failure"] == ["latest", "step-000002"]
+        assert facts["after_failure"] == ["step-000002"]
         assert "in use by another trainer" in facts["in_use"]
         assert facts["fallback"] == 2
     assert "damaged-step-000004" in names_in(tmp_path / "damaged")
