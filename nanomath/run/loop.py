@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from kernels import NotFinite
@@ -22,9 +23,9 @@ from nanomath.base.log import RunLog, progress
 from nanomath.data import TrainBatch
 from nanomath.dist import Dist, barrier, set_timeout, setup
 from nanomath.optim import SCHEDULES, supervised_step
-from nanomath.run import load
 from nanomath.run.checkpoint import Checkpoints, SaveFailed, agree, newest_name
 from nanomath.run.guard import RunInUse, RunLock, StopSignal, raise_together, run_lock
+from nanomath.run.load import load_model
 from nanomath.text.chat import use_template
 from nanomath.text.tokenizer import Tokenizer
 
@@ -62,16 +63,14 @@ def open_run(cfg: RunConfig) -> Iterator[tuple[Dist, RunLock]]:
 def start_model(cfg: Any, dist: Dist, **sharding: str) -> tuple[nn.Module, Tokenizer | None]:
     """Return the model of --init and its tokenizer.
 
-    A run that has a checkpoint can do without --init: the model is then the checkpoint's, and holds
-    no values until Run restores them.
+    A run that has a checkpoint can do without --init: the model is then the checkpoint's own.
     """
     try:
-        return load.load_model(cfg.init, dist, **sharding)[:2]
+        return load_model(cfg.init, dist, **sharding)[:2]
     except (OSError, ValueError):
-        own = load.load_unfilled(cfg.run_dir, dist, **sharding)
-        if own is None:
+        if newest_name(cfg.run_dir) is None:
             raise
-        return own
+        return load_model(cfg.run_dir, dist, **sharding)[:2]
 
 
 def load_start(cfg: Any, dist: Dist) -> tuple[nn.Module, Tokenizer]:
@@ -125,15 +124,14 @@ class Run:
         self._shown: dict[str, str] = {}
 
     def _check_data(self, data: Mapping[str, str]) -> None:
-        """Refuse to go on with data other than the run began with (older runs did not note it)."""
-        before = self.state.get("data", {})
-        changed = [name for name in data if before.get(name, data[name]) != data[name]]
+        """Refuse to go on with data other than the run began with."""
+        before = self.state.setdefault("data", dict(data))
+        changed = [name for name in data if before.get(name) != data[name]]
         if changed:
             raise SystemExit(
                 f"{self.cfg.run_dir} was trained on other contents of {', '.join(changed)} than it "
                 "has now: give back the old ones, or another --run_dir"
             )
-        self.state["data"] = dict(data)
 
     def steps(self, num_steps: int, *, desc: str) -> Iterator[int]:
         """Yield the steps still to do.
@@ -142,11 +140,6 @@ class Run:
         interval, at the end, and when a signal or `ends_with` asks to stop, on all ranks alike.
         """
         first, self._desc = self.state["step"], desc
-        if getattr(self.cfg, "warmup_steps", 0) > num_steps:
-            self.say(
-                f"note: --warmup_steps {self.cfg.warmup_steps} outlast the {num_steps} steps: the "
-                "learning rate never reaches --lr"
-            )
         if first >= num_steps:
             self.say(f"{desc}: all {num_steps} steps are done ({self.cfg.run_dir})")
             return
@@ -232,8 +225,7 @@ class Run:
     def say(self, text: str) -> None:
         """Print a line above the bar, once."""
         if self.dist.is_main:
-            bar = getattr(self, "bar", None)
-            bar.write(text) if bar is not None else print(text, flush=True)
+            tqdm.write(text)
 
     def samples(self, step: int, lines: Sequence[str]) -> None:
         """Write whole samples as text, those of the first rank."""

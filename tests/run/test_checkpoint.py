@@ -45,11 +45,11 @@ class Run:
     def __init__(self, run_dir, dist=ALONE, cfg=CFG, seed=0, dtype=torch.float32):
         self.run_dir, self.dist, self.cfg, self.step = Path(run_dir), dist, cfg, 0
         self.modules = {}
-        for name in ("policy", "reference"):
+        for name in ("model", "reference"):
             model = Transformer(cfg).to(dtype)
             model.init_weights(seed, std=0.2)
             self.modules[name] = nd.shard(model, dist)
-        parameters = list(self.modules["policy"].parameters())
+        parameters = list(self.modules["model"].parameters())
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.1},
@@ -60,7 +60,7 @@ class Run:
         )
 
     def train(self, num_steps):
-        model = self.modules["policy"]
+        model = self.modules["model"]
         for _ in range(num_steps):
             generator = torch.Generator().manual_seed(self.step)
             tokens = torch.randint(0, self.cfg.vocab_size, (4, 6), generator=generator)
@@ -130,7 +130,7 @@ def test_resume_is_bit_exact(run):
     assert len(run.tensors()) == 21 * 5  # weights of two models, two moments and a step of one
     assert_same(run.tensors(), resumed.tensors())
     reference = resumed.modules["reference"].embedding.weight
-    assert not torch.equal(reference, resumed.modules["policy"].embedding.weight)
+    assert not torch.equal(reference, resumed.modules["model"].embedding.weight)
 
 
 def test_nothing_saved_is_none(tmp_path):
@@ -170,11 +170,11 @@ def test_state_other_than_adamw_moments(tmp_path):
 def test_layout(run):
     """The folder holds what the docstring says, hashed, none of it a pickle."""
     folder = folder_of(run, 4)
-    stems = ["optim-00000", "policy-00000", "reference-00000"]
+    stems = ["optim-00000", "model-00000", "reference-00000"]
     files = {f"{stem}.safetensors" for stem in stems} | {"state.json", "config.json"}
     assert {path.name for path in folder.iterdir()} == files | {"COMMIT"}
     assert set(json.loads((folder / "COMMIT").read_text())) == files
-    weights = load_file(folder / "policy-00000.safetensors")
+    weights = load_file(folder / "model-00000.safetensors")
     assert weights["embedding.weight"].shape == (33, 12)
     for path in folder.iterdir():
         raw = path.read_bytes()
@@ -242,7 +242,7 @@ DAMAGE = {
     "middle bit": lambda path: flip(path, path.stat().st_size // 2),
     "last bit": lambda path: flip(path, path.stat().st_size - 1),
 }
-FILES = ["policy-00000.safetensors", "optim-00000.safetensors", "state.json", "config.json"]
+FILES = ["model-00000.safetensors", "optim-00000.safetensors", "state.json", "config.json"]
 FILES += ["COMMIT"]
 
 
@@ -309,22 +309,20 @@ def test_another_shape_is_refused(run):
     """A checkpoint of another model names tensor, both shapes, and changes nothing."""
     other = Run(run.run_dir, cfg=ModelConfig(34, 2, 12, 2, 1, 20))
     before = other.tensors()
-    message = r"policy/embedding.weight has shape \[33, 12\] in the checkpoint but \[34, 12\]"
+    message = r"model/embedding.weight has shape \[33, 12\] in the checkpoint but \[34, 12\]"
     with pytest.raises(ValueError, match=message):
         other.load()
     assert_same(before, other.tensors())
     for cfg, message in [
-        (ModelConfig(33, 3, 12, 2, 1, 20), "policy/blocks.2.* has shape none"),
-        (ModelConfig(33, 1, 12, 2, 1, 20), "policy/blocks.1.* but none in this model"),
+        (ModelConfig(33, 3, 12, 2, 1, 20), "model/blocks.2.* has shape none"),
+        (ModelConfig(33, 1, 12, 2, 1, 20), "model/blocks.1.* but none in this model"),
         (ModelConfig(33, 2, 12, 6, 3, 20), "num_heads 2, not 6"),
     ]:
         with pytest.raises(ValueError, match=message):
             Run(run.run_dir, cfg=cfg).load()
-    run.modules = {"policy": run.modules["reference"]}
-    run.optimizer = torch.optim.SGD(list(run.modules["policy"].parameters())[1:])
-    with pytest.raises(
-        ValueError, match="optim/policy/embedding.weight/.* belongs to no parameter"
-    ):
+    run.modules = {"model": run.modules["reference"]}
+    run.optimizer = torch.optim.SGD(list(run.modules["model"].parameters())[1:])
+    with pytest.raises(ValueError, match="optim/model/embedding.weight/.* belongs to no parameter"):
         run.load()
 
 
@@ -332,7 +330,7 @@ def test_bad_calls_are_refused(run):
     """What could not be loaded again is refused, and no checkpoint comes of it."""
     for options, message in [
         ({"state": {"x": float("nan")}}, "JSON"),
-        ({"modules": {"optim": run.modules["policy"]}}, "module names"),
+        ({"modules": {"optim": run.modules["model"]}}, "module names"),
         ({"modules": {"reference": run.modules["reference"]}}, "of no module"),
     ]:
         state = options.pop("state", {})
@@ -361,7 +359,7 @@ def test_a_full_disk_fails_the_save_only(run):
     """When the disk refuses, SaveFailed is raised, older checkpoints and the run stay usable."""
 
     def full_disk():
-        size = (folder_of(run, 4) / "policy-00000.safetensors").stat().st_size
+        size = (folder_of(run, 4) / "model-00000.safetensors").stat().st_size
         resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, resource.RLIM_INFINITY))
         with pytest.raises(ck.SaveFailed, match=r"could not save .*step-000005: rank 0.*too large"):
             run.save()
@@ -410,28 +408,24 @@ def test_load_model_from_every_kind_of_path(run, capsys):
     """A run folder, its checkpoints and one step give the model that was saved."""
     tokens = torch.arange(8).reshape(2, 4)
     run.load()
-    expected = run.modules["policy"](tokens)
+    expected = run.modules["model"](tokens)
     for path in (run.run_dir, str(run.run_dir / "checkpoints"), folder_of(run, 4)):
         model, tokenizer, state = load_module.load_model(path, device="cpu")
         assert torch.equal(model(tokens), expected)
         assert tokenizer is None and state["step"] == 4 and model.cfg == CFG
     wide = load_module.load_model(run.run_dir, device="cpu", dtype=torch.float64)[0]
     torch.testing.assert_close(wide(tokens), expected.double(), rtol=1e-4, atol=1e-5)
-    reference = load_module.load_model(run.run_dir, device="cpu", module="reference")[0]
-    assert torch.equal(reference(tokens), run.modules["reference"](tokens))
-    flip(folder_of(run, 4) / "policy-00000.safetensors", 5000)
+    flip(folder_of(run, 4) / "model-00000.safetensors", 5000)
     assert load_module.load_model(run.run_dir, device="cpu")[2]["step"] == 2
     assert "step-000004 is damaged" in capsys.readouterr().err
 
 
 def test_load_model_says_what_is_wrong(run, tmp_path):
-    """No checkpoint names the command that makes one; damage and unknown modules are named."""
+    """No checkpoint names the command that makes one; damage is named."""
     (tmp_path / "empty").mkdir()
     for name, found in (("nowhere", "is not a folder"), ("empty", "and no Hugging Face model")):
         with pytest.raises(FileNotFoundError, match=f"no checkpoint under .*{found}; .*: bash"):
             load_module.load_model(tmp_path / name, device="cpu")
-    with pytest.raises(ValueError, match="holds no module critic: .*'policy', 'reference'"):
-        load_module.load_model(run.run_dir, device="cpu", module="critic")
     flip(folder_of(run, 4) / "COMMIT", 9)
     with pytest.raises(ValueError, match="step-000004 is damaged: .*COMMIT"):
         load_module.load_model(folder_of(run, 4), device="cpu")
@@ -533,7 +527,7 @@ def worker_reshard(out):
         if dist.is_main:
             save_file(loaded, out / "loaded.safetensors")
             save_file(trained, out / "trained.safetensors")
-            path = out / "two" / "checkpoints" / f"step-{run.step:06d}" / "policy-00001.safetensors"
+            path = out / "two" / "checkpoints" / f"step-{run.step:06d}" / "model-00001.safetensors"
             shutil.copytree(out / "two", out / "damaged")
             flip(out / "damaged" / path.relative_to(out / "two"), 3000)
         nd.barrier(dist)
@@ -560,7 +554,7 @@ def test_reshard_one_to_two_to_one(tmp_path):
         torch.testing.assert_close(tensor, one.tensors()[name], rtol=1e-10, atol=1e-10)
 
     folder = folder_of(back, 4)
-    parts = [load_file(folder / f"policy-0000{rank}.safetensors") for rank in (0, 1)]
+    parts = [load_file(folder / f"model-0000{rank}.safetensors") for rank in (0, 1)]
     assert [len(part["embedding.weight"]) for part in parts] == [17, 16]
     for rank in (0, 1):
         facts = json.loads((tmp_path / f"facts-{rank}.json").read_text())
@@ -570,7 +564,7 @@ def test_reshard_one_to_two_to_one(tmp_path):
         assert "in use by another trainer" in facts["in_use"]
         assert facts["fallback"] == 2
     assert "damaged-step-000004" in names_in(tmp_path / "damaged")
-    assert "policy-00001.safetensors does not match its checksum" in statuses[0][1]
+    assert "model-00001.safetensors does not match its checksum" in statuses[0][1]
 
 
 if __name__ == "__main__":
