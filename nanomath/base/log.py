@@ -138,12 +138,8 @@ def _warn(message: str) -> None:
 
 
 def _json_line(row: Mapping[str, Any]) -> str:
-    strict = {k: None if _is_not_finite(value) else value for k, value in row.items()}
-    return json.dumps(strict, allow_nan=False) + "\n"
-
-
-def _is_not_finite(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+    bad = {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
+    return json.dumps({**row, **bad}, allow_nan=False) + "\n"
 
 
 def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
@@ -152,10 +148,9 @@ def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
     What was not finite when it was logged is NaN here, for it stays a number to count with.
     """
     path = Path(run_dir) / "metrics.jsonl"
-    if not path.exists():
-        return []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in text.splitlines():
         try:
             row = json.loads(line)
         except ValueError:

@@ -516,6 +516,7 @@ def worker_reshard(out):
             os.fsync = real
             nd.barrier(dist)
             facts["after_failure"] = names(run)
+            nd.barrier(dist)  # both have looked
             run.save()
             other = nd.Dist(0, 0, 1, dist.device)
             try:
