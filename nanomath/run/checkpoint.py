@@ -54,7 +54,7 @@ class Checkpoints:
     """The checkpoints of a run, and what they are made of."""
 
     run_dir: str | Path
-    modules: dict[str, nn.Module]
+    modules: dict[str, nn.Module]  # each under a name without "-"
     optimizer: torch.optim.Optimizer | None
     tokenizer: Tokenizer | None
     dist: Dist
@@ -72,11 +72,10 @@ class Checkpoints:
             for key, module in self.modules.items()
             for name, tensor in module_tensors(module).items()
         }
-        groups = self.optimizer.param_groups if self.optimizer is not None else ()
-        parameters = [parameter for group in groups for parameter in group["params"]]
-        if any(id(parameter) not in names for parameter in parameters):
-            raise ValueError("the optimizer holds a parameter of no module given to the checkpoint")
-        return {names[id(parameter)]: parameter for parameter in parameters}
+        groups = self.optimizer.param_groups
+        return {
+            names[id(parameter)]: parameter for group in groups for parameter in group["params"]
+        }
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return all that is stored, by module: weights, buffers, the optimizer's moments."""
@@ -97,17 +96,9 @@ class Checkpoints:
         state: strict JSON, rank 0's is stored, with `step` added. Raises SaveFailed on all ranks
         alike when the disk refuses any.
         """
-        if OPTIM in self.modules or any("-" in name for name in self.modules):
-            names = sorted(self.modules)
-            raise ValueError(f"module names must not be {OPTIM!r} nor hold '-': {names}")
         final, temporary = (self.root / f"{kind}step-{step:06d}" for kind in ("", ".tmp-"))
-
-        def start() -> None:
-            shutil.rmtree(temporary, ignore_errors=True)  # of a save that failed
-            temporary.mkdir(parents=True)
-
         try:
-            agree(start, self.dist, main_only=True)
+            agree(lambda: temporary.mkdir(parents=True), self.dist, main_only=True)
             hashes = agree(lambda: self._write(temporary, {**state, "step": step}), self.dist)
             agree(lambda: _commit(temporary, final, hashes), self.dist, main_only=True)
         except SaveFailed as error:
@@ -115,7 +106,7 @@ class Checkpoints:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise SaveFailed(f"could not save {final}: {error}") from None
         if self.dist.is_main:
-            _tidy(final, keep)
+            _tidy(self.root, keep)
         return final
 
     def _write(self, folder: Path, state: dict) -> dict[str, str]:
@@ -149,11 +140,11 @@ class Checkpoints:
         reason; if all are, or if the checkpoint is of another shape, raises ValueError before any
         weight changes. Any number of ranks may load what any other number saved; all must call it.
         """
+        if self.dist.is_main:
+            _tidy(self.root)
         folder = newest_sound(self.root, self.dist, set_aside=True)
         if folder is None:
             return None
-        if self.dist.is_main:
-            _tidy(folder)  # a kill after its rename left this undone
         stored = {name: StoredTensors(folder, name) for name in self.modules}
         wanted = {name: module_tensors(module) for name, module in self.modules.items()}
         for name, module in self.modules.items():
@@ -215,9 +206,8 @@ def _commit(temporary: Path, final: Path, hashes: list[dict[str, str]]) -> None:
     fsync(final.parent)
 
 
-def _tidy(newest: Path, keep: int = sys.maxsize) -> None:
+def _tidy(root: Path, keep: int = sys.maxsize) -> None:
     """Delete all but the newest `keep`, and what killed runs left."""
-    root = newest.parent
     try:
         for stale in root.glob(".tmp-*"):
             shutil.rmtree(stale)
@@ -225,8 +215,8 @@ def _tidy(newest: Path, keep: int = sys.maxsize) -> None:
             doomed = folder.with_name(f".tmp-{folder.name}")
             os.rename(folder, doomed)  # a kill half-way through leaves no folder that looks damaged
             shutil.rmtree(doomed)
-    except OSError as error:  # the checkpoint itself stands
-        _warn(f"{newest} is whole, but tidying up beside it failed: {error}")
+    except OSError as error:  # the newest checkpoint stands
+        _warn(f"could not delete all that is not needed any more under {root}: {error}")
 
 
 def _newest_first(root: Path) -> list[Path]:

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 
@@ -33,7 +33,6 @@ from nanomath.dist import Dist, all_ok, barrier, broadcast_json, cleanup
 POLL_S = 0.25  # how often a rank looks for another rank's error
 LINGER_S = 4 * POLL_S  # the store ends with the process that holds it: first all others look
 LAST_WORDS_S = 20  # after an error, a process that has not ended by itself is killed
-T = TypeVar("T")
 
 
 class ErrorWatch(threading.Thread):
@@ -157,7 +156,7 @@ class StopSignal:
             self._may_cut = False
             raise _Signalled
 
-    def unless_signalled(self, work: Callable[[], T]) -> T | None:
+    def unless_signalled(self, work: Callable[[], Any]) -> Any:
         """Return work(), or None at once when this rank is signalled before it is done.
 
         The work may be cut anywhere, so it must be such as can be thrown away, and wait for no
@@ -186,7 +185,7 @@ class StopSignal:
             signal.signal(number, handler)
 
 
-class RunInUse(ValueError):
+class RunInUse(SystemExit):
     """Another trainer holds the run folder, or took it from this one."""
 
 

@@ -24,7 +24,7 @@ from nanomath.data import TrainBatch
 from nanomath.dist import Dist, barrier, set_timeout, setup
 from nanomath.optim import SCHEDULES, supervised_step
 from nanomath.run.checkpoint import Checkpoints, SaveFailed, agree, newest_name
-from nanomath.run.guard import RunInUse, RunLock, StopSignal, raise_together, run_lock
+from nanomath.run.guard import RunLock, StopSignal, raise_together, run_lock
 from nanomath.run.load import load_model
 from nanomath.text.chat import use_template
 from nanomath.text.tokenizer import Tokenizer
@@ -118,10 +118,10 @@ class Run:
         self._desc, self._saved_step = "", self.state["step"]
         self.failed_saves = 0
         self.ends_with: str | None = None  # once set, the run ends with this line after its step
-        first = self.state["step"]
-        if dist.is_main:
-            self._log = RunLog(cfg.run_dir, start_step=first, tensorboard=cfg.tensorboard)
         self._shown: dict[str, str] = {}
+        if dist.is_main:
+            first = self.state["step"]
+            self._log = RunLog(cfg.run_dir, start_step=first, tensorboard=cfg.tensorboard)
 
     def _check_data(self, data: Mapping[str, str]) -> None:
         """Refuse to go on with data other than the run began with."""
@@ -140,10 +140,7 @@ class Run:
         interval, at the end, and when a signal or `ends_with` asks to stop, on all ranks alike.
         """
         first, self._desc = self.state["step"], desc
-        if first >= num_steps:
-            self.say(f"{desc}: all {num_steps} steps are done ({self.cfg.run_dir})")
-            return
-        if first:
+        if 0 < first < num_steps:
             self.say(f"{desc}: continuing {self.cfg.run_dir} at step {first} of {num_steps}")
         self.bar = progress(
             total=num_steps, initial=first, desc=desc, unit="step", disable=not self.dist.is_main
@@ -212,8 +209,6 @@ class Run:
             self.lock.check(self.dist)
             self._checkpoints.save(self.state["step"], self.state, self.cfg.keep_checkpoints)
             self.failed_saves, self._saved_step = 0, self.state["step"]
-        except RunInUse as error:
-            raise SystemExit(str(error)) from None
         except SaveFailed as error:
             self.failed_saves += 1
             self.say(f"warning: {error}")
@@ -225,7 +220,8 @@ class Run:
     def say(self, text: str) -> None:
         """Print a line above the bar, once."""
         if self.dist.is_main:
-            tqdm.write(text)
+            with tqdm.external_write_mode():
+                print(text, flush=True)
 
     def samples(self, step: int, lines: Sequence[str]) -> None:
         """Write whole samples as text, those of the first rank."""
