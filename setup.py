@@ -27,7 +27,6 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "wandb": ["wandb>=0.19"],  # --wandb
         "hub": ["huggingface_hub>=0.34"],  # nanomath.hub.download of models
         "test": [
             *("pytest>=8", "hypothesis", "ruff", "transformers>=4.57", "tokenizers"),

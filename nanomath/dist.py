@@ -48,7 +48,6 @@ class Dist:
     world_size: int
     device: torch.device
     mesh: DeviceMesh | None = field(default=None, repr=False, compare=False)
-    life: str = field(default="", repr=False, compare=False)  # names this start of the ranks
     store: td.Store | None = field(default=None, repr=False, compare=False)  # what they share
 
     @property
@@ -76,7 +75,7 @@ def setup(device: str = "auto", threads: int = 0, timeout_s: float = START_TIMEO
         return Dist(0, 0, 1, chosen)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    timeout, store, life = timedelta(seconds=timeout_s), td.HashStore(), ""
+    timeout, store = timedelta(seconds=timeout_s), td.HashStore()
     if world_size > 1:
         store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timeout))
         life = agree_on_life(store, rank, world_size, timeout_s)
@@ -85,7 +84,7 @@ def setup(device: str = "auto", threads: int = 0, timeout_s: float = START_TIMEO
     backend = "gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl"
     td.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     mesh = init_device_mesh(chosen.type, (world_size,))
-    return Dist(rank, local_rank, world_size, chosen, mesh, life, store)
+    return Dist(rank, local_rank, world_size, chosen, mesh, store)
 
 
 def cleanup(dist: Dist) -> None:

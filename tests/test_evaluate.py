@@ -55,16 +55,8 @@ def save_checkpoint(folder, step, tokenizer, dist, *, seed):
     )
     model = Transformer(cfg)
     model.init_weights(seed)
-    checkpoint.save(
-        folder,
-        step,
-        modules={"model": model},
-        optimizer=torch.optim.AdamW(model.parameters()),
-        state={"step": step},
-        model_cfg=cfg,
-        tokenizer=tokenizer,
-        dist=dist,
-    )
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoint.Checkpoints(folder, {"model": model}, optimizer, tokenizer, dist).save(step, {})
 
 
 def config(run_folder, **changes):

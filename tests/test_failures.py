@@ -87,7 +87,6 @@ def files_of(run_dir, num_steps=NUM_STEPS):
     newest = run_dir / "checkpoints" / f"step-{num_steps:06d}"
     paths = [run_dir / "metrics.jsonl", run_dir / "samples.txt", *newest.glob("*.safetensors")]
     state = json.loads((newest / "state.json").read_text())
-    assert (run_dir / "checkpoints" / "latest").read_text() == f"{newest.name}\n"
     assert checkpoint.damage(newest) is None
     return {path.name: path.read_bytes() for path in paths} | {"state": {**state, "seconds": 0}}
 
@@ -270,7 +269,7 @@ def test_a_disk_error_at_any_moment_costs_a_save_at_most(tmp_path, whole, capsys
 
 def test_all_is_on_the_disk_before_a_checkpoint_gets_its_name(tmp_path, monkeypatch):
     """A power cut loses what was not fsynced: at the rename every file, the folder and the logs
-    are; its new name and the file `latest` points from are, after it."""
+    are; its new name is, after it."""
     synced, order, real_fsync, real_rename = set(), [], os.fsync, os.rename
 
     def fsync(handle):
@@ -291,7 +290,7 @@ def test_all_is_on_the_disk_before_a_checkpoint_gets_its_name(tmp_path, monkeypa
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "rename", rename)
     train(tmp_path, num_steps=1)
-    assert order == ["checkpoints", "latest.new"]
+    assert order == ["checkpoints"]
 
 
 def failing(real, steps):
@@ -314,7 +313,7 @@ def test_saves_that_keep_failing_end_the_run(tmp_path, whole, capsys, monkeypatc
     with pytest.raises(SystemExit, match=r"cannot be saved \(3 in a row failed\): .*No space left"):
         train(tmp_path, num_steps=8, each_step=failing(real, range(1, 8)))
     assert capsys.readouterr().out.count("warning: could not save") == 3
-    assert names_in(tmp_path) == {"latest", "step-000001"}
+    assert names_in(tmp_path) == {"step-000001"}
     train(tmp_path, each_step=failing(real, ()))
     assert files_of(tmp_path) == whole
 
@@ -324,7 +323,7 @@ def test_only_failures_in_a_row_end_a_run(tmp_path, monkeypatch):
     real = weights.save_file
     monkeypatch.setattr(weights, "save_file", real)
     train(tmp_path, num_steps=7, each_step=failing(real, {1, 2, 4, 5}))
-    assert names_in(tmp_path) == {"latest", "step-000004", "step-000007"}
+    assert names_in(tmp_path) == {"step-000004", "step-000007"}
 
 
 @pytest.mark.parametrize("signalled", [False, True])
@@ -376,7 +375,7 @@ def test_a_full_disk_by_file_size_limit(tmp_path, whole):
 
     assert in_fork(lambda: train(tmp_path, each_step=limit)) == 0
     assert files_of(tmp_path) == whole
-    assert names_in(tmp_path) == {"latest", "step-000003", "step-000004"}
+    assert names_in(tmp_path) == {"step-000003", "step-000004"}
 
 
 def test_a_full_disk_on_a_small_tmpfs(tmp_path, whole, capfd):
@@ -402,7 +401,7 @@ def test_a_full_disk_on_a_small_tmpfs(tmp_path, whole, capfd):
         said = capfd.readouterr()
         assert said.out.count("could not save") == 2 and "No space left on device" in said.out
         assert files_of(disk / "run") == whole
-        assert names_in(disk / "run") == {"latest", "step-000001", "step-000004"}
+        assert names_in(disk / "run") == {"step-000001", "step-000004"}
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -439,7 +438,7 @@ def test_a_stolen_lock_ends_the_run(tmp_path):
 
     with pytest.raises(SystemExit, match="lock was removed or replaced .* saves nothing more"):
         train(tmp_path, each_step=steal)
-    assert names_in(tmp_path) == {"latest", "step-000001"}
+    assert names_in(tmp_path) == {"step-000001"}
 
 
 # ------------------------------------------------------------------------------- signals
@@ -469,7 +468,7 @@ def test_a_signal_during_a_save(tmp_path, whole, number):
     """The save is finished, the run stops after the step then begun, saves that and exits 0; the
     same command ends at the same bits."""
     assert in_fork(lambda: train(tmp_path, each_step=during_save(number, 1))) == 0
-    assert names_in(tmp_path) == {"latest", "step-000002", "step-000003"}
+    assert names_in(tmp_path) == {"step-000002", "step-000003"}
     train(tmp_path)
     assert files_of(tmp_path) == whole
 
@@ -479,7 +478,7 @@ def test_a_second_signal_during_a_save_exits_at_once(tmp_path, whole):
     128 + its number; the checkpoint before is there."""
     status = in_fork(lambda: train(tmp_path, each_step=during_save(signal.SIGTERM, 2)))
     assert status == 128 + signal.SIGTERM
-    assert names_in(tmp_path) == {"latest", "step-000001", ".tmp-step-000002"}
+    assert names_in(tmp_path) == {"step-000001", ".tmp-step-000002"}
     train(tmp_path)
     assert files_of(tmp_path) == whole
 
@@ -638,10 +637,8 @@ def test_a_rank_that_raises_ends_all(tmp_path, worker, message):
     """Wherever one rank raises, all end with status 1 and its message, in less than 30 s."""
     tokenizer = Tokenizer.train(["Numbers: 1 2 3\nTarget: 6\n<think>1+2=3</think>"] * 3, 280)
     cfg = ModelConfig(280, 1, 16, 2, 2, 16, max_context=64)
-    checkpoint.save(
-        tmp_path / "start", 1, modules={"model": Transformer(cfg)}, optimizer=None, state={},
-        model_cfg=cfg, tokenizer=tokenizer, dist=dist.Dist(0, 0, 1, torch.device("cpu")),
-    )  # fmt: skip
+    alone, modules = dist.Dist(0, 0, 1, torch.device("cpu")), {"model": Transformer(cfg)}
+    checkpoint.Checkpoints(tmp_path / "start", modules, None, tokenizer, alone).save(1, {})
     (tmp_path / "sft.jsonl").write_text('{"prompt": "1+1=", "solution": "2"}\n' * 9)
     (status_0, text_0), (status_1, text_1) = launch(worker, tmp_path, 2)
     assert time.time() - (tmp_path / "died").stat().st_mtime < 30
@@ -770,10 +767,8 @@ def trainer_commands(folder):
     tokenizer = Tokenizer.train(["Numbers: 1 2 3\nTarget: 6\n<think>1+2=3</think>"] * 3, 280)
     tokenizer.save(folder / "tokenizer")
     cfg = ModelConfig(280, 1, 16, 2, 2, 16, max_context=64)
-    checkpoint.save(
-        folder / "start", 1, modules={"model": Transformer(cfg)}, optimizer=None, state={},
-        model_cfg=cfg, tokenizer=tokenizer, dist=dist.Dist(0, 0, 1, torch.device("cpu")),
-    )  # fmt: skip
+    alone, modules = dist.Dist(0, 0, 1, torch.device("cpu")), {"model": Transformer(cfg)}
+    checkpoint.Checkpoints(folder / "start", modules, None, tokenizer, alone).save(1, {})
     common = ["--preset", "smoke", "--device", "cpu", "--threads", "1"]
     common += ["--checkpoint_interval", "1", "--num_steps", "12"]
     text = ["--corpus", folder / "corpus.jsonl", "--valid", folder / "corpus.jsonl"]

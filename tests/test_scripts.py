@@ -71,10 +71,7 @@ def save_start(run_dir, tokenizer, dtype, max_context=64):
     cfg = ModelConfig(tokenizer.vocab_size, 1, 16, 2, 2, 16, max_context=max_context)
     model = Transformer(cfg).to(dtype)
     model.init_weights(0)
-    checkpoint.save(
-        run_dir, 1, modules={"model": model}, optimizer=None, state={"step": 1},
-        model_cfg=cfg, tokenizer=tokenizer, dist=ALONE,
-    )  # fmt: skip
+    checkpoint.Checkpoints(run_dir, {"model": model}, None, tokenizer, ALONE).save(1, {})
     return run_dir
 
 
@@ -127,10 +124,8 @@ def test_checkpoint_of_another_shape_is_refused(tmp_path, start, tokenizer, monk
     """A run folder whose checkpoint has another shape than the model is one line with both."""
     cfg = ModelConfig(tokenizer.vocab_size, 1, 32, 2, 2, 16, max_context=64)
     wide = Transformer(cfg)
-    checkpoint.save(
-        tmp_path / "grpo", 1, modules={"model": wide, "reference": wide}, optimizer=None,
-        state={"step": 1}, model_cfg=cfg, tokenizer=tokenizer, dist=ALONE,
-    )  # fmt: skip
+    modules = {"model": wide, "reference": wide}
+    checkpoint.Checkpoints(tmp_path / "grpo", modules, None, tokenizer, ALONE).save(1, {})
     argv = [*SMALL_GRPO, "--init", start, "--run_dir", tmp_path / "grpo"]
     text = message(train_grpo, argv, monkeypatch, capsys)
     assert "[32, 32]" in text and "[16, 16]" in text and "attention" in text

@@ -21,15 +21,13 @@ import json
 import math
 import operator
 import os
-import sys
-import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nanomath.base.files import write_json
+from nanomath.base.files import read_json, write_json
 
 T = TypeVar("T")
 
@@ -88,9 +86,6 @@ class RunConfig:
         may_change=True,
     )
     tensorboard: bool = opt(True, "write TensorBoard's event files too", may_change=True)
-    wandb: bool = opt(
-        False, "send metrics and settings, never text, to Weights & Biases", may_change=True
-    )
     checkpoint_interval: int = opt(50, "steps between checkpoints", low=1, may_change=True)
     keep_checkpoints: int = opt(2, "how many checkpoints to keep", low=1, may_change=True)
     max_grad_norm: float | None = opt(
@@ -112,40 +107,30 @@ def parse(
     Raises SystemExit(2) with one line that names the flag and the fix.
     """
     presets = presets or {}
-    preset_parser = _Parser(add_help=False)
-    preset_parser.add_argument("--preset", choices=sorted(presets))
-    chosen, _ = preset_parser.parse_known_args(argv)
-    values = dict(presets[chosen.preset]) if chosen.preset else {}
-    unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
-    if unknown:
-        raise TypeError(f"preset {chosen.preset} of {cls.__name__} names no field: {unknown}")
-
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    first = _Parser(add_help=False, allow_abbrev=False)  # --preset says what the defaults are
     if presets:
-        parser.add_argument(
-            "--preset", choices=sorted(presets), help="a set of values; add --help to see them"
-        )
+        help_text = "a set of values; add --help to see them"
+        first.add_argument("--preset", choices=sorted(presets), help=help_text)
+    preset = vars(first.parse_known_args(argv)[0]).get("preset")
+    start = cls(**presets.get(preset, {}))
+
+    layout = argparse.RawDescriptionHelpFormatter
+    about = {"description": description, "formatter_class": layout, "parents": [first]}
+    parser = _Parser(**about, allow_abbrev=False)
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        _add_argument(parser, field, hints[field.name], values.get(field.name, field.default))
+        _add_argument(parser, field, hints[field.name], getattr(start, field.name))
     args = vars(parser.parse_args(argv))
     args.pop("preset", None)
     cfg = cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in args.items()})
     for field in dataclasses.fields(cls):
-        _, optional, _ = _unpack(hints[field.name])
-        problem = _out_of_bounds(field, getattr(cfg, field.name), optional)
-        if problem:
+        if problem := _out_of_bounds(field, getattr(cfg, field.name), hints[field.name]):
             parser.error(problem)
     return cfg
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse without prefixes, whose error for an unknown flag names the nearest one."""
-
-    def __init__(self, **kwargs: Any):
-        spec = sys.modules["__main__"].__spec__  # of a module run by python -m
-        prog = f"python -m {spec.name}" if spec and spec.name.startswith("nanomath.") else None
-        super().__init__(prog=prog, allow_abbrev=False, **kwargs)
+    """argparse whose error for an unknown flag is one line that names the nearest one."""
 
     def parse_args(self, args=None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)
@@ -160,43 +145,29 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _add_argument(parser: _Parser, field: dataclasses.Field, hint: Any, default: Any) -> None:
-    kind, optional, many = _unpack(hint)
+    inner = typing.get_args(hint)  # of T | None: (T, NoneType); of tuple[T, ...]: (T, ...)
+    kind, many = inner[0] if inner else hint, ... in inner
+    meta, flag = field.metadata, f"--{field.name}"
     shown = " ".join(map(str, default)) if many else default
     if kind is bool:
         shown = f"on; --no_{field.name} turns it off" if default else "off"
-    help_text = f"{field.metadata['help']} [{shown}]".replace("%", "%%")
+    help_text = f"{meta['help']} [{shown}]".replace("%", "%%")
     common = {"dest": field.name, "default": default, "help": help_text}
     if kind is bool:
-        group = parser.add_mutually_exclusive_group()
-        group.add_argument(f"--{field.name}", action="store_true", **common)
-        group.add_argument(
-            f"--no_{field.name}", action="store_false", dest=field.name, help=argparse.SUPPRESS
+        parser.add_argument(flag, action="store_true", **common)
+        parser.add_argument(
+            f"--no_{field.name}", action="store_false", **common | {"help": argparse.SUPPRESS}
         )
-        parser.set_defaults(**{field.name: default})
         return
-    short = [f"-{field.metadata['short']}"] if field.metadata["short"] else []
     parser.add_argument(
-        *short,
-        f"--{field.name}",
-        type=_reader(kind, optional),
+        *([f"-{meta['short']}"] if meta["short"] else []),
+        flag,
+        type=_reader(kind, type(None) in inner),
         nargs="+" if many else None,
-        choices=field.metadata["choices"],
-        metavar=None if field.metadata["choices"] else kind.__name__.upper(),
+        choices=meta["choices"],
+        metavar=None if meta["choices"] else kind.__name__.upper(),
         **common,
     )
-
-
-def _unpack(hint: Any) -> tuple[type, bool, bool]:
-    """Split a field's type into (scalar type, may be None, is a tuple)."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
-        kind, _, many = _unpack(inner[0])
-        return kind, True, many
-    if typing.get_origin(hint) is tuple:
-        return typing.get_args(hint)[0], False, True
-    if hint not in (int, float, str, bool):
-        raise TypeError(f"a config field cannot be of type {hint}")
-    return hint, False, False
 
 
 def _reader(kind: type, optional: bool):
@@ -212,14 +183,14 @@ def _reader(kind: type, optional: bool):
     return read
 
 
-def _out_of_bounds(field: dataclasses.Field, value: Any, optional: bool) -> str | None:
+def _out_of_bounds(field: dataclasses.Field, value: Any, hint: Any) -> str | None:
     kinds = {
         "low": ("at least", operator.ge),
         "high": ("at most", operator.le),
         "above": ("above", operator.gt),
         "below": ("below", operator.lt),
     }
-    or_none = ", or none" if optional else ""
+    or_none = ", or none" if type(None) in typing.get_args(hint) else ""
     for number in value if isinstance(value, tuple) else (value,):
         if number == "" != field.default:
             return f"--{field.name} is empty: leave it out, or give a value"
@@ -255,35 +226,21 @@ def to_json(cfg: Any) -> dict[str, Any]:
 def lock_config(cfg: Any, run_dir: str | os.PathLike) -> None:
     """Save cfg as run_dir/config.json, or check that the run there was started with the same.
 
-    A setting that the file does not name, because the run is older than it, had its default.
-    Raises SystemExit with a line that names the fields that differ.
+    Raises SystemExit with a line that names the fields that differ, ValueError for a file that
+    holds no settings.
     """
     path = Path(run_dir) / "config.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    fixed = {
-        field.name: json.loads(json.dumps(field.default))
-        for field in dataclasses.fields(cfg)
-        if not field.metadata.get("may_change")
-    }
     now = to_json(cfg)
-    if path.exists():
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(stored, dict):
-                raise ValueError("it holds no settings")
-        except ValueError as error:
-            raise SystemExit(
-                f"{path}: not JSON ({error}); remove it or give another --run_dir"
-            ) from None
-        before = fixed | stored
-        changed = [
-            f"--{name} was {before[name]!r}, is {now[name]!r}"
-            for name in sorted(fixed)
-            if before[name] != now[name]
-        ]
-        if changed:
-            raise SystemExit(
-                f"{run_dir} holds a run with other settings ({'; '.join(changed)}): "
-                "give another --run_dir, or the old values to continue it"
-            )
+    before = read_json(path, "remove it or give another --run_dir") if path.exists() else now
+    changed = [
+        f"--{field.name} was {before.get(field.name)!r}, is {now[field.name]!r}"
+        for field in dataclasses.fields(cfg)
+        if not field.metadata.get("may_change") and before.get(field.name) != now[field.name]
+    ]
+    if changed:
+        raise SystemExit(
+            f"{run_dir} holds a run with other settings ({'; '.join(changed)}): "
+            "give another --run_dir, or the old values to continue it"
+        )
     write_json(path, now)

@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -65,17 +66,12 @@ def read_jsonl(
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
-    """Yield numbered lines, None for one that is too long; a byte-order mark is dropped."""
+    """Yield numbered lines, None for one that is too long."""
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rb") as file:
-            number = 0
-            while line := file.readline(MAX_LINE_BYTES):
-                number += 1
-                if number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                    raise ValueError(f"{path} is UTF-16; convert it to UTF-8")
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
+            pieces = iter(partial(file.readline, MAX_LINE_BYTES), b"")
+            for number, line in enumerate(pieces, 1):
                 if len(line) < MAX_LINE_BYTES:
                     yield number, line
                     continue
@@ -90,7 +86,7 @@ def _parse_line(line: bytes | None, required: Sequence[str]) -> dict:
     if line is None:
         raise ValueError(f"longer than {MAX_LINE_BYTES >> 20} MB")
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = json.loads(line.decode("utf-8-sig"))  # without a byte-order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 (byte {error.start})") from None
     except (ValueError, RecursionError) as error:
@@ -154,19 +150,14 @@ def read_examples(
 ) -> list[tuple[str, str]]:
     """Return (prompt, solution) texts of a JSONL file for supervised training.
 
-    The first line decides which of prompt/solution, question/answer, problem/solution is read.
+    A line has prompt/solution, question/answer or problem/solution.
     """
-    keys = None
-    for _, first in read_jsonl(path, max_bad_fraction=1.0):
-        keys = next((keys for keys in EXAMPLE_KEYS if all(key in first for key in keys)), None)
-        if keys is None:
-            wanted = " or ".join("/".join(pair) for pair in EXAMPLE_KEYS)
-            raise ValueError(f"{path}: the first line has {sorted(first)}; wanted {wanted}")
-        break
-    if keys is None:
-        raise ValueError(f"{path}: no line is a JSON object")
 
     def read(row: dict) -> tuple[str, str]:
+        keys = next((pair for pair in EXAMPLE_KEYS if all(key in row for key in pair)), None)
+        if keys is None:
+            wanted = " or ".join("/".join(pair) for pair in EXAMPLE_KEYS)
+            raise ValueError(f"it has {sorted(row)[:8]}; wanted {wanted}")
         prompt = text_field(row, keys[0], blank=keys[0] == "prompt")
         return prompt, text_field(row, keys[1], number=True)
 

@@ -10,9 +10,8 @@ import math
 import os
 import re
 import sys
-import time
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -39,41 +38,25 @@ def printable(text: str) -> str:
 
 
 class RunLog:
-    """Metrics and samples of one run folder; on ranks other than the first it writes nothing.
+    """Metrics and samples of one run folder, for the first rank alone.
 
     start_step is the first step that will be logged: what the files hold from there on is dropped.
-    tensorboard: write its event files, if it is installed. wandb: the settings to send to Weights &
-    Biases with every row of numbers; None sends nothing. Raises ValueError if it cannot start.
+    tensorboard: write its event files, if it is installed.
     """
 
-    def __init__(
-        self,
-        run_dir: str | os.PathLike,
-        *,
-        start_step: int,
-        is_main: bool = True,
-        tensorboard: bool = True,
-        wandb: Mapping[str, Any] | None = None,
-    ):
+    def __init__(self, run_dir: str | os.PathLike, *, start_step: int, tensorboard: bool = True):
         self.run_dir = Path(run_dir)
-        self.is_main = is_main
-        self.start_time = time.monotonic()
-        self._events = self._wandb = None
-        if not is_main:
-            return
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._rewind(start_step)
         self._metrics = _Lines(self.run_dir / "metrics.jsonl")
         self._samples = _Lines(self.run_dir / "samples.txt")
-        if wandb is not None:
-            self._wandb = _start_wandb(self.run_dir, wandb)
-        if not tensorboard:
-            return
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            return  # metrics.jsonl holds the same numbers
-        self._events = SummaryWriter(str(self.run_dir / "events"), purge_step=start_step)
+        self._events = None
+        if tensorboard:
+            # Without it metrics.jsonl still holds the same numbers.
+            with suppress(ImportError):
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._events = SummaryWriter(str(self.run_dir / "events"), purge_step=start_step)
 
     def _rewind(self, start_step: int) -> None:
         """Drop the lines of steps that will be run again."""
@@ -85,79 +68,36 @@ class RunLog:
         whole = re.finditer(r"(?m)^=== step (\d+)\n(?:  .*\n)*\n", text)  # not one that a kill cut
         write_text(samples, "".join(m.group() for m in whole if int(m.group(1)) < start_step))
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
         """Append one row under this step, null for what is not finite (JSON has no word for it);
-        what else listens gets those values that are numbers."""
-        if not self.is_main:
-            return
+        TensorBoard gets those values that are numbers."""
         self._metrics.add(_json_line({"step": step, **values}))
-        numbers = {k: value for k, value in values.items() if not isinstance(value, list)}
+        if self._events is None:
+            return
         try:
-            for name, value in numbers.items() if self._events is not None else ():
-                self._events.add_scalar(name, value, step)
+            for name, value in values.items():
+                if not isinstance(value, list):
+                    self._events.add_scalar(name, value, step)
         except OSError as error:  # metrics.jsonl holds the same numbers
             _warn(f"no more TensorBoard events: {error}")
             self._events = None
-        self._to_wandb("log", numbers, step=step)
 
     def samples(self, step: int, lines: Sequence[str]) -> None:
         """Append whole samples as text, control characters escaped."""
-        if not self.is_main:
-            return
         # Indented, so that no text of a model can look like the heading of a step.
         body = "\n".join("  " + printable(line).replace("\n", "\n  ") for line in lines)
         self._samples.add(f"=== step {step}\n{body}\n\n")
 
     def sync(self) -> None:
         """Wait until all lines are on the disk. Raises OSError, with the lines kept, if not."""
-        for file in (self._metrics, self._samples) if self.is_main else ():
-            file.sync()
+        self._metrics.sync()
+        self._samples.sync()
 
     def close(self) -> None:
-        if not self.is_main:
-            return
         self._metrics.close()
         self._samples.close()
         if self._events is not None:
             self._events.close()
-        self._to_wandb("finish")
-
-    def _to_wandb(self, call: str, *args: Any, **kwargs: Any) -> None:
-        try:
-            if self._wandb is not None:
-                getattr(self._wandb, call)(*args, **kwargs)
-        except Exception as error:  # whatever happens to a service, the run goes on
-            _warn(f"nothing more is sent to Weights & Biases: {error}")
-            self._wandb = None
-
-
-def _start_wandb(run_dir: Path, settings: Mapping[str, Any]) -> Any:
-    """Open this folder's run of Weights & Biases, a resumed one again under the same id.
-
-    Only numbers and settings go there: its console would hold text, so it is off, and so are code
-    and the state of the repository.
-    """
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError("--wandb needs a package: pip install wandb (extra [wandb])") from None
-    id_file = run_dir / "wandb_id.txt"
-    if not id_file.exists():
-        write_text(id_file, uuid.uuid4().hex)
-    try:
-        return wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "nanomath"),
-            name=run_dir.name,
-            id=id_file.read_text(encoding="utf-8"),
-            resume="allow",
-            dir=str(run_dir),
-            config=dict(settings),
-            settings=wandb.Settings(console="off", disable_git=True, disable_code=True),
-        )
-    except Exception as error:  # no account, no network: one line before the run begins
-        raise ValueError(
-            f"--wandb: {error}; without a connection set WANDB_MODE=offline and sync later"
-        ) from None
 
 
 class _Lines:
@@ -198,12 +138,8 @@ def _warn(message: str) -> None:
 
 
 def _json_line(row: Mapping[str, Any]) -> str:
-    strict = {k: None if _is_not_finite(value) else value for k, value in row.items()}
-    return json.dumps(strict, allow_nan=False) + "\n"
-
-
-def _is_not_finite(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+    bad = {k: None for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
+    return json.dumps({**row, **bad}, allow_nan=False) + "\n"
 
 
 def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
@@ -212,10 +148,9 @@ def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
     What was not finite when it was logged is NaN here, for it stays a number to count with.
     """
     path = Path(run_dir) / "metrics.jsonl"
-    if not path.exists():
-        return []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in text.splitlines():
         try:
             row = json.loads(line)
         except ValueError:

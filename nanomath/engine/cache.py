@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,6 +60,17 @@ def fit_rows(
     )
 
 
+class CacheSize(NamedTuple):
+    """How much a cache has room for."""
+
+    num_rows: int  # samples at a time
+    num_slots: int  # prompts at a time
+    per_slot: int  # rows of one prompt at most
+    prompt_width: int  # tokens of the longest prompt
+    num_blocks: int  # of the ring
+    block: int  # columns of a block
+
+
 class GroupCache:
     """Room for prompts and rows: a slot holds a prompt, a row is a sample that continues it.
 
@@ -69,18 +81,8 @@ class GroupCache:
     W columns (a prompt's, then the rows' own), C places of the padded layout (see `set_layout`).
     """
 
-    def __init__(
-        self,
-        cfg: ModelConfig,
-        like: Tensor,
-        num_rows: int,
-        num_slots: int,
-        per_slot: int,
-        prompt_width: int,
-        num_blocks: int,
-        block: int,
-        static: bool,
-    ):
+    def __init__(self, cfg: ModelConfig, like: Tensor, size: CacheSize, static: bool):
+        num_rows, num_slots, per_slot, prompt_width, num_blocks, block = size
         self.per_slot, self.block, self.num_columns = per_slot, block, num_blocks * block
         heads, width, layers = cfg.num_kv_heads, cfg.head_size, range(cfg.num_layers)
         # Zeros, not garbage: what is masked has weight 0, and 0 times NaN is NaN.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nanomath.base.log import progress as progress_bar
 from nanomath.draw import stream_keys
-from nanomath.engine.cache import GroupCache, cache_bytes_per_token, fit_rows
+from nanomath.engine.cache import CacheSize, GroupCache, cache_bytes_per_token, fit_rows
 from nanomath.engine.scheduler import Row, Sample, Scheduler, Settings
 from nanomath.model import ModelConfig, Transformer
 from nanomath.rollouts import Rollouts
@@ -56,8 +56,7 @@ def sample_stream(
     how.prompt_ids = range(len(prompts)) if how.prompt_ids is None else how.prompt_ids
     how.vocab_limit = cfg.vocab_size if how.vocab_limit is None else how.vocab_limit
     how.static = weight.is_cuda if how.static is None else how.static
-    _check_settings(cfg, group_size, how)
-    _check_prompts(cfg, prompts, how.prompt_ids)
+    _check(cfg, prompts, group_size, how)
 
     # A sample ends at its limit or where the context does, whichever comes first.
     room_P = [min(how.max_new_tokens, cfg.max_context - len(prompt)) for prompt in prompts]
@@ -85,12 +84,12 @@ def _new_cache(
     block = math.ceil(own_width / num_blocks)
     # The ring of own tokens is cut into blocks, and a pass reads only the blocks in use: short
     # blocks waste little on a CPU; on a GPU each number of blocks is one more CUDA graph.
-    size = cache_bytes_per_token(cfg, weight.dtype)
-    needs = (how.cache_gb, size * prompt_width, size * num_blocks * block)
+    per_token = cache_bytes_per_token(cfg, weight.dtype)
+    needs = (how.cache_gb, per_token * prompt_width, per_token * num_blocks * block)
     num_rows, num_slots = fit_rows(len(prompts), group_size, how.max_rows, *needs)
     per_slot = min(group_size, num_rows)
-    sizes = (num_rows, num_slots, per_slot, prompt_width, num_blocks, block)
-    return GroupCache(cfg, weight, *sizes, how.static)
+    size = CacheSize(num_rows, num_slots, per_slot, prompt_width, num_blocks, block)
+    return GroupCache(cfg, weight, size, how.static)
 
 
 def _stream(batch: Scheduler, rows: Sequence[Row], progress: float | None) -> Iterator[Sample]:
@@ -114,7 +113,9 @@ def _stream(batch: Scheduler, rows: Sequence[Row], progress: float | None) -> It
         bar.close()
 
 
-def _check_settings(cfg: ModelConfig, group_size: int, how: Settings) -> None:
+def _check(
+    cfg: ModelConfig, prompts: Sequence[Sequence[int]], group_size: int, how: Settings
+) -> None:
     for name, value, low, high in (
         ("group_size", group_size, 1, math.inf),
         ("max_new_tokens", how.max_new_tokens, 0, math.inf),
@@ -123,6 +124,7 @@ def _check_settings(cfg: ModelConfig, group_size: int, how: Settings) -> None:
         ("top_p", how.top_p, 1e-9, 1),
         ("vocab_limit", how.vocab_limit, 1, cfg.vocab_size),
         ("max_rows", how.max_rows, 1, math.inf),
+        ("the number of prompt_ids", len(how.prompt_ids), len(prompts), len(prompts)),
         *(("every id in eos_ids", eos_id, 0, cfg.vocab_size - 1) for eos_id in how.eos_ids),
     ):
         if not low <= value <= high:
@@ -130,26 +132,12 @@ def _check_settings(cfg: ModelConfig, group_size: int, how: Settings) -> None:
             raise ValueError(f"sample_groups: {name} must be {bounds}, not {value}")
     if how.stop and (how.tokenizer is None or not all(how.stop)):
         raise ValueError("sample_groups: stop strings must not be empty and need a tokenizer")
-
-
-def _check_prompts(
-    cfg: ModelConfig, prompts: Sequence[Sequence[int]], prompt_ids: Sequence[int]
-) -> None:
-    if len(prompt_ids) != len(prompts):
-        raise ValueError(
-            f"sample_groups: {len(prompt_ids)} prompt_ids for {len(prompts)} prompts; give one each"
-        )
     for i, prompt in enumerate(prompts):
-        name = f"sample_groups: prompt {i} (id {prompt_ids[i]})"
-        if len(prompt) == 0:
-            raise ValueError(f"{name} is empty; begin it with the begin-of-sequence id")
-        if len(prompt) > cfg.max_context:
+        # On a GPU an id that the model does not have would end the process without a word.
+        low, high = min(prompt, default=0), max(prompt, default=0)
+        if not (0 < len(prompt) <= cfg.max_context and low >= 0 and high < cfg.vocab_size):
             raise ValueError(
-                f"{name} has {len(prompt)} tokens, but the model's max_context is "
-                f"{cfg.max_context}; shorten or drop it"
-            )
-        if min(prompt) < 0 or max(prompt) >= cfg.vocab_size:
-            raise ValueError(
-                f"{name} holds ids outside 0..{cfg.vocab_size - 1}; "
-                "it was made with another model's tokenizer"
+                f"sample_groups: prompt {i} (id {how.prompt_ids[i]}) has {len(prompt)} ids from "
+                f"{low} to {high}, but the model takes 1 to {cfg.max_context} (its max_context) "
+                f"from 0 to {cfg.vocab_size - 1} (its vocabulary)"
             )

@@ -43,6 +43,11 @@ class StoredTensors:
         """Return the rows that this rank holds of a tensor sharded as `like` is."""
         return read_rows(self.pieces[name], like, dist)
 
+    def restore(self, tensors: dict[str, Tensor], dist: Dist) -> None:
+        """Copy this rank's rows into tensors of these names, which `check` has seen."""
+        for name, tensor in tensors.items():
+            local(tensor).copy_(self.read(name, tensor, dist))
+
     def check(self, wanted: dict[str, Tensor]) -> None:
         """Raise ValueError unless names and shapes are those wanted."""
         for name in sorted(self.pieces.keys() | wanted.keys()):

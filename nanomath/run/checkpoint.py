@@ -1,6 +1,5 @@
 """Save and resume: everything a run needs, in files that are either whole or not believed.
 
-    run_dir/checkpoints/latest      name of the newest folder, for people and scripts
     run_dir/checkpoints/step-000100/
         policy-00000.safetensors    rank 0's rows of module `policy`
         policy-00001.safetensors    the rows after them, from rank 1
@@ -29,6 +28,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -39,8 +39,6 @@ from torch.distributed.tensor import DTensor
 from nanomath.base.files import file_sha256, fsync
 from nanomath.dist import Dist, broadcast_json, gather_json, local
 from nanomath.hub.weights import StoredTensors, module_tensors, write_tensors
-from nanomath.model import ModelConfig
-from nanomath.run.guard import RunLock
 from nanomath.text.tokenizer import Tokenizer
 
 STEP_NAME = re.compile(r"step-\d+")
@@ -51,87 +49,130 @@ class SaveFailed(OSError):
     """The disk refused a checkpoint. Older ones are untouched; training can go on and try again."""
 
 
-# ---------------------------------------------------------------------------- what is stored
+@dataclass
+class Checkpoints:
+    """The checkpoints of a run, and what they are made of."""
 
+    run_dir: str | Path
+    modules: dict[str, nn.Module]  # each under a name without "-"
+    optimizer: torch.optim.Optimizer | None
+    tokenizer: Tokenizer | None
+    dist: Dist
 
-def _trained(modules: dict[str, nn.Module], optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's parameters as MODULE/NAME, in the order of its groups."""
-    names = {
-        id(tensor): f"{key}/{name}"
-        for key, module in modules.items()
-        for name, tensor in module_tensors(module).items()
-    }
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if any(id(parameter) not in names for parameter in parameters):
-        raise ValueError("the optimizer holds a parameter of no module given to the checkpoint")
-    return {names[id(parameter)]: parameter for parameter in parameters}
+    @property
+    def root(self) -> Path:
+        return Path(self.run_dir) / "checkpoints"
 
+    # ------------------------------------------------------------------------ what is stored
 
-def _optim_tensors(modules: dict[str, nn.Module], optimizer) -> dict[str, Tensor]:
-    names = list(_trained(modules, optimizer))
-    return {
-        f"{names[index]}/{key}": value
-        for index, values in optimizer.state_dict()["state"].items()
-        for key, value in values.items()
-    }
+    def trained(self) -> dict[str, Tensor]:
+        """Return the optimizer's parameters as MODULE/NAME, in the order of its groups."""
+        names = {
+            id(tensor): f"{key}/{name}"
+            for key, module in self.modules.items()
+            for name, tensor in module_tensors(module).items()
+        }
+        groups = self.optimizer.param_groups
+        return {
+            names[id(parameter)]: parameter for group in groups for parameter in group["params"]
+        }
 
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Return all that is stored, by module: weights, buffers, the optimizer's moments."""
+        stored = {name: module_tensors(module) for name, module in self.modules.items()}
+        if self.optimizer is not None:
+            stored[OPTIM] = {
+                f"{name}/{key}": value
+                for name, parameter in self.trained().items()
+                for key, value in self.optimizer.state.get(parameter, {}).items()
+            }
+        return stored
 
-# ---------------------------------------------------------------------------- writing
+    # ------------------------------------------------------------------------ writing
 
+    def save(self, step: int, state: dict, keep: int = 2) -> Path:
+        """Write checkpoint `step`, then delete all but the newest `keep`; every rank must call it.
 
-def save(
-    run_dir: str | Path,
-    step: int,
-    *,
-    modules: dict[str, nn.Module],
-    optimizer: torch.optim.Optimizer | None,
-    state: dict,
-    model_cfg: ModelConfig,
-    tokenizer: Tokenizer | None,
-    dist: Dist,
-    keep: int = 2,
-    lock: RunLock | None = None,
-) -> Path:
-    """Write checkpoint `step`, then delete all but the newest `keep`; every rank must call it.
+        state: strict JSON, rank 0's is stored, with `step` added. Raises SaveFailed on all ranks
+        alike when the disk refuses any.
+        """
+        final, temporary = (self.root / f"{kind}step-{step:06d}" for kind in ("", ".tmp-"))
+        try:
+            agree(lambda: temporary.mkdir(parents=True), self.dist, main_only=True)
+            hashes = agree(lambda: self._write(temporary, {**state, "step": step}), self.dist)
+            agree(lambda: _commit(temporary, final, hashes), self.dist, main_only=True)
+        except SaveFailed as error:
+            if self.dist.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise SaveFailed(f"could not save {final}: {error}") from None
+        if self.dist.is_main:
+            _tidy(self.root, keep)
+        return final
 
-    state: strict JSON, rank 0's is stored, with `step` added. With `lock`, refuse to write after
-    the run folder was taken over. Raises SaveFailed on all ranks alike when the disk refuses any.
-    """
-    if OPTIM in modules or any("-" in name for name in modules):
-        raise ValueError(f"module names must not be {OPTIM!r} nor hold '-': {sorted(modules)}")
-    if lock is not None:
-        lock.check(dist)
-    root = Path(run_dir) / "checkpoints"
-    final, temporary = root / f"step-{step:06d}", root / f".tmp-step-{step:06d}"
-
-    def start() -> None:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a save that failed
-        temporary.mkdir(parents=True)
-
-    def write() -> dict:
-        _write_rows(temporary, modules, optimizer, dist)
-        if dist.is_main:
-            _write_json(temporary / "state.json", {**state, "step": step})
-            _write_json(temporary / "config.json", dataclasses.asdict(model_cfg))
-            if tokenizer is not None:
-                tokenizer.save(temporary)
-        kinds = [f"*-{dist.rank:05d}.safetensors", *(["*.json"] if dist.is_main else [])]
-        mine = [path for kind in kinds for path in temporary.glob(kind)]
-        for path in mine:
+    def _write(self, folder: Path, state: dict) -> dict[str, str]:
+        """Write this rank's files; return their hashes. What is not sharded is rank 0's."""
+        for stem, tensors in self.tensors().items():
+            mine = {
+                name: local(tensor).detach().contiguous()
+                for name, tensor in tensors.items()
+                if self.dist.is_main or isinstance(tensor, DTensor)
+            }
+            write_tensors(mine, folder / f"{stem}-{self.dist.rank:05d}.safetensors")
+        if self.dist.is_main:
+            model_cfg = next(iter(self.modules.values())).cfg
+            _write_json(folder / "state.json", state)
+            _write_json(folder / "config.json", dataclasses.asdict(model_cfg))
+            if self.tokenizer is not None:
+                self.tokenizer.save(folder)
+        kinds = [f"*-{self.dist.rank:05d}.safetensors", *(["*.json"] if self.dist.is_main else [])]
+        files = [path for kind in kinds for path in folder.glob(kind)]
+        for path in files:
             fsync(path)
-        return {path.name: file_sha256(path) for path in mine}
+        return {path.name: file_sha256(path) for path in files}
 
-    try:
-        agree(start, dist, main_only=True)
-        hashes = agree(write, dist)
-        agree(lambda: _commit(temporary, final, hashes), dist, main_only=True)
-    except SaveFailed as error:
-        if dist.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise SaveFailed(f"could not save {final}: {error}") from None
-    if dist.is_main:
-        _tidy(final, keep)
-    return final
+    # ------------------------------------------------------------------------ reading
+
+    @torch.no_grad()
+    def load_latest(self) -> dict | None:
+        """Restore modules and optimizer from the newest sound checkpoint and return its state.
+
+        None if the run has none. Damaged ones are set aside with a warning that names file and
+        reason; if all are, or if the checkpoint is of another shape, raises ValueError before any
+        weight changes. Any number of ranks may load what any other number saved; all must call it.
+        """
+        if self.dist.is_main:
+            _tidy(self.root)
+        folder = newest_sound(self.root, self.dist, set_aside=True)
+        if folder is None:
+            return None
+        stored = {name: StoredTensors(folder, name) for name in self.modules}
+        wanted = {name: module_tensors(module) for name, module in self.modules.items()}
+        for name, module in self.modules.items():
+            stored[name].check(wanted[name])
+            _check_config(folder, name, module)
+        if self.optimizer is not None:
+            self._restore_optimizer(StoredTensors(folder, OPTIM))
+        for name, tensors in wanted.items():
+            stored[name].restore(tensors, self.dist)
+        return json.loads((folder / "state.json").read_text())
+
+    def _restore_optimizer(self, moments: StoredTensors) -> None:
+        """Put back moments, sharded like their parameters, and step counts."""
+        trained = self.trained()
+        state = {name: {} for name in trained}
+        for key in moments.pieces:
+            name, _, kind = key.rpartition("/")
+            if name not in trained:
+                raise ValueError(
+                    f"{moments.where}/{key} belongs to no parameter that is trained here"
+                )
+            value = moments.read(key, trained[name], self.dist)
+            if value.ndim:
+                rows, value = value, torch.empty_like(trained[name], requires_grad=False)
+                local(value).copy_(rows)
+            state[name][kind] = value
+        numbered = {number: values for number, values in enumerate(state.values()) if values}
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": numbered})
 
 
 def agree(action: Callable, dist: Dist, main_only: bool = False) -> list:
@@ -152,20 +193,6 @@ def agree(action: Callable, dist: Dist, main_only: bool = False) -> list:
     return [result for result, _ in answers]
 
 
-def _write_rows(folder: Path, modules: dict[str, nn.Module], optimizer, dist: Dist) -> None:
-    """Write this rank's rows of all tensors; what is not sharded is in rank 0's files."""
-    stored = {name: module_tensors(module) for name, module in modules.items()}
-    if optimizer is not None:
-        stored[OPTIM] = _optim_tensors(modules, optimizer)
-    for stem, tensors in stored.items():
-        mine = {
-            name: local(tensor).detach().contiguous()
-            for name, tensor in tensors.items()
-            if dist.is_main or isinstance(tensor, DTensor)
-        }
-        write_tensors(mine, folder / f"{stem}-{dist.rank:05d}.safetensors")
-
-
 def _write_json(path: Path, obj: object) -> None:
     path.write_text(json.dumps(obj, allow_nan=False, indent=1))
 
@@ -179,25 +206,17 @@ def _commit(temporary: Path, final: Path, hashes: list[dict[str, str]]) -> None:
     fsync(final.parent)
 
 
-def _tidy(newest: Path, keep: int = sys.maxsize) -> None:
-    """Name the newest in `latest`; delete all but the newest `keep`, and what killed runs left."""
-    root = newest.parent
-    draft = root / "latest.new"
+def _tidy(root: Path, keep: int = sys.maxsize) -> None:
+    """Delete all but the newest `keep`, and what killed runs left."""
     try:
-        draft.write_text(f"{newest.name}\n")
-        fsync(draft)
-        os.replace(draft, root / "latest")
         for stale in root.glob(".tmp-*"):
             shutil.rmtree(stale)
         for folder in _newest_first(root)[keep:]:
             doomed = folder.with_name(f".tmp-{folder.name}")
             os.rename(folder, doomed)  # a kill half-way through leaves no folder that looks damaged
             shutil.rmtree(doomed)
-    except OSError as error:  # the checkpoint itself stands
-        _warn(f"{newest} is whole, but tidying up beside it failed: {error}")
-
-
-# ---------------------------------------------------------------------------- reading
+    except OSError as error:  # the newest checkpoint stands
+        _warn(f"could not delete all that is not needed any more under {root}: {error}")
 
 
 def _newest_first(root: Path) -> list[Path]:
@@ -254,68 +273,15 @@ def newest_sound(root: Path, dist: Dist, set_aside: bool = False) -> Path | None
     return None
 
 
-@torch.no_grad()
-def load_latest(
-    run_dir: str | Path,
-    *,
-    modules: dict[str, nn.Module],
-    optimizer: torch.optim.Optimizer | None,
-    dist: Dist,
-) -> dict | None:
-    """Restore modules and optimizer from the newest sound checkpoint and return its state.
-
-    None if the run has none. Damaged ones are set aside with a warning that names file and reason;
-    if all are, or if the checkpoint is of another shape, raises ValueError before any weight
-    changes. Any number of ranks may load what any other number saved; all must call it.
-    """
-    folder = newest_sound(Path(run_dir) / "checkpoints", dist, set_aside=True)
-    if folder is None:
-        return None
-    if dist.is_main:
-        _tidy(folder)  # a kill after its rename left this undone
-    stored = {name: StoredTensors(folder, name) for name in modules}
-    wanted = {name: module_tensors(module) for name, module in modules.items()}
-    for name, module in modules.items():
-        stored[name].check(wanted[name])
-        _check_config(folder, name, module)
-    if optimizer is not None:
-        _restore_optimizer(
-            optimizer, _trained(modules, optimizer), StoredTensors(folder, OPTIM), dist
-        )
-    for name, tensors in wanted.items():
-        for key, tensor in tensors.items():
-            local(tensor).copy_(stored[name].read(key, tensor, dist))
-    return json.loads((folder / "state.json").read_text())
-
-
 def _check_config(folder: Path, name: str, module: nn.Module) -> None:
     """Raise ValueError where only shapes agree, as with another number of heads."""
     stored = json.loads((folder / "config.json").read_text())
-    here = dataclasses.asdict(module.cfg) if hasattr(module, "cfg") else {}
-    for field, value in here.items():
+    for field, value in dataclasses.asdict(module.cfg).items():
         if field != "max_context" and stored.get(field, value) != value:
             raise ValueError(
                 f"{folder}: {name} was trained with {field} {stored[field]}, not {value}; use the "
                 f"model settings of the checkpoint, or another --run_dir"
             )
-
-
-def _restore_optimizer(
-    optimizer, trained: dict[str, Tensor], moments: StoredTensors, dist: Dist
-) -> None:
-    """Put back moments, sharded like their parameters, and step counts."""
-    state = {name: {} for name in trained}
-    for key in moments.pieces:
-        name, _, kind = key.rpartition("/")
-        if name not in trained:
-            raise ValueError(f"{moments.where}/{key} belongs to no parameter that is trained here")
-        value = moments.read(key, trained[name], dist)
-        if value.ndim:
-            rows, value = value, torch.empty_like(trained[name], requires_grad=False)
-            local(value).copy_(rows)
-        state[name][kind] = value
-    numbered = {number: values for number, values in enumerate(state.values()) if values}
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": numbered})
 
 
 def _warn(message: str) -> None:

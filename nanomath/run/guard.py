@@ -23,70 +23,58 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as td
 
 from nanomath.dist import Dist, all_ok, barrier, broadcast_json, cleanup
 
 POLL_S = 0.25  # how often a rank looks for another rank's error
-T = TypeVar("T")
+LINGER_S = 4 * POLL_S  # the store ends with the process that holds it: first all others look
 LAST_WORDS_S = 20  # after an error, a process that has not ended by itself is killed
 
 
-class ErrorWatch:
+class ErrorWatch(threading.Thread):
     """Carry one rank's error to the others outside the collectives, which may be waiting for it.
 
-    A thread looks at the rendezvous store a few times a second; on an error it prints the message
-    and ends the process, wherever the main thread is stuck.
+    gloo notices a rank that is gone, NCCL waits for it until its time is up, and a SIGTERM from
+    torchrun or Slurm only asks for a save. So this thread looks at the rendezvous store a few times
+    a second; on an error it prints the message and ends the process, wherever the main thread is.
     """
 
-    def __init__(self, rank: int, world_size: int, life: str):
-        self.rank, self.world_size = rank, world_size
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = td.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30))
-        self._store = td.PrefixStore(f"{life}-errors", store)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
+    def __init__(self, dist: Dist):
+        super().__init__(daemon=True)
+        self.rank, self.ended = dist.rank, threading.Event()
+        self.store = dist.store.clone()  # a connection of its own: the other one may be waiting
+        self.start()
 
     def stop(self) -> None:
-        self._stopped.set()
-        self._thread.join()
+        self.ended.set()
+        self.join()
 
     def tell(self, message: str) -> bool:
-        """Publish this rank's error and wait until the others have it; False if not the first."""
+        """Publish this rank's error; False if another rank's came first."""
         self.stop()
         text = f"rank {self.rank}: {message}"
         with suppress(RuntimeError):  # the process that held the store may have gone already
-            first = self._store.compare_set("message", "", text).decode()
-            self._wait_until_seen()
+            first = self.store.compare_set("error", "", text).decode()
+            time.sleep(LINGER_S)
             return first == text
         return True
 
-    def _wait_until_seen(self) -> None:
-        """Wait a short while until all know: the store ends with the process that holds it."""
-        self._store.add("seen", 1)
-        give_up = time.monotonic() + 5
-        while self._store.add("seen", 0) < self.world_size and time.monotonic() < give_up:
-            time.sleep(0.05)
-
-    def _watch(self) -> None:
+    def run(self) -> None:
         message = None
         while message is None:
-            if self._stopped.wait(POLL_S):
+            if self.ended.wait(POLL_S):
                 return
             try:
-                if self._store.check(["message"]):
-                    message = self._store.get("message").decode()
+                if self.store.check(["error"]):
+                    message = self.store.get("error").decode()
             except RuntimeError as error:
                 message = f"lost contact with the other ranks ({str(error).splitlines()[0]})"
         print(f"nanomath: rank {self.rank} ends: {message}", file=sys.stderr, flush=True)
-        with suppress(RuntimeError):
-            self._wait_until_seen()
+        time.sleep(LINGER_S)
         os._exit(1)
 
 
@@ -100,7 +88,7 @@ def raise_together(dist: Dist) -> Iterator[None]:
     The end of the body, or SystemExit with status 0 (a stop they agreed on), must come on all ranks
     alike: they then leave the process group together.
     """
-    watch = ErrorWatch(dist.rank, dist.world_size, dist.life) if dist.world_size > 1 else None
+    watch = ErrorWatch(dist) if dist.world_size > 1 else None
     try:
         yield
         _leave(dist, watch)
@@ -168,7 +156,7 @@ class StopSignal:
             self._may_cut = False
             raise _Signalled
 
-    def unless_signalled(self, work: Callable[[], T]) -> T | None:
+    def unless_signalled(self, work: Callable[[], Any]) -> Any:
         """Return work(), or None at once when this rank is signalled before it is done.
 
         The work may be cut anywhere, so it must be such as can be thrown away, and wait for no
@@ -197,7 +185,7 @@ class StopSignal:
             signal.signal(number, handler)
 
 
-class RunInUse(ValueError):
+class RunInUse(SystemExit):
     """Another trainer holds the run folder, or took it from this one."""
 
 
@@ -239,10 +227,6 @@ class RunLock:
                 f"writing to {self.path.parent}, so this one saves nothing more"
             )
 
-    def release(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
 
 @contextmanager
 def run_lock(run_dir: str | Path, dist: Dist | None = None) -> Iterator[RunLock]:
@@ -258,4 +242,5 @@ def run_lock(run_dir: str | Path, dist: Dist | None = None) -> Iterator[RunLock]
     try:
         yield lock
     finally:
-        lock.release()
+        if lock._file is not None:
+            lock._file.close()

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from nanomath.dist import Dist, local
+from nanomath.dist import Dist
 from nanomath.hub.hf import load_hf
 from nanomath.hub.weights import StoredTensors, empty_model, module_tensors
 from nanomath.model import ModelConfig, Transformer
-from nanomath.run.checkpoint import OPTIM, STEP_NAME, damage, newest_sound
+from nanomath.run.checkpoint import STEP_NAME, damage, newest_sound
 from nanomath.text.tokenizer import Tokenizer
 
 
@@ -22,7 +22,6 @@ def load_model(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
-    module: str | None = None,
     **sharding: str,
 ) -> tuple[Transformer, Tokenizer | None, dict]:
     """Build the model that a folder holds and its tokenizer; return them and the run's state.
@@ -30,45 +29,21 @@ def load_model(
     path: a run folder (its newest sound checkpoint), a checkpoints folder, one step folder, or a
     Hugging Face folder (hf.py; its state is {}). dist: shard over its ranks, all of which must
     call, with the options `sharding` of `dist.shard`; None: the whole model on `device`. dtype: of
-    the weights; None = as stored, fp32 from a Hugging Face folder. module: which one, None =
-    policy, else model.
+    the weights; None = as stored, fp32 from a Hugging Face folder.
     """
     dist = dist or Dist(0, 0, 1, torch.device(device))
     if is_hf_folder(path := Path(path)):
         return (*load_hf(path, dist, dtype=dtype or torch.float32, **sharding), {})
     folder = find_checkpoint(path, dist)
-    names = {file.name.rpartition("-")[0] for file in folder.glob("*.safetensors")} - {OPTIM}
-    name = module or ("policy" if "policy" in names else "model")
-    if name not in names:
-        raise ValueError(f"{folder} holds no module {name}: {sorted(names)}")
-    stored, model, tokenizer = _unfilled(folder, name, dist, dtype, **sharding)
+    stored = StoredTensors(folder, "model")
+    dtype = dtype or stored.pieces["embedding.weight"][0][:0].dtype
+    cfg = ModelConfig(**json.loads((folder / "config.json").read_text()))
+    model = empty_model(cfg, dist, dtype, **sharding)
     wanted = module_tensors(model)
     stored.check(wanted)
-    for key, tensor in wanted.items():
-        local(tensor).copy_(stored.read(key, tensor, dist))
-    return model, tokenizer, json.loads((folder / "state.json").read_text())
-
-
-def load_unfilled(
-    run_dir: str | Path, dist: Dist, **sharding: str
-) -> tuple[Transformer, Tokenizer | None] | None:
-    """Return the model of a run's newest sound checkpoint, which holds no values yet, and its
-    tokenizer; None if the run has none. `load_latest` fills it; sharding: as for load_model."""
-    folder = newest_sound(Path(run_dir) / "checkpoints", dist, set_aside=True)
-    return None if folder is None else _unfilled(folder, "model", dist, None, **sharding)[1:]
-
-
-def _unfilled(
-    folder: Path, name: str, dist: Dist, dtype: torch.dtype | None, **sharding: str
-) -> tuple[StoredTensors, Transformer, Tokenizer | None]:
-    cfg = ModelConfig(**json.loads((folder / "config.json").read_text()))
-    stored = StoredTensors(folder, name)
-    if "embedding.weight" not in stored.pieces:
-        raise ValueError(f"{folder} holds no module {name}: give another --run_dir")
-    dtype = dtype or stored.pieces["embedding.weight"][0][:0].dtype
-    model = empty_model(cfg, dist, dtype, **sharding)
+    stored.restore(wanted, dist)
     tokenizer = Tokenizer.load(folder) if (folder / "tokenizer.json").is_file() else None
-    return stored, model, tokenizer
+    return model, tokenizer, json.loads((folder / "state.json").read_text())
 
 
 def is_hf_folder(path: Path) -> bool:

@@ -14,16 +14,18 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from kernels import NotFinite
-from nanomath.base.config import RunConfig, lock_config, one_line_errors, to_json
+from nanomath.base.config import RunConfig, lock_config, one_line_errors
 from nanomath.base.log import RunLog, progress
 from nanomath.data import TrainBatch
 from nanomath.dist import Dist, barrier, set_timeout, setup
 from nanomath.optim import SCHEDULES, supervised_step
-from nanomath.run import checkpoint, load
-from nanomath.run.guard import RunInUse, RunLock, StopSignal, raise_together, run_lock
+from nanomath.run.checkpoint import Checkpoints, SaveFailed, agree, newest_name
+from nanomath.run.guard import RunLock, StopSignal, raise_together, run_lock
+from nanomath.run.load import load_model
 from nanomath.text.chat import use_template
 from nanomath.text.tokenizer import Tokenizer
 
@@ -46,7 +48,7 @@ def open_run(cfg: RunConfig) -> Iterator[tuple[Dist, RunLock]]:
         try:
             yield dist, lock
         except NotFinite as error:
-            newest = checkpoint.newest_name(cfg.run_dir) or "none"
+            newest = newest_name(cfg.run_dir) or "none"
             raise SystemExit(
                 f"{lock.doing}: {error}. The weights have diverged; the last checkpoint in "
                 f"{cfg.run_dir}, {newest}, may have, too: start again in another --run_dir, with a "
@@ -61,16 +63,14 @@ def open_run(cfg: RunConfig) -> Iterator[tuple[Dist, RunLock]]:
 def start_model(cfg: Any, dist: Dist, **sharding: str) -> tuple[nn.Module, Tokenizer | None]:
     """Return the model of --init and its tokenizer.
 
-    A run that has a checkpoint can do without --init: the model is then the checkpoint's, and holds
-    no values until Run restores them.
+    A run that has a checkpoint can do without --init: the model is then the checkpoint's own.
     """
     try:
-        return load.load_model(cfg.init, dist, **sharding)[:2]
+        return load_model(cfg.init, dist, **sharding)[:2]
     except (OSError, ValueError):
-        own = load.load_unfilled(cfg.run_dir, dist, **sharding)
-        if own is None:
+        if newest_name(cfg.run_dir) is None:
             raise
-        return own
+        return load_model(cfg.run_dir, dist, **sharding)[:2]
 
 
 def load_start(cfg: Any, dist: Dist) -> tuple[nn.Module, Tokenizer]:
@@ -106,37 +106,32 @@ class Run:
         data: Mapping[str, str] | None = None,  # what it trains on: a flag and a sha256 each
     ):
         self.cfg, self.dist, self.lock = cfg, dist, lock
-        self.modules, self.optimizer, self.tokenizer = modules, optimizer, tokenizer
+        self.modules, self.optimizer = modules, optimizer
         if dist.is_main:
             lock_config(cfg, cfg.run_dir)  # not before set-up worked: a failed start binds nobody
         barrier(dist)
-        state = checkpoint.load_latest(cfg.run_dir, modules=modules, optimizer=optimizer, dist=dist)
-        self.state: dict[str, Any] = state or {"step": 0, "seconds": 0.0, "skipped_in_a_row": 0}
+        self._checkpoints = Checkpoints(cfg.run_dir, modules, optimizer, tokenizer, dist)
+        fresh = {"step": 0, "seconds": 0.0, "skipped_in_a_row": 0}
+        self.state: dict[str, Any] = self._checkpoints.load_latest() or fresh
         self._check_data(data or {})
         self.signal = StopSignal()
         self._desc, self._saved_step = "", self.state["step"]
         self.failed_saves = 0
         self.ends_with: str | None = None  # once set, the run ends with this line after its step
-        self._log = RunLog(
-            cfg.run_dir,
-            start_step=self.state["step"],
-            is_main=dist.is_main,
-            tensorboard=cfg.tensorboard,
-            wandb=to_json(cfg) if cfg.wandb else None,
-        )
-        self.samples = self._log.samples
         self._shown: dict[str, str] = {}
+        if dist.is_main:
+            first = self.state["step"]
+            self._log = RunLog(cfg.run_dir, start_step=first, tensorboard=cfg.tensorboard)
 
     def _check_data(self, data: Mapping[str, str]) -> None:
-        """Refuse to go on with data other than the run began with (older runs did not note it)."""
-        before = self.state.get("data", {})
-        changed = [name for name in data if before.get(name, data[name]) != data[name]]
+        """Refuse to go on with data other than the run began with."""
+        before = self.state.setdefault("data", dict(data))
+        changed = [name for name in data if before.get(name) != data[name]]
         if changed:
             raise SystemExit(
                 f"{self.cfg.run_dir} was trained on other contents of {', '.join(changed)} than it "
                 "has now: give back the old ones, or another --run_dir"
             )
-        self.state["data"] = dict(data)
 
     def steps(self, num_steps: int, *, desc: str) -> Iterator[int]:
         """Yield the steps still to do.
@@ -145,15 +140,7 @@ class Run:
         interval, at the end, and when a signal or `ends_with` asks to stop, on all ranks alike.
         """
         first, self._desc = self.state["step"], desc
-        if getattr(self.cfg, "warmup_steps", 0) > num_steps:
-            self.say(
-                f"note: --warmup_steps {self.cfg.warmup_steps} outlast the {num_steps} steps: the "
-                "learning rate never reaches --lr"
-            )
-        if first >= num_steps:
-            self.say(f"{desc}: all {num_steps} steps are done ({self.cfg.run_dir})")
-            return
-        if first:
+        if 0 < first < num_steps:
             self.say(f"{desc}: continuing {self.cfg.run_dir} at step {first} of {num_steps}")
         self.bar = progress(
             total=num_steps, initial=first, desc=desc, unit="step", disable=not self.dist.is_main
@@ -204,7 +191,8 @@ class Run:
         skipped = 0 if values.get("stepped", 1.0) else self.state["skipped_in_a_row"] + 1
         self.state["skipped_in_a_row"] = skipped
         kind, numbers = batch[0], [int(number) for number in batch[1]]
-        self._log.metrics(step, {**values, f"skipped_{kind}": numbers} if skipped else values)
+        if self.dist.is_main:
+            self._log.metrics(step, {**values, f"skipped_{kind}": numbers} if skipped else values)
         self._shown |= {k: f"{values[k]:.4g}" for k in shown if k in values}
         self.bar.set_postfix(self._shown, refresh=False)
         if not skipped:
@@ -217,23 +205,11 @@ class Run:
 
     def _save(self, must_succeed: bool) -> None:
         try:
-            checkpoint.agree(self._log.sync, self.dist)
-            checkpoint.save(
-                self.cfg.run_dir,
-                self.state["step"],
-                modules=self.modules,
-                optimizer=self.optimizer,
-                state=self.state,
-                model_cfg=self.modules["model"].cfg,
-                tokenizer=self.tokenizer,
-                dist=self.dist,
-                keep=self.cfg.keep_checkpoints,
-                lock=self.lock,
-            )
+            agree(lambda: self._log.sync(), self.dist, main_only=True)
+            self.lock.check(self.dist)
+            self._checkpoints.save(self.state["step"], self.state, self.cfg.keep_checkpoints)
             self.failed_saves, self._saved_step = 0, self.state["step"]
-        except RunInUse as error:
-            raise SystemExit(str(error)) from None
-        except checkpoint.SaveFailed as error:
+        except SaveFailed as error:
             self.failed_saves += 1
             self.say(f"warning: {error}")
             if must_succeed or self.failed_saves >= MAX_FAILED_SAVES:
@@ -244,11 +220,17 @@ class Run:
     def say(self, text: str) -> None:
         """Print a line above the bar, once."""
         if self.dist.is_main:
-            bar = getattr(self, "bar", None)
-            bar.write(text) if bar is not None else print(text, flush=True)
+            with tqdm.external_write_mode():
+                print(text, flush=True)
+
+    def samples(self, step: int, lines: Sequence[str]) -> None:
+        """Write whole samples as text, those of the first rank."""
+        if self.dist.is_main:
+            self._log.samples(step, lines)
 
     def close(self) -> None:
-        self._log.close()
+        if self.dist.is_main:
+            self._log.close()
 
 
 def supervised_update(run: Run, cfg: Any, step: int, batch: TrainBatch) -> dict[str, float]:

@@ -30,10 +30,7 @@ WHY_LOSS_IS_0 = (
 )
 PLOT_INTERVAL_S = 60
 PANELS = (
-    (
-        "reward, and its spread over all outputs and within a group",
-        ("reward", "reward_*", "group_std", "heldout_reward"),
-    ),
+    ("reward, its spread over all and in a group", ("reward*", "group_std", "heldout_reward")),
     ("held-out problems: pass@1 greedy, pass@K, maj@K", ("heldout_pass@*", "heldout_maj@*")),
     ("constant groups, truncated outputs (share)", ("constant_groups", "truncated")),
     ("output length (tokens)", ("length",)),

@@ -124,7 +124,6 @@ GRPO = {
     "countdown_qwen_3b": {
         "init": "models/Qwen2.5-3B-Instruct",
         "chat_template": "chatml",
-        "num_numbers": (3, 4),
         "prompt_style": "full",
         "lr": 5e-7,
         "schedule": "cosine",
@@ -133,7 +132,6 @@ GRPO = {
         "kl_coef": 0.001,
         "batch_size": 24,
         "group_size": 8,
-        "max_new_tokens": 1024,
         "micro_batch_size": 4,  # fits 80 GB
     },
     # DEVIATION: a small model takes a higher rate, fewer and shorter outputs; Countdown a smaller
@@ -195,24 +193,19 @@ _AS_TRAINED = (
 )
 _EVALUATION = {
     "smoke": {"num_problems": 50},
-    "cpu": {},
-    "gpu": {},
     "gsm8k_qwen_0b5": {"tasks": ("gsm8k",)},
     "gsm8k_qwen_1b5": {"tasks": ("gsm8k",)},
     "deepseekmath_7b": {"tasks": ("gsm8k", "math")},
-    "countdown_qwen_3b": {},
 }
 EVALUATION = {
-    name: {key: value for key, value in GRPO[name].items() if key in _AS_TRAINED} | more
-    for name, more in _EVALUATION.items()
+    name: {key: run[key] for key in _AS_TRAINED if key in run} | _EVALUATION.get(name, {})
+    for name, run in GRPO.items()
 }
 
 
 def planning(name: str) -> dict[str, Any]:
     """Return the planner's settings of a run, {} for a name that is none's."""
-    run = GRPO.get(name, {})
     same = ("group_size", "max_new_tokens", "cache_gb", "micro_batch_size")
-    shared = {key: run[key] for key in (*same, "activation_checkpointing") if key in run}
-    if "batch_size" in run:
-        shared["questions"] = run["batch_size"]
-    return shared | ({"kl": False} if run.get("kl_coef") == 0.0 else {})
+    names = {key: key for key in (*same, "activation_checkpointing")} | {"batch_size": "questions"}
+    run = GRPO.get(name, {})
+    return {names[key]: run[key] for key in names if key in run}

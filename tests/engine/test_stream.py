@@ -19,7 +19,7 @@ from nanomath.engine.stream import sample_groups, sample_stream
 from nanomath.hub.hf import llama_name
 from nanomath.model import ModelConfig, Transformer
 from nanomath.play import sample as sample_module
-from nanomath.run.checkpoint import save
+from nanomath.run.checkpoint import Checkpoints
 from nanomath.text.tokenizer import Tokenizer
 
 CFG = ModelConfig(
@@ -728,10 +728,14 @@ def test_model_stays_trainable():
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"prompts": [[1], []], "prompt_ids": [4, 9]}, r"prompt 1 \(id 9\) is empty"),
-        ({"prompts": [[1] * 97]}, r"prompt 0 \(id 0\) has 97 tokens, but .* max_context is 96"),
-        ({"prompts": [[1, 53]]}, "prompt 0 .* ids outside 0..52"),
-        ({"prompt_ids": [1, 2]}, "2 prompt_ids for 1 prompts"),
+        (
+            {"prompts": [[1], []], "prompt_ids": [4, 9]},
+            r"prompt 1 \(id 9\) has 0 ids .* takes 1",
+        ),
+        ({"prompts": [[1] * 97]}, r"prompt 0 \(id 0\) has 97 ids .* 1 to 96 \(its max_context\)"),
+        ({"prompts": [[1, 53]]}, "prompt 0 .* has 2 ids from 1 to 53, .* from 0 to 52"),
+        ({"prompts": [[1, -1]]}, "prompt 0 .* has 2 ids from -1 to 1, .* from 0 to 52"),
+        ({"prompt_ids": [1, 2]}, "the number of prompt_ids must be between 1 and 1, not 2"),
         ({"temperature": -0.5}, "temperature must be between 0"),
         ({"temperature": math.nan}, "temperature must be between 0"),
         ({"vocab_limit": 54}, "vocab_limit must be between 1 and 53, not 54"),
@@ -769,16 +773,8 @@ def test_command_prints_samples_of_a_checkpoint(tmp_path, capsys):
     tokenizer = Tokenizer.train(["1 + 2 = 3, 4 - 3 = 1"] * 5, 280)
     cfg = dataclasses.replace(CFG, vocab_size=tokenizer.vocab_size + 8)
     model = make_model(cfg, dtype=torch.float32)
-    save(
-        tmp_path,
-        1,
-        modules={"model": model},
-        optimizer=None,
-        state={},
-        model_cfg=cfg,
-        tokenizer=tokenizer,
-        dist=setup("cpu", threads=1),
-    )
+    alone = setup("cpu", threads=1)
+    Checkpoints(tmp_path, {"model": model}, None, tokenizer, alone).save(1, {})
     seen = set()
     for flags, settings in (
         ("", {}),

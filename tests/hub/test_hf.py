@@ -273,10 +273,8 @@ def test_export_from_the_command_line_is_complete(tmp_path, tokenizer, monkeypat
     """A run exports to a folder that transformers loads whole: bf16 weights, ids, special ids."""
     transformers = pytest.importorskip("transformers")
     model = random_model()
-    ck.save(
-        tmp_path / "run", 7, modules={"model": model}, optimizer=None, state={}, model_cfg=CFG,
-        tokenizer=tokenizer, dist=dist_tests.ALONE,
-    )  # fmt: skip
+    checkpoints = (tmp_path / "run", {"model": model}, None, tokenizer, dist_tests.ALONE)
+    ck.Checkpoints(*checkpoints).save(7, {})
     argv = ["--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
     export.main(parse(export.Config, argv=argv))
     assert "wrote" in capsys.readouterr().out

@@ -99,11 +99,10 @@ def test_checkpoints_do_not_know_of_it(tmp_path, mode):
     """Names of parameters stay, so that what one policy saved any other loads."""
     wrapped, plain = build(mode), build()
     assert list(wrapped.state_dict()) == list(plain.state_dict())
-    rest = {"optimizer": None, "state": {}, "model_cfg": CFG, "tokenizer": None, "dist": ALONE}
     with torch.no_grad():
         wrapped.head.weight.mul_(2.0)
-    ck.save(tmp_path, 1, modules={"m": wrapped}, **rest)
-    ck.load_latest(tmp_path, modules={"m": plain}, optimizer=None, dist=ALONE)
+    ck.Checkpoints(tmp_path, {"m": wrapped}, None, None, ALONE).save(1, {})
+    ck.Checkpoints(tmp_path, {"m": plain}, None, None, ALONE).load_latest()
     assert torch.equal(loss_of(plain), loss_of(wrapped))
 
 

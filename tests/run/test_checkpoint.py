@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nanomath import dist as nd
-from nanomath.hub import weights as weights_module
 from nanomath.model import ModelConfig, Transformer
 from nanomath.run import checkpoint as ck
 from nanomath.run import guard as failures
@@ -45,11 +44,11 @@ class Run:
     def __init__(self, run_dir, dist=ALONE, cfg=CFG, seed=0, dtype=torch.float32):
         self.run_dir, self.dist, self.cfg, self.step = Path(run_dir), dist, cfg, 0
         self.modules = {}
-        for name in ("policy", "reference"):
+        for name in ("model", "reference"):
             model = Transformer(cfg).to(dtype)
             model.init_weights(seed, std=0.2)
             self.modules[name] = nd.shard(model, dist)
-        parameters = list(self.modules["policy"].parameters())
+        parameters = list(self.modules["model"].parameters())
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.1},
@@ -60,7 +59,7 @@ class Run:
         )
 
     def train(self, num_steps):
-        model = self.modules["policy"]
+        model = self.modules["model"]
         for _ in range(num_steps):
             generator = torch.Generator().manual_seed(self.step)
             tokens = torch.randint(0, self.cfg.vocab_size, (4, 6), generator=generator)
@@ -70,36 +69,21 @@ class Run:
             self.optimizer.zero_grad()
             self.step += 1
 
-    def save(self, **options):
-        state = {"cursor": self.step * 7, "note": "x"}
-        return ck.save(
-            self.run_dir,
-            self.step,
-            modules=self.modules,
-            optimizer=self.optimizer,
-            state=state,
-            model_cfg=self.cfg,
-            tokenizer=None,
-            dist=self.dist,
-            **options,
-        )
+    def checkpoints(self):
+        return ck.Checkpoints(self.run_dir, self.modules, self.optimizer, None, self.dist)
+
+    def save(self, keep=2):
+        return self.checkpoints().save(self.step, {"cursor": self.step * 7, "note": "x"}, keep)
 
     def load(self):
-        state = ck.load_latest(
-            self.run_dir, modules=self.modules, optimizer=self.optimizer, dist=self.dist
-        )
+        state = self.checkpoints().load_latest()
         self.step = 0 if state is None else state["step"]
         return state
 
     def tensors(self):
         """Return all weights and moments, whole, by name."""
-        found = ck._optim_tensors(self.modules, self.optimizer)
-        for name, module in self.modules.items():
-            found |= {
-                f"{name}/{key}": value
-                for key, value in weights_module.module_tensors(module).items()
-            }
-        return {name: full(value) for name, value in found.items()}
+        stored = self.checkpoints().tensors()
+        return {f"{stem}/{k}": full(v) for stem, some in stored.items() for k, v in some.items()}
 
 
 def assert_same(left, right):
@@ -145,7 +129,7 @@ def test_resume_is_bit_exact(run):
     assert len(run.tensors()) == 21 * 5  # weights of two models, two moments and a step of one
     assert_same(run.tensors(), resumed.tensors())
     reference = resumed.modules["reference"].embedding.weight
-    assert not torch.equal(reference, resumed.modules["policy"].embedding.weight)
+    assert not torch.equal(reference, resumed.modules["model"].embedding.weight)
 
 
 def test_nothing_saved_is_none(tmp_path):
@@ -166,14 +150,14 @@ def test_state_other_than_adamw_moments(tmp_path):
         module.register_buffer("count", torch.tensor([int(value)]))
         module.register_buffer("scratch", torch.tensor([value]), persistent=False)
         module.tied = module.narrow
+        module.cfg = CFG
         return module, torch.optim.SGD(module.parameters(), momentum=0.5)
 
     module, optimizer = build(1.25)
-    rest = {"state": {}, "model_cfg": CFG, "tokenizer": None, "dist": ALONE}
-    folder = ck.save(tmp_path, 1, modules={"m": module}, optimizer=optimizer, **rest)
+    folder = ck.Checkpoints(tmp_path, {"m": module}, optimizer, None, ALONE).save(1, {})
     assert set(load_file(folder / "m-00000.safetensors")) == {"narrow", "scalar", "count"}
     again, other = build(7.5)
-    ck.load_latest(tmp_path, modules={"m": again}, optimizer=other, dist=ALONE)
+    ck.Checkpoints(tmp_path, {"m": again}, other, None, ALONE).load_latest()
     assert torch.equal(again.narrow, module.narrow) and torch.equal(again.scalar, module.scalar)
     assert again.count.item() == 1 and again.scratch.item() == 7.5
     assert not other.state
@@ -185,12 +169,11 @@ def test_state_other_than_adamw_moments(tmp_path):
 def test_layout(run):
     """The folder holds what the docstring says, hashed, none of it a pickle."""
     folder = folder_of(run, 4)
-    stems = ["optim-00000", "policy-00000", "reference-00000"]
+    stems = ["optim-00000", "model-00000", "reference-00000"]
     files = {f"{stem}.safetensors" for stem in stems} | {"state.json", "config.json"}
     assert {path.name for path in folder.iterdir()} == files | {"COMMIT"}
-    assert (folder.parent / "latest").read_text() == "step-000004\n"
     assert set(json.loads((folder / "COMMIT").read_text())) == files
-    weights = load_file(folder / "policy-00000.safetensors")
+    weights = load_file(folder / "model-00000.safetensors")
     assert weights["embedding.weight"].shape == (33, 12)
     for path in folder.iterdir():
         raw = path.read_bytes()
@@ -217,10 +200,10 @@ def test_newest_are_kept(run):
     for _ in range(3):
         run.train(1)
         run.save(keep=3)
-    assert names(run) == ["latest", "step-000006", "step-000007", "step-000008"]
+    assert names(run) == ["step-000006", "step-000007", "step-000008"]
     run.train(1)
     run.save(keep=1)
-    assert names(run) == ["latest", "step-000009"]
+    assert names(run) == ["step-000009"]
 
 
 def test_a_name_is_never_used_twice(run):
@@ -228,7 +211,7 @@ def test_a_name_is_never_used_twice(run):
     run.step = 4
     with pytest.raises(ck.SaveFailed, match="step-000004.*not empty"):
         run.save()
-    assert names(run) == ["latest", "step-000002", "step-000004"]
+    assert names(run) == ["step-000002", "step-000004"]
     assert run.load()["cursor"] == 28
 
 
@@ -238,7 +221,7 @@ def test_damaged_ones_do_not_count_as_kept(run):
     assert run.load()["step"] == 2
     run.train(2)
     run.save(keep=2)
-    assert names(run) == ["damaged-step-000004", "latest", "step-000002", "step-000004"]
+    assert names(run) == ["damaged-step-000004", "step-000002", "step-000004"]
 
 
 # ---------------------------------------------------------------------------- damage
@@ -258,7 +241,7 @@ DAMAGE = {
     "middle bit": lambda path: flip(path, path.stat().st_size // 2),
     "last bit": lambda path: flip(path, path.stat().st_size - 1),
 }
-FILES = ["policy-00000.safetensors", "optim-00000.safetensors", "state.json", "config.json"]
+FILES = ["model-00000.safetensors", "optim-00000.safetensors", "state.json", "config.json"]
 FILES += ["COMMIT"]
 
 
@@ -325,42 +308,27 @@ def test_another_shape_is_refused(run):
     """A checkpoint of another model names tensor, both shapes, and changes nothing."""
     other = Run(run.run_dir, cfg=ModelConfig(34, 2, 12, 2, 1, 20))
     before = other.tensors()
-    message = r"policy/embedding.weight has shape \[33, 12\] in the checkpoint but \[34, 12\]"
+    message = r"model/embedding.weight has shape \[33, 12\] in the checkpoint but \[34, 12\]"
     with pytest.raises(ValueError, match=message):
         other.load()
     assert_same(before, other.tensors())
     for cfg, message in [
-        (ModelConfig(33, 3, 12, 2, 1, 20), "policy/blocks.2.* has shape none"),
-        (ModelConfig(33, 1, 12, 2, 1, 20), "policy/blocks.1.* but none in this model"),
+        (ModelConfig(33, 3, 12, 2, 1, 20), "model/blocks.2.* has shape none"),
+        (ModelConfig(33, 1, 12, 2, 1, 20), "model/blocks.1.* but none in this model"),
         (ModelConfig(33, 2, 12, 6, 3, 20), "num_heads 2, not 6"),
     ]:
         with pytest.raises(ValueError, match=message):
             Run(run.run_dir, cfg=cfg).load()
-    run.modules = {"policy": run.modules["reference"]}
-    run.optimizer = torch.optim.SGD(list(run.modules["policy"].parameters())[1:])
-    with pytest.raises(
-        ValueError, match="optim/policy/embedding.weight/.* belongs to no parameter"
-    ):
+    run.modules = {"model": run.modules["reference"]}
+    run.optimizer = torch.optim.SGD(list(run.modules["model"].parameters())[1:])
+    with pytest.raises(ValueError, match="optim/model/embedding.weight/.* belongs to no parameter"):
         run.load()
 
 
-def test_bad_calls_are_refused(run):
+def test_state_must_be_strict_json(run):
     """What could not be loaded again is refused, and no checkpoint comes of it."""
-    for options, message in [
-        ({"state": {"x": float("nan")}}, "JSON"),
-        ({"modules": {"optim": run.modules["policy"]}}, "module names"),
-        ({"modules": {"reference": run.modules["reference"]}}, "of no module"),
-    ]:
-        arguments = {
-            "modules": run.modules,
-            "optimizer": run.optimizer,
-            "state": {},
-            "model_cfg": CFG,
-            "tokenizer": None,
-            "dist": ALONE,
-        }
-        with pytest.raises(ValueError, match=message):
-            ck.save(run.run_dir, 5, **(arguments | options))
+    with pytest.raises(ValueError, match="JSON"):
+        run.checkpoints().save(5, {"x": float("nan")})
     assert "step-000005" not in names(run)
 
 
@@ -384,20 +352,20 @@ def test_a_full_disk_fails_the_save_only(run):
     """When the disk refuses, SaveFailed is raised, older checkpoints and the run stay usable."""
 
     def full_disk():
-        size = (folder_of(run, 4) / "policy-00000.safetensors").stat().st_size
+        size = (folder_of(run, 4) / "model-00000.safetensors").stat().st_size
         resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, resource.RLIM_INFINITY))
         with pytest.raises(ck.SaveFailed, match=r"could not save .*step-000005: rank 0.*too large"):
             run.save()
-        assert names(run) == ["latest", "step-000002", "step-000004"]
+        assert names(run) == ["step-000002", "step-000004"]
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         run.save()  # the next try, with room again
-        assert names(run) == ["latest", "step-000004", "step-000005"]
+        assert names(run) == ["step-000004", "step-000005"]
 
     assert in_fork(full_disk) == 0
     assert Run(run.run_dir).load()["step"] == 5
 
 
-@pytest.mark.parametrize("target", ["fsync", "rename", "mkdir", "replace"])
+@pytest.mark.parametrize("target", ["fsync", "rename", "mkdir"])
 def test_io_errors_at_every_call(run, monkeypatch, target, capsys):
     """Wherever the disk says ENOSPC, a sound checkpoint remains and no temporary folder does."""
     real, newest, num_saved = getattr(os, target), 4, 0
@@ -423,7 +391,7 @@ def test_io_errors_at_every_call(run, monkeypatch, target, capsys):
         if len(calls) <= failing_call:
             break
     assert num_saved > 0
-    assert failing_call >= {"fsync": 9, "rename": 2, "mkdir": 1, "replace": 1}[target]
+    assert failing_call >= {"fsync": 8, "rename": 2, "mkdir": 1}[target]
 
 
 # ---------------------------------------------------------------------------- models for others
@@ -433,28 +401,24 @@ def test_load_model_from_every_kind_of_path(run, capsys):
     """A run folder, its checkpoints and one step give the model that was saved."""
     tokens = torch.arange(8).reshape(2, 4)
     run.load()
-    expected = run.modules["policy"](tokens)
+    expected = run.modules["model"](tokens)
     for path in (run.run_dir, str(run.run_dir / "checkpoints"), folder_of(run, 4)):
         model, tokenizer, state = load_module.load_model(path, device="cpu")
         assert torch.equal(model(tokens), expected)
         assert tokenizer is None and state["step"] == 4 and model.cfg == CFG
     wide = load_module.load_model(run.run_dir, device="cpu", dtype=torch.float64)[0]
     torch.testing.assert_close(wide(tokens), expected.double(), rtol=1e-4, atol=1e-5)
-    reference = load_module.load_model(run.run_dir, device="cpu", module="reference")[0]
-    assert torch.equal(reference(tokens), run.modules["reference"](tokens))
-    flip(folder_of(run, 4) / "policy-00000.safetensors", 5000)
+    flip(folder_of(run, 4) / "model-00000.safetensors", 5000)
     assert load_module.load_model(run.run_dir, device="cpu")[2]["step"] == 2
     assert "step-000004 is damaged" in capsys.readouterr().err
 
 
 def test_load_model_says_what_is_wrong(run, tmp_path):
-    """No checkpoint names the command that makes one; damage and unknown modules are named."""
+    """No checkpoint names the command that makes one; damage is named."""
     (tmp_path / "empty").mkdir()
     for name, found in (("nowhere", "is not a folder"), ("empty", "and no Hugging Face model")):
         with pytest.raises(FileNotFoundError, match=f"no checkpoint under .*{found}; .*: bash"):
             load_module.load_model(tmp_path / name, device="cpu")
-    with pytest.raises(ValueError, match="holds no module critic: .*'policy', 'reference'"):
-        load_module.load_model(run.run_dir, device="cpu", module="critic")
     flip(folder_of(run, 4) / "COMMIT", 9)
     with pytest.raises(ValueError, match="step-000004 is damaged: .*COMMIT"):
         load_module.load_model(folder_of(run, 4), device="cpu")
@@ -466,8 +430,7 @@ def test_tied_model_and_tokenizer(tmp_path):
     tokenizer = Tokenizer.train(["12 + 30 = 42"] * 3, 300)
     model = Transformer(cfg)
     model.init_weights(0)
-    options = {"optimizer": None, "state": {}, "model_cfg": cfg, "tokenizer": tokenizer}
-    folder = ck.save(tmp_path, 1, modules={"model": model}, dist=ALONE, **options)
+    folder = ck.Checkpoints(tmp_path, {"model": model}, None, tokenizer, ALONE).save(1, {})
     assert "head.weight" not in load_file(folder / "model-00000.safetensors")
     loaded, again, _ = load_module.load_model(tmp_path, device="cpu")
     assert loaded.head.weight is loaded.embedding.weight
@@ -512,15 +475,12 @@ def test_second_trainer_is_refused(tmp_path):
 
 
 def test_stolen_lock_stops_saving(run):
-    """A trainer whose lock file was removed or replaced saves nothing more."""
+    """A trainer whose lock file was removed, and taken by another, is told so before it saves."""
     with run_lock(run.run_dir) as lock:
-        run.save(lock=lock)
+        lock.check(ALONE)
         (run.run_dir / ".lock").unlink()
-        with run_lock(run.run_dir):  # the thief
-            run.step = 6
-            with pytest.raises(RunInUse, match="removed or replaced"):
-                run.save(lock=lock)
-    assert "step-000006" not in names(run)
+        with run_lock(run.run_dir), pytest.raises(RunInUse, match="removed or replaced"):
+            lock.check(ALONE)
 
 
 # ---------------------------------------------------------------------------- two processes
@@ -536,19 +496,21 @@ def worker_reshard(out):
         loaded = run.tensors()
         run.run_dir = out / "two"
         with run_lock(run.run_dir, dist) as lock:
-            run.save(lock=lock)
+            lock.check(dist)
+            run.save()
             run.train(2)
             real = os.fsync
             if dist.rank == 1:
                 os.fsync = lambda handle: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full"))
             try:
-                run.save(lock=lock)
+                run.save()
             except ck.SaveFailed as error:
                 facts["failed"] = str(error)
             os.fsync = real
             nd.barrier(dist)
             facts["after_failure"] = names(run)
-            run.save(lock=lock)
+            nd.barrier(dist)  # both have looked
+            run.save()
             other = nd.Dist(0, 0, 1, dist.device)
             try:
                 run_lock(run.run_dir, other).__enter__()
@@ -559,7 +521,7 @@ def worker_reshard(out):
         if dist.is_main:
             save_file(loaded, out / "loaded.safetensors")
             save_file(trained, out / "trained.safetensors")
-            path = out / "two" / "checkpoints" / f"step-{run.step:06d}" / "policy-00001.safetensors"
+            path = out / "two" / "checkpoints" / f"step-{run.step:06d}" / "model-00001.safetensors"
             shutil.copytree(out / "two", out / "damaged")
             flip(out / "damaged" / path.relative_to(out / "two"), 3000)
         nd.barrier(dist)
@@ -586,17 +548,17 @@ def test_reshard_one_to_two_to_one(tmp_path):
         torch.testing.assert_close(tensor, one.tensors()[name], rtol=1e-10, atol=1e-10)
 
     folder = folder_of(back, 4)
-    parts = [load_file(folder / f"policy-0000{rank}.safetensors") for rank in (0, 1)]
+    parts = [load_file(folder / f"model-0000{rank}.safetensors") for rank in (0, 1)]
     assert [len(part["embedding.weight"]) for part in parts] == [17, 16]
     for rank in (0, 1):
         facts = json.loads((tmp_path / f"facts-{rank}.json").read_text())
         assert facts["state"] == {"step": 2, "cursor": 14, "note": "x"}
         assert "rank 1: OSError: [Errno 28] full" in facts["failed"]
-        assert facts["after_failure"] == ["latest", "step-000002"]
+        assert facts["after_failure"] == ["step-000002"]
         assert "in use by another trainer" in facts["in_use"]
         assert facts["fallback"] == 2
     assert "damaged-step-000004" in names_in(tmp_path / "damaged")
-    assert "policy-00001.safetensors does not match its checksum" in statuses[0][1]
+    assert "model-00001.safetensors does not match its checksum" in statuses[0][1]
 
 
 if __name__ == "__main__":
