@@ -58,6 +58,7 @@ def write_corpus(
     never_N: np.ndarray,
     run_dir: Path,
     last_round: int,
+    texts: list[decontaminate.BenchmarkText],
 ) -> dict:
     """Write corpus.jsonl, valid.jsonl and contaminated.jsonl; return their counts."""
     scores_N = np.load(run_dir / f"round-{last_round}" / "scores.npy")
@@ -68,7 +69,7 @@ def write_corpus(
     chosen_N = collected_N.copy()
     chosen_N[held] = False
     order = np.random.default_rng(cfg.seed).permutation(np.flatnonzero(chosen_N))
-    index = decontaminate.Decontaminator(benchmark_texts(cfg))
+    index = decontaminate.Decontaminator(texts)
     total, num_dropped = {"pages": 0, "tokens": 0}, 0
     bar = progress(web.pages(order), total=len(order), desc="decontaminating", unit="page")
     with (
@@ -88,7 +89,7 @@ def write_corpus(
         "validation": len(held),
         "validation_source": source,
         "contaminated": num_dropped,
-        "benchmark_texts": index.summary(),
+        "benchmark_texts": index.summary,
         "benchmark_hits": dict(sorted(index.hits.items(), key=lambda x: (-x[1], x[0]))[:100]),
         "corpus": total,
     }
