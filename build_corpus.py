@@ -19,10 +19,11 @@ from nanomath.base.config import lock_config, one_line_errors, parse
 from nanomath.base.files import read_json, write_json
 from nanomath.corpus import recall, report
 from nanomath.corpus.collect import collect_pages
+from nanomath.corpus.decontaminate import read_benchmark
 from nanomath.corpus.domains import RULES_FILE, UrlRules
 from nanomath.corpus.pages import PageCounts, read_crawl
 from nanomath.corpus.settings import PRESETS, CorpusConfig
-from nanomath.corpus.write import benchmark_texts, write_corpus
+from nanomath.corpus.write import write_corpus
 
 
 def main(cfg: CorpusConfig) -> None:
@@ -35,7 +36,8 @@ def main(cfg: CorpusConfig) -> None:
         return
     # All that the flags name is read first: a wrong file must not show after hours of work.
     rules = UrlRules.load(cfg.url_rules or RULES_FILE)
-    texts = benchmark_texts(cfg)
+    for name in cfg.benchmarks:
+        read_benchmark(name)
     seed_pages = read_crawl(cfg.seed_pages, PageCounts()) if cfg.seed_pages else []
     extra_seed = [page.text for page in seed_pages]
     if not (run_dir / "pages.json").exists():  # nothing was built: a failed start binds nobody
@@ -72,7 +74,7 @@ def main(cfg: CorpusConfig) -> None:
 
     # Decontamination (step 6), then the corpus and its validation pages.
     funnel = {"pages": counts, "rounds": rounds}
-    funnel |= write_corpus(cfg, web, collected_N, never_N, run_dir, number, texts)
+    funnel |= write_corpus(cfg, web, collected_N, never_N, run_dir, number)
     report.plot_funnel(run_dir / "plots" / "funnel.png", funnel)
     write_json(run_dir / "funnel.json", funnel)
     report.print_corpus(run_dir, funnel)

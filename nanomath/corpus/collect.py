@@ -8,17 +8,9 @@ from pathlib import Path
 
 from nanomath.base.files import open_atomically, read_json, write_json
 from nanomath.base.log import progress
-from nanomath.corpus import dedup, recall
+from nanomath.corpus import dedup, pages, recall
 from nanomath.corpus.domains import UrlRules
-from nanomath.corpus.pages import (
-    MAX_CRAWL_CHARACTERS,
-    Page,
-    PageCounts,
-    find_package,
-    parse_file,
-    read_crawl,
-    source_files,
-)
+from nanomath.corpus.pages import Page, PageCounts
 from nanomath.corpus.settings import CorpusConfig
 from nanomath.corpus.text import canonical, num_tokens
 
@@ -30,11 +22,12 @@ def collect_pages(cfg: CorpusConfig, rules: UrlRules, run_dir: Path) -> dict:
         return read_json(done)
     counts = PageCounts()
     raw = run_dir / "raw.jsonl"  # on disk, because the math cap needs all pages to be counted
+    source = pages.read_crawl(cfg.pages, counts) if cfg.pages else embedded_web(cfg, counts)
     with open_atomically(raw) as file:
-        for page in read_crawl(cfg.pages, counts) if cfg.pages else embedded_web(cfg, counts):
+        for page in source:
             file.write(page.to_json() + "\n")
     if counts.cut_pages:
-        print(f"{counts.cut_pages} pages cut to {MAX_CRAWL_CHARACTERS} characters")
+        print(f"{counts.cut_pages} pages cut to {pages.MAX_CRAWL_CHARACTERS} characters")
     limit = 1.0 if cfg.pages else math_limit(raw, rules, cfg)
     with open_atomically(run_dir / "pages.jsonl") as file:
         for page in unique_pages(raw, rules, limit, cfg, counts):
@@ -51,18 +44,17 @@ def embedded_web(cfg: CorpusConfig, counts: PageCounts) -> Iterator[Page]:
     """Yield the pages of the packages found, parsed by a pool."""
     tasks = []
     for name in cfg.packages:
-        root = find_package(name)
+        root = pages.find_package(name)
         if root is None:
             counts.missing_packages.append(name)
             continue
-        tasks += [(name, root, path) for path in source_files(root)]
+        tasks += [(name, root, path) for path in pages.source_files(root)]
     if counts.missing_packages:
         print(f"not installed, left out: {', '.join(counts.missing_packages)}")
     with multiprocessing.get_context("spawn").Pool(cfg.num_workers) as pool:
-        found = pool.imap(parse_file, tasks, chunksize=16)
-        for got, too_short, readable in progress(
-            found, total=len(tasks), desc="parsing documentation", unit="file"
-        ):
+        found = pool.imap(pages.parse_file, tasks, chunksize=16)
+        bar = progress(found, total=len(tasks), desc="parsing documentation", unit="file")
+        for got, too_short, readable in bar:
             counts.files += 1
             counts.unreadable_files += not readable
             counts.too_short += too_short

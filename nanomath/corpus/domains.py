@@ -43,10 +43,9 @@ class UrlRules:
         rules: dict[str, list[tuple[str, bool]]] = {}
         with open(path, encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
-                line = line.rstrip("\n")
                 if not line.strip() or line.startswith("#"):
                     continue
-                columns = line.split("\t")
+                columns = line.rstrip("\n").split("\t")
                 if len(columns) != 3 or columns[2] not in ("+", "-"):
                     raise ValueError(
                         f"{path}:{number}: {line!r} is not host<TAB>path prefix<TAB>+ or -"

@@ -107,12 +107,11 @@ def parse_file(task: tuple[str, Path, Path]) -> tuple[list[Page], int, bool]:
     host, folder, dotted = _address(package, root, path)
     pages, too_short = [], 0
     for name, title, body in _documents(tree, dotted):
-        text = f"{title}\n\n{body}" if body else ""
         if len(body) < MIN_CHARACTERS:
             too_short += bool(body)
             continue
-        url = f"https://{host}/{folder}{name}"
-        pages.append(Page(url, _clean(text[:MAX_CHARACTERS])))
+        text = f"{title}\n\n{body}"[:MAX_CHARACTERS]
+        pages.append(Page(f"https://{host}/{folder}{name}", _clean(text)))
     return pages, too_short, True
 
 
@@ -174,7 +173,9 @@ def _documents(tree: ast.Module, dotted: str) -> Iterator[tuple[str, str, str]]:
             call = node.value
             called = ast.unparse(call.func)
             if called.rpartition(".")[2] in ("add_docstr", "add_newdoc") and call.args:
-                body = max(_strings(call), key=len, default="")
+                constants = [n.value for n in ast.walk(call) if isinstance(n, ast.Constant)]
+                texts = [value for value in constants if isinstance(value, str)]
+                body = max(texts, key=len, default="")
                 name = ast.unparse(call.args[-2] if called.endswith("newdoc") else call.args[0])
                 name = name.strip("'\"").rpartition(".")[2]
                 yield name, f"{dotted}.{name}", inspect.cleandoc(body)
@@ -190,20 +191,14 @@ def _top_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def _class_body(node: ast.ClassDef) -> str:
-    parts = [ast.get_docstring(node) or ""]
+    parts = [ast.get_docstring(node)]
     for method in node.body:
         if isinstance(method, ast.FunctionDef | ast.AsyncFunctionDef):
             doc = ast.get_docstring(method)
             if doc:
                 parts.append(f"{_signature(method)}\n{doc}")
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(filter(None, parts))
 
 
 def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
     return f"{node.name}({ast.unparse(node.args)})"
-
-
-def _strings(node: ast.AST) -> Iterator[str]:
-    for child in ast.walk(node):
-        if isinstance(child, ast.Constant) and isinstance(child.value, str):
-            yield child.value

@@ -1,8 +1,8 @@
 """The iterative loop of Sec. 2.1: train, score, rank to a budget, find domains, grow the seed.
 
-State is files: each step of a round writes one file by rename and is skipped when that file is
-there, so a killed run goes on where it was and ends with the same bytes. Reading pages and the
-last steps (decontamination, writing the corpus) are in build_corpus.py.
+State is files: a round's model and its scores are each written by rename, and made only when the
+file is not there, so a killed run goes on where it was and ends with the same bytes. Reading pages
+and the last steps (decontamination, writing the corpus) are in build_corpus.py.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanomath.base.files import open_atomically, read_json, write_json
+from nanomath.base.files import open_atomically, write_json
 from nanomath.base.log import progress
 from nanomath.corpus import classifier, domains
 from nanomath.corpus.settings import CorpusConfig
@@ -162,10 +162,7 @@ def run_round(
     before_N: what any earlier round collected.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "round.json").exists():
-        joins_N = np.load(folder / "joins.npy")
-        return np.load(folder / "collected.npy"), seed_N | joins_N, read_json(folder / "round.json")
-
+    # Training and scoring take the time; all that follows from the scores is computed again.
     if not (folder / "model.bin").exists():
         drawn = training_pages(web, seed_N, before_N, extra_seed, round_number, cfg)
         bar = progress(drawn, desc="writing training pages", unit="page")
@@ -174,7 +171,8 @@ def run_round(
         model = classifier.load(folder / "model.bin")
         found = classifier.math_probabilities(model, web.texts(range(len(web))))
         bar = progress(found, total=len(web), desc=f"scoring, round {round_number}", unit="page")
-        save_array(folder / "scores.npy", np.array(list(bar), np.float32))
+        with open_atomically(folder / "scores.npy", "wb") as file:
+            np.save(file, np.array(list(bar), np.float32))
     scores_N = np.load(folder / "scores.npy")
 
     budget = cfg.budgets[min(round_number, len(cfg.budgets)) - 1]
@@ -183,8 +181,6 @@ def run_round(
     # Sec. 2.1, step 4: of a math-related host, the uncollected pages that a person calls math.
     annotated_N = np.isin(web.hosts, [domain.host for domain in found]) & web.math_N & ~collected_N
     joins_N = annotated_N & ~never_N & ~seed_N
-    save_array(folder / "collected.npy", collected_N)
-    save_array(folder / "joins.npy", joins_N)
     with open_atomically(folder / "domains.tsv") as file:
         domains.write_candidates(file, web.urls, web.hosts, collected_N, joins_N, found)
     row = {"round": round_number, "budget": budget}
@@ -193,11 +189,6 @@ def run_round(
     row["stop"] = row["overlap"] is not None and row["overlap"] >= cfg.stop_overlap
     write_json(folder / "round.json", row)
     return collected_N, seed_N | joins_N, row
-
-
-def save_array(path: Path, values: np.ndarray) -> None:
-    with open_atomically(path, "wb") as file:
-        np.save(file, values)
 
 
 def _labelled_texts(

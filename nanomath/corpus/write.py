@@ -58,7 +58,6 @@ def write_corpus(
     never_N: np.ndarray,
     run_dir: Path,
     last_round: int,
-    texts: list[decontaminate.BenchmarkText],
 ) -> dict:
     """Write corpus.jsonl, valid.jsonl and contaminated.jsonl; return their counts."""
     scores_N = np.load(run_dir / f"round-{last_round}" / "scores.npy")
@@ -69,7 +68,7 @@ def write_corpus(
     chosen_N = collected_N.copy()
     chosen_N[held] = False
     order = np.random.default_rng(cfg.seed).permutation(np.flatnonzero(chosen_N))
-    index = decontaminate.Decontaminator(texts)
+    index = decontaminate.Decontaminator(benchmark_texts(cfg))
     total, num_dropped = {"pages": 0, "tokens": 0}, 0
     bar = progress(web.pages(order), total=len(order), desc="decontaminating", unit="page")
     with (
