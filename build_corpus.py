@@ -10,25 +10,19 @@ ones), funnel.json, plots/, and what each round did under round-N/. Every step w
 rename and is skipped when the file is there: the same command continues a killed run.
 """
 
-import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from nanomath.base.config import lock_config, one_line_errors, parse
-from nanomath.base.files import write_json
-from nanomath.base.log import progress
+from nanomath.base.files import read_json, write_json
 from nanomath.corpus import recall, report
 from nanomath.corpus.collect import collect_pages
+from nanomath.corpus.decontaminate import read_benchmark
 from nanomath.corpus.domains import RULES_FILE, UrlRules
-from nanomath.corpus.pages import (
-    PageCounts,
-    read_jsonl,
-)
-from nanomath.corpus.settings import PRESETS, CorpusConfig, loop_settings
+from nanomath.corpus.pages import PageCounts, read_crawl
+from nanomath.corpus.settings import PRESETS, CorpusConfig
 from nanomath.corpus.write import write_corpus
 
 
@@ -37,11 +31,16 @@ def main(cfg: CorpusConfig) -> None:
     if (run_dir / "funnel.json").exists():
         lock_config(cfg, run_dir)
         print(f"{run_dir}: the corpus is finished; remove the folder to build it again")
-        report.print_rounds(json.loads((run_dir / "funnel.json").read_text(encoding="utf-8")))
+        for row in read_json(run_dir / "funnel.json")["rounds"]:
+            report.print_round(row)
         return
-    check_inputs(cfg)
+    # All that the flags name is read first: a wrong file must not show after hours of work.
     rules = UrlRules.load(cfg.url_rules or RULES_FILE)
-    if not (run_dir / "raw.json").exists():  # nothing was built: a failed start binds nobody
+    for name in cfg.benchmarks:
+        read_benchmark(name)
+    seed_pages = read_crawl(cfg.seed_pages, PageCounts()) if cfg.seed_pages else []
+    extra_seed = [page.text for page in seed_pages]
+    if not (run_dir / "pages.json").exists():  # nothing was built: a failed start binds nobody
         (run_dir / "config.json").unlink(missing_ok=True)
     lock_config(cfg, run_dir)
 
@@ -51,17 +50,7 @@ def main(cfg: CorpusConfig) -> None:
     print(f"{len(web)} pages, {web.tokens_N.sum()} tokens, {int(web.math_N.sum())} of them math")
 
     # The seed (step 1), and the math hosts it never sees.
-    seed_N, never_N = recall.choose_seed(
-        web, cfg.seed, cfg.seed_hosts, cfg.seed_share, cfg.never_hosts
-    )
-    extra_seed = []
-    if cfg.seed_pages:
-        seed_counts = PageCounts()
-        extra_seed = [page.text for page in read_jsonl(cfg.seed_pages, seed_counts)]
-        print(
-            f"{len(extra_seed)} seed pages; {seed_counts.bad_lines} bad lines skipped, "
-            f"{seed_counts.cut_pages} long pages cut"
-        )
+    seed_N, never_N = recall.choose_seed(web, cfg)
     if not seed_N.any() and not extra_seed:
         raise ValueError(
             f"no page of {web.path} is in the seed: give --seed_pages, or --url_rules with "
@@ -69,13 +58,12 @@ def main(cfg: CorpusConfig) -> None:
         )
 
     # Rounds of train, score, rank, find domains, grow the seed (steps 2 to 5).
-    settings = loop_settings(cfg)
     collected_N = before_N = np.zeros(len(web), bool)
     rounds = []
     for number in range(1, len(cfg.budgets) + 1):
+        folder = run_dir / f"round-{number}"
         collected_N, seed_N, row = recall.run_round(
-            *(run_dir / f"round-{number}", web, seed_N, never_N, before_N),
-            *(extra_seed, rules, number, settings, progress),
+            folder, web, cfg, number, seed_N, never_N, before_N, extra_seed
         )
         before_N = before_N | collected_N
         rounds.append(row)
@@ -87,40 +75,22 @@ def main(cfg: CorpusConfig) -> None:
     # Decontamination (step 6), then the corpus and its validation pages.
     funnel = {"pages": counts, "rounds": rounds}
     funnel |= write_corpus(cfg, web, collected_N, never_N, run_dir, number)
-    report.plot_all(run_dir, web, funnel)
+    report.plot_funnel(run_dir / "plots" / "funnel.png", funnel)
     write_json(run_dir / "funnel.json", funnel)
     report.print_corpus(run_dir, funnel)
 
 
-def check_inputs(cfg: CorpusConfig) -> None:
-    """Raise FileNotFoundError or ValueError for a file that is missing or empty, by its flag."""
-    files = [("pages", cfg.pages), ("seed_pages", cfg.seed_pages), ("url_rules", cfg.url_rules)]
-    for flag, name in files + [("benchmarks", name) for name in cfg.benchmarks]:
-        if name is None:
-            continue
-        if not Path(name).is_file():
-            raise FileNotFoundError(f"--{flag} {name}: no such file")
-        if not Path(name).stat().st_size:
-            raise ValueError(f"--{flag} {name}: the file is empty")
-
-
-@contextmanager
-def _locked(run_dir: str) -> Iterator[None]:
-    from nanomath.run.guard import run_lock  # here, so that parsing processes do not load torch
-
-    with run_lock(run_dir):
-        yield
-
-
 def run(argv: list[str]) -> None:
     """Read the command line, hold the run folder, and turn errors into one line each."""
+    from nanomath.run.guard import run_lock  # here, so that parsing processes do not load torch
+
     if not any(word.split("=")[0] in ("--preset", "--pages", "--help", "-h") for word in argv):
         # The defaults are the paper's, for a crawl: they would keep the whole embedded web.
         argv = ["--preset", "cpu", *argv]
     cfg = parse(CorpusConfig, PRESETS, argv, description=__doc__)
     with one_line_errors():
         Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
-        with _locked(cfg.run_dir):
+        with run_lock(cfg.run_dir):
             main(cfg)
 
 

@@ -23,8 +23,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nanomath.corpus import dedup, recall  # noqa: E402
-from nanomath.corpus.classifier import ClassifierSettings  # noqa: E402
 from nanomath.corpus.domains import UrlRules  # noqa: E402
+from nanomath.corpus.settings import CorpusConfig  # noqa: E402
 from nanomath.corpus.text import canonical, num_tokens  # noqa: E402
 
 
@@ -98,16 +98,17 @@ def main() -> None:
         never_N = web.math_N & np.isin(web.hosts, new_hosts)
         whole = int(web.tokens_N[web.math_N].sum())
         budgets = tuple(int(part * whole) for part in (0.4, 0.6, 0.8, 1.0))
-        settings = recall.LoopSettings(
-            0, 2000, 1500, budgets, 0.1, 2.0, ClassifierSettings(dim=64, lr=1.0, buckets=200_000)
-        )
+        cfg = CorpusConfig(
+            num_positives=2000, num_negatives=1500, budgets=budgets, stop_overlap=2.0,
+            dim=64, lr=1.0, buckets=200_000,
+        )  # fmt: skip
         rows = []
         for seed in range(args.seeds):
             seed_N = before_N = np.zeros(len(web), bool)
             for number in range(1, len(budgets) + 1):
                 collected_N, seed_N, row = recall.run_round(
-                    Path(folder) / f"{seed}-{number}", web, seed_N, never_N, before_N, extra, rules,
-                    number, replace(settings, seed=seed), lambda found, **_: found,
+                    Path(folder) / f"{seed}-{number}", web, replace(cfg, seed=seed), number,
+                    seed_N, never_N, before_N, extra,
                 )  # fmt: skip
                 before_N = before_N | collected_N
                 rows.append((number, row))

@@ -7,8 +7,7 @@ probabilities, dim times smaller and about four times faster.
 
 import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import fasttext
 import numpy as np
 
 from nanomath.base.files import open_atomically
+from nanomath.corpus.settings import CorpusConfig
 from nanomath.corpus.text import normalise
 
 POSITIVE = "__label__math"
@@ -23,22 +23,7 @@ NEGATIVE = "__label__other"
 _BATCH = 256
 
 
-@dataclass(frozen=True)
-class ClassifierSettings:
-    """The paper's values; it does not state the buckets, so fastText's default is taken."""
-
-    dim: int = 256
-    lr: float = 0.1
-    word_ngrams: int = 3
-    min_count: int = 3
-    epochs: int = 3
-    buckets: int = 2_000_000
-    seed: int = 0
-
-
-def train(
-    pages: Iterable[tuple[str, bool]], model_path: str | Path, settings: ClassifierSettings
-) -> None:
+def train(pages: Iterable[tuple[str, bool]], model_path: str | Path, cfg: CorpusConfig) -> None:
     """Train on (page text, is math) in the order given; write the collapsed model.
 
     Raises ValueError where either class has no page.
@@ -59,13 +44,13 @@ def train(
     try:
         model = fasttext.train_supervised(
             input=str(train_path),
-            dim=settings.dim,
-            lr=settings.lr,
-            wordNgrams=settings.word_ngrams,
-            minCount=settings.min_count,
-            epoch=settings.epochs,
-            bucket=settings.buckets,
-            seed=settings.seed,
+            dim=cfg.dim,
+            lr=cfg.lr,
+            wordNgrams=cfg.word_ngrams,
+            minCount=cfg.min_count,
+            epoch=cfg.epochs,
+            bucket=cfg.buckets,
+            seed=cfg.seed,
             loss="softmax",
             thread=1,
             verbose=0,
@@ -86,14 +71,10 @@ def collapse(source: str | Path, target: str | Path) -> None:
 
     softmax([h.o0, h.o1]) depends only on h.(o0 - o1), and h is a mean of rows, so each row can be
     replaced by its product with o0 - o1 and the output layer by [1, 0].
-    Raises ValueError where the model is not of that kind.
+    Raises ValueError where fastText has written another layout of file.
     """
     model = fasttext.load_model(str(source))
-    if model.is_quantized():
-        raise ValueError(f"{source}: a quantised model cannot be collapsed")
     rows, output = model.get_input_matrix(), model.get_output_matrix()
-    if output.shape[0] != 2:
-        raise ValueError(f"{source}: collapse needs 2 classes, the model has {output.shape[0]}")
     num_rows, dim = rows.shape
     scores = (rows @ (output[0] - output[1])).astype("<f4")
     # The file ends with, for input and output: a quantised flag, (rows, columns), the values.
@@ -121,8 +102,5 @@ def math_probabilities(model, texts: Iterable[str]) -> Iterator[float]:
     texts = iter(texts)
     while batch := [normalise(text) for text in islice(texts, _BATCH)]:
         labels, probabilities = model.predict(batch, k=2, threshold=-1.0)
-        yield from (_of_math(*page) for page in zip(labels, probabilities))
-
-
-def _of_math(labels: Sequence[str], probabilities: Sequence[float]) -> float:
-    return float(probabilities[list(labels).index(POSITIVE)])
+        for page_labels, page_probabilities in zip(labels, probabilities):
+            yield float(page_probabilities[list(page_labels).index(POSITIVE)])

@@ -6,7 +6,6 @@ so that Chinese, which has no spaces, is covered as well. Every hit is counted p
 short answer that matches half the web must be seen, not silently obeyed.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nanomath.base.files import read_jsonl
 from nanomath.corpus.text import canonical, ngram_hashes
 
 NUM_GRAMS = 10  # Sec. 2.1
@@ -40,34 +40,25 @@ def read_benchmark(path: str | Path) -> list[BenchmarkText]:
     A list of options is one text, lettered as it is printed: alone, "none of the above" would be
     matched whole and match half the web; without letters "One, Two, Three, Four" would.
 
-    Raises ValueError naming the file and line where a line is not a JSON object, or the file where
-    no line has such a field.
+    Raises FileNotFoundError, or ValueError naming the file and line where a line is not a JSON
+    object, or the file where no line has such a field.
     """
     path = Path(path)
     texts = []
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: not a JSON object; give JSONL benchmark files")
-            values = [(name, row.get(name)) for name in FIELDS]
-            values.append(("options", _options_text(row.get("options"))))
-            if isinstance(row.get("messages"), list):
-                values += [
-                    (f"message{i}", message.get("content"))
-                    for i, message in enumerate(row["messages"])
-                    if isinstance(message, dict)
-                ]
-            texts += [
-                BenchmarkText(f"{path.stem}:{number}:{name}", value)
-                for name, value in values
-                if isinstance(value, str) and value
+    for number, row in read_jsonl(path, max_bad_fraction=0.0):
+        values = [(name, row.get(name)) for name in FIELDS]
+        values.append(("options", _options_text(row.get("options"))))
+        if isinstance(row.get("messages"), list):
+            values += [
+                (f"message{i}", message.get("content"))
+                for i, message in enumerate(row["messages"])
+                if isinstance(message, dict)
             ]
+        texts += [
+            BenchmarkText(f"{path.stem}:{number}:{name}", value)
+            for name, value in values
+            if isinstance(value, str) and value
+        ]
     if not texts:
         raise ValueError(f"{path}: no line has any of the fields {', '.join(FIELDS)}, options")
     return texts
@@ -126,7 +117,8 @@ class Decontaminator:
         self.hits: Counter[str] = Counter()
         self._lookups: dict[int, _Lookup] = {}
         pairs: dict[int, list[tuple[np.ndarray, int]]] = {}
-        self.num_long = self.num_short = self.num_unused = 0
+        # How many texts are matched by 10-grams, matched whole, and not used.
+        self.summary = {"long": 0, "short": 0, "unused": 0}
         for owner, item in enumerate(self.texts):
             # With the calculator's marks, as the file has it, and without, as a page shows it.
             forms = {canonical(text): None for text in (item.text, _CALCULATOR.sub("", item.text))}
@@ -134,9 +126,9 @@ class Decontaminator:
             for form, n in zip(forms, lengths):
                 if n:
                     pairs.setdefault(n, []).append((np.unique(ngram_hashes(form, n)), owner))
-            self.num_long += max(lengths) == NUM_GRAMS
-            self.num_short += 0 < max(lengths) < NUM_GRAMS
-            self.num_unused += max(lengths) == 0
+            longest = max(lengths)
+            kind = "long" if longest == NUM_GRAMS else "short" if longest else "unused"
+            self.summary[kind] += 1
         for n in sorted(pairs):
             self._lookups[n] = _Lookup.build(pairs[n])
 
@@ -149,7 +141,3 @@ class Decontaminator:
         names = sorted({self.texts[owner].name for owner in owners})
         self.hits.update(names)
         return names
-
-    def summary(self) -> dict[str, int]:
-        """Return how many texts are matched by 10-grams, matched whole, and not used."""
-        return {"long": self.num_long, "short": self.num_short, "unused": self.num_unused}

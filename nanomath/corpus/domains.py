@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import IO
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -20,11 +21,11 @@ RULES_FILE = Path(__file__).with_name("url_rules.tsv")
 
 
 def host_of(url: str) -> str:
-    """Return the host name of a URL, the paper's "base URL"; "" where there is none."""
-    try:
-        return urlsplit(url).hostname or ""
-    except ValueError:  # such as an unclosed IPv6 bracket
-        return ""
+    """Return the host name of a URL, the paper's "base URL"; "" where there is none.
+
+    Raises ValueError where urlsplit cannot read the URL; pages.py lets no such page in.
+    """
+    return urlsplit(url).hostname or ""
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,9 @@ class UrlRules:
         rules: dict[str, list[tuple[str, bool]]] = {}
         with open(path, encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
-                line = line.rstrip("\n")
                 if not line.strip() or line.startswith("#"):
                     continue
-                columns = line.split("\t")
+                columns = line.rstrip("\n").split("\t")
                 if len(columns) != 3 or columns[2] not in ("+", "-"):
                     raise ValueError(
                         f"{path}:{number}: {line!r} is not host<TAB>path prefix<TAB>+ or -"
@@ -57,10 +57,7 @@ class UrlRules:
     def is_math(self, url: str) -> bool:
         """Say whether the rules take this page for mathematics."""
         host = host_of(url)
-        try:
-            path = urlsplit(url).path or "/"
-        except ValueError:
-            return False
+        path = urlsplit(url).path or "/"
         suffixes = host.split(".")
         for key in [host, *("*." + ".".join(suffixes[i:]) for i in range(1, len(suffixes)))]:
             for prefix, is_math in self.by_host.get(key, ()):
@@ -77,10 +74,6 @@ class Domain:
     num_pages: int
     num_collected: int
     mean_score: float
-
-    @property
-    def share(self) -> float:
-        return self.num_collected / self.num_pages
 
 
 def discover(
@@ -102,29 +95,15 @@ def discover(
     ]
 
 
-def annotate(
-    urls: Sequence[str],
-    hosts: Sequence[str],
-    collected_N: np.ndarray,
-    domains: Iterable[Domain],
-    rules: UrlRules,
-) -> np.ndarray:
-    """Return the uncollected pages of the domains that the rules take for math: bool [N]."""
-    names = {domain.host for domain in domains}
-    joins_N = np.zeros(len(urls), bool)
-    for i, (url, host) in enumerate(zip(urls, hosts)):
-        joins_N[i] = not collected_N[i] and host in names and rules.is_math(url)
-    return joins_N
-
-
-def candidate_rows(
+def write_candidates(
+    file: IO[str],
     urls: Sequence[str],
     hosts: Sequence[str],
     collected_N: np.ndarray,
     joins_N: np.ndarray,
     domains: Iterable[Domain],
-) -> list[list[str]]:
-    """Return the table an annotator reads: one row per domain, after a heading."""
+) -> None:
+    """Write the table an annotator reads, tab-separated: one row per domain, after a heading."""
     prefixes: dict[str, Counter] = {domain.host: Counter() for domain in domains}
     examples: dict[str, str] = {}
     joining = Counter(host for host, joins in zip(hosts, joins_N) if joins)
@@ -132,24 +111,14 @@ def candidate_rows(
         if hit and host in prefixes:
             prefixes[host]["/" + urlsplit(url).path.strip("/").partition("/")[0]] += 1
             examples.setdefault(host, url)
-    rows = [["host", "pages", "collected", "share", "score", "joining", "prefixes", "example"]]
+    table = csv.writer(file, delimiter="\t", lineterminator="\n")
+    heading = "host pages collected share score joining prefixes example"
+    table.writerow(heading.split())
     for domain in domains:
-        top = sorted(prefixes[domain.host].items(), key=lambda x: (-x[1], x[0]))[:3]
-        rows.append(
-            [
-                domain.host,
-                str(domain.num_pages),
-                str(domain.num_collected),
-                f"{domain.share:.3f}",
-                f"{domain.mean_score:.3f}",
-                str(joining[domain.host]),
-                " ".join(f"{prefix}:{count}" for prefix, count in top),
-                examples.get(domain.host, ""),
-            ]
-        )
-    return rows
-
-
-def write_candidates(file, rows: Iterable[Sequence[str]]) -> None:
-    """Write candidate_rows as tab-separated text."""
-    csv.writer(file, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_MINIMAL).writerows(rows)
+        host = domain.host
+        top = sorted(prefixes[host].items(), key=lambda x: (-x[1], x[0]))[:3]
+        shown = " ".join(f"{prefix}:{count}" for prefix, count in top)
+        share = domain.num_collected / domain.num_pages
+        counts = (domain.num_pages, domain.num_collected, f"{share:.3f}")
+        score = f"{domain.mean_score:.3f}"
+        table.writerow([host, *counts, score, joining[host], shown, examples[host]])

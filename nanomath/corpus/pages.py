@@ -16,8 +16,9 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO
 from urllib.parse import urlsplit
+
+from nanomath.base.files import read_jsonl
 
 # What every install of this project has: torch, sympy and numpy bring or are the mathematics,
 # the others are the rest of the web. `python` is the standard library.
@@ -32,10 +33,9 @@ PACKAGES = (
 )
 MIN_CHARACTERS = 300  # shorter docstrings say little more than a name
 MAX_CHARACTERS = 50_000  # of a documentation page
-# A crawl is anybody's text: its longest pages are cut and its longest lines never held in memory.
-# Pages of Common Crawl are a few thousand characters, a long chapter of a book is 100,000.
+# A crawl is anybody's text: its longest pages are cut. Pages of Common Crawl are a few thousand
+# characters, a long chapter of a book is 100,000.
 MAX_CRAWL_CHARACTERS = 200_000
-MAX_LINE_BYTES = 1 << 24
 _SKIPPED_FOLDERS = {"test", "tests", "testing", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -52,16 +52,19 @@ class Page:
 
 @dataclass
 class PageCounts:
-    """What reading pages met, for the report: nothing is dropped without a count."""
+    """What reading and deduplicating pages met: no page is dropped without a count."""
 
     files: int = 0
     unreadable_files: int = 0
     pages: int = 0
     too_short: int = 0
     missing_packages: list[str] = field(default_factory=list)
-    bad_lines: int = 0
-    bad_line_examples: list[str] = field(default_factory=list)
     cut_pages: int = 0  # longer than MAX_CRAWL_CHARACTERS, cut there
+    capped: int = 0  # math pages beyond --math_share
+    same_url: int = 0
+    near_duplicates: int = 0
+    kept: int = 0
+    tokens: int = 0  # of the pages kept
 
 
 def find_package(name: str, search_path: list[str] | None = None) -> Path | None:
@@ -104,69 +107,39 @@ def parse_file(task: tuple[str, Path, Path]) -> tuple[list[Page], int, bool]:
     host, folder, dotted = _address(package, root, path)
     pages, too_short = [], 0
     for name, title, body in _documents(tree, dotted):
-        text = f"{title}\n\n{body}" if body else ""
         if len(body) < MIN_CHARACTERS:
             too_short += bool(body)
             continue
-        url = f"https://{host}/{folder}{name}"
-        pages.append(Page(url, _clean(text[:MAX_CHARACTERS])))
+        text = f"{title}\n\n{body}"[:MAX_CHARACTERS]
+        pages.append(Page(f"https://{host}/{folder}{name}", _clean(text)))
     return pages, too_short, True
 
 
-def read_jsonl(path: str | Path, counts: PageCounts) -> Iterator[Page]:
-    """Yield the pages of a crawl: JSONL with `url` and `text`; bad lines are counted and named.
+def read_crawl(path: str | Path, counts: PageCounts) -> Iterator[Page]:
+    """Yield the pages of a crawl: JSONL with `url` and `text`; bad lines are named on stderr.
 
     Raises FileNotFoundError, or ValueError naming the file when it holds no page at all.
     """
-    path = Path(path)
-    with open(path, "rb") as file:
-        for number, line in enumerate(_lines(file), 1):
-            if line is not None and not line.strip():
-                continue
-            page, problem = _read_line(line)
-            if page is None:
-                counts.bad_lines += 1
-                if len(counts.bad_line_examples) < 5:
-                    counts.bad_line_examples.append(f"{path}:{number}: {problem}")
-                continue
-            counts.pages += 1
-            if len(page.text) > MAX_CRAWL_CHARACTERS:
-                counts.cut_pages += 1
-                page = replace(page, text=page.text[:MAX_CRAWL_CHARACTERS])
-            yield page
+    for _, page in read_jsonl(path, read=_crawl_page, max_bad_fraction=1.0):
+        counts.pages += 1
+        if len(page.text) > MAX_CRAWL_CHARACTERS:
+            counts.cut_pages += 1
+            page = replace(page, text=page.text[:MAX_CRAWL_CHARACTERS])
+        yield page
     if not counts.pages:
-        raise ValueError(
-            f'{path}: no page in it ({counts.bad_lines} bad lines); one {{"url", "text"}} a line'
-        )
+        raise ValueError(f'{path}: no page in it; give JSONL with {{"url", "text"}} in each line')
 
 
-def _lines(file: IO[bytes]) -> Iterator[bytes | None]:
-    """Yield the lines; None for one over MAX_LINE_BYTES, read past in pieces."""
-    while line := file.readline(MAX_LINE_BYTES + 1):
-        too_long = len(line) > MAX_LINE_BYTES
-        while too_long and line and not line.endswith(b"\n"):
-            line = file.readline(MAX_LINE_BYTES)
-        yield None if too_long else line
-
-
-def _read_line(line: bytes | None) -> tuple[Page | None, str]:
-    if line is None:
-        return None, f"longer than {MAX_LINE_BYTES} bytes"
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError):
-        return None, "not JSON in UTF-8"
-    if not isinstance(row, dict):
-        return None, "not a JSON object"
+def _crawl_page(row: dict) -> Page:
     for name in ("url", "text"):
         if not isinstance(row.get(name), str) or not row[name].strip():
-            return None, f'no "{name}" in it'
+            raise ValueError(f'no "{name}" in it')
     url = _clean(row["url"]).strip()
     try:
         urlsplit(url)
     except ValueError as error:  # an open IPv6 bracket, a host that NFKC would change
-        return None, f"{error} in its url"
-    return Page(url, _clean(row["text"])), ""
+        raise ValueError(f"{error} in its url") from None
+    return Page(url, _clean(row["text"]))
 
 
 def _clean(text: str) -> str:
@@ -200,7 +173,9 @@ def _documents(tree: ast.Module, dotted: str) -> Iterator[tuple[str, str, str]]:
             call = node.value
             called = ast.unparse(call.func)
             if called.rpartition(".")[2] in ("add_docstr", "add_newdoc") and call.args:
-                body = max(_strings(call), key=len, default="")
+                constants = [n.value for n in ast.walk(call) if isinstance(n, ast.Constant)]
+                texts = [value for value in constants if isinstance(value, str)]
+                body = max(texts, key=len, default="")
                 name = ast.unparse(call.args[-2] if called.endswith("newdoc") else call.args[0])
                 name = name.strip("'\"").rpartition(".")[2]
                 yield name, f"{dotted}.{name}", inspect.cleandoc(body)
@@ -216,20 +191,14 @@ def _top_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def _class_body(node: ast.ClassDef) -> str:
-    parts = [ast.get_docstring(node) or ""]
+    parts = [ast.get_docstring(node)]
     for method in node.body:
         if isinstance(method, ast.FunctionDef | ast.AsyncFunctionDef):
             doc = ast.get_docstring(method)
             if doc:
                 parts.append(f"{_signature(method)}\n{doc}")
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(filter(None, parts))
 
 
 def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
     return f"{node.name}({ast.unparse(node.args)})"
-
-
-def _strings(node: ast.AST) -> Iterator[str]:
-    for child in ast.walk(node):
-        if isinstance(child, ast.Constant) and isinstance(child.value, str):
-            yield child.value

@@ -1,8 +1,8 @@
 """The iterative loop of Sec. 2.1: train, score, rank to a budget, find domains, grow the seed.
 
-State is files: each step of a round writes one file by rename and is skipped when that file is
-there, so a killed run goes on where it was and ends with the same bytes. Reading pages and the
-last steps (decontamination, writing the corpus) are in build_corpus.py.
+State is files: a round's model and its scores are each written by rename, and made only when the
+file is not there, so a killed run goes on where it was and ends with the same bytes. Reading pages
+and the last steps (decontamination, writing the corpus) are in build_corpus.py.
 """
 
 import hashlib
@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from nanomath.base.files import open_atomically
+from nanomath.base.files import open_atomically, write_json
+from nanomath.base.log import progress
 from nanomath.corpus import classifier, domains
+from nanomath.corpus.settings import CorpusConfig
 
 
 @dataclass
@@ -26,7 +28,7 @@ class Web:
     hosts: list[str]
     offsets_N: np.ndarray  # of each page's line in the file, bytes
     tokens_N: np.ndarray
-    math_N: np.ndarray  # bool: what the URL rules say, the truth of precision and recall
+    math_N: np.ndarray  # bool: what the URL rules, the annotator, say; the truth of every metric
 
     @classmethod
     def load(cls, path: str | Path, rules: domains.UrlRules) -> "Web":
@@ -63,42 +65,25 @@ class Web:
         return (page["text"] for page in self.pages(indices))
 
 
-@dataclass(frozen=True)
-class LoopSettings:
-    """What the loop needs to know; build_corpus.py says what each value is and where it is from."""
-
-    seed: int
-    num_positives: int
-    num_negatives: int
-    budgets: tuple[int, ...]
-    min_domain_share: float
-    stop_overlap: float
-    classifier: classifier.ClassifierSettings
-
-
 def unit_hash(text: str, seed: int, purpose: str) -> float:
     """Return a number in [0, 1) that depends on nothing but its arguments."""
     digest = hashlib.blake2b(f"{seed}/{purpose}/{text}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
-def choose_seed(
-    web: Web, seed: int, seed_hosts: float, seed_pages: float, never_hosts: float
-) -> tuple[np.ndarray, np.ndarray]:
+def choose_seed(web: Web, cfg: CorpusConfig) -> tuple[np.ndarray, np.ndarray]:
     """Return (seed, never seeded), bool [N]: which math pages the first round knows.
 
-    A share seed_hosts of the math hosts gives a share seed_pages of its pages; a share never_hosts
+    A share seed_hosts of the math hosts gives a share seed_share of its pages; a share never_hosts
     never joins the seed, so that recall there is a measure of generalisation. A host's own part
     depends on its name alone.
     """
-    places = {host: unit_hash(host, seed, "known") for host in set(web.hosts)}
-    seed_N, never_N = np.zeros(len(web), bool), np.zeros(len(web), bool)
-    for i, (url, host) in enumerate(zip(web.urls, web.hosts)):
-        if web.math_N[i]:
-            never_N[i] = places[host] < never_hosts
-            in_seed = never_hosts <= places[host] < never_hosts + seed_hosts
-            seed_N[i] = in_seed and unit_hash(url, seed, "page") < seed_pages
-    return seed_N, never_N
+    places = {host: unit_hash(host, cfg.seed, "known") for host in set(web.hosts)}
+    place_N = np.array([places[host] for host in web.hosts])
+    draw_N = np.array([unit_hash(url, cfg.seed, "page") for url in web.urls])
+    never_N = web.math_N & (place_N < cfg.never_hosts)
+    in_seed_N = (cfg.never_hosts <= place_N) & (place_N < cfg.never_hosts + cfg.seed_hosts)
+    return web.math_N & in_seed_N & (draw_N < cfg.seed_share), never_N
 
 
 def rank_to_budget(scores_N: np.ndarray, tokens_N: np.ndarray, budget: int) -> np.ndarray:
@@ -119,7 +104,7 @@ def training_pages(
     collected_N: np.ndarray,
     extra_seed: Sequence[str],
     round_number: int,
-    settings: LoopSettings,
+    cfg: CorpusConfig,
 ) -> list[tuple[int, bool]]:
     """Draw what the classifier trains on: (page, is math), shuffled.
 
@@ -130,16 +115,16 @@ def training_pages(
     # DEVIATION: Sec. 2.1 draws negatives from all of Common Crawl. 500K of 40B pages hardly ever
     # meet a collected one; 1500 of a few thousand would, and would teach the classifier that what
     # it found is not math. So pages collected by an earlier round are left out of the draw.
-    rng = np.random.default_rng([settings.seed, round_number])
+    rng = np.random.default_rng([cfg.seed, round_number])
     extra = np.arange(len(web), len(web) + len(extra_seed))
     positives = np.concatenate((np.flatnonzero(seed_N), extra))
     others = np.flatnonzero(~seed_N & ~collected_N)
     if not len(others):  # everything was collected: the lower half of it has to do
         others = np.flatnonzero(~seed_N)
-    positives = rng.permutation(positives)[: settings.num_positives]
+    positives = rng.permutation(positives)[: cfg.num_positives]
     # As many negatives as positives, as in the paper (500K and 500K): with more of them the
     # cheapest way to a low loss is to doubt every page, and few unsure ones are ranked right.
-    others = rng.permutation(others)[: min(settings.num_negatives, len(positives))]
+    others = rng.permutation(others)[: min(cfg.num_negatives, len(positives))]
     both = [(int(i), True) for i in positives] + [(int(i), False) for i in others]
     return [both[i] for i in rng.permutation(len(both))]
 
@@ -165,58 +150,45 @@ def round_metrics(
 def run_round(
     folder: Path,
     web: Web,
+    cfg: CorpusConfig,
+    round_number: int,
     seed_N: np.ndarray,
     never_N: np.ndarray,
     before_N: np.ndarray,
     extra_seed: Sequence[str],
-    rules: domains.UrlRules,
-    round_number: int,
-    settings: LoopSettings,
-    progress,
 ) -> tuple[np.ndarray, np.ndarray, dict]:
     """Run one round, or the rest of it; return (collected, next seed, row of the report).
 
-    before_N: what any earlier round collected. progress(iterable, total=, desc=, unit=) is a bar.
+    before_N: what any earlier round collected.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    collected_N, joins_N = folder / "collected.npy", folder / "joins.npy"
-    if (folder / "round.json").exists():
-        row = json.loads((folder / "round.json").read_text(encoding="utf-8"))
-        return np.load(collected_N), seed_N | np.load(joins_N), row
-
+    # Training and scoring take the time; all that follows from the scores is computed again.
     if not (folder / "model.bin").exists():
-        drawn = training_pages(web, seed_N, before_N, extra_seed, round_number, settings)
-        indices = progress(drawn, total=len(drawn), desc="writing training pages", unit="page")
-        labelled = _labelled_texts(web, extra_seed, indices)
-        classifier.train(labelled, folder / "model.bin", settings.classifier)
+        drawn = training_pages(web, seed_N, before_N, extra_seed, round_number, cfg)
+        bar = progress(drawn, desc="writing training pages", unit="page")
+        classifier.train(_labelled_texts(web, extra_seed, bar), folder / "model.bin", cfg)
     if not (folder / "scores.npy").exists():
         model = classifier.load(folder / "model.bin")
         found = classifier.math_probabilities(model, web.texts(range(len(web))))
         bar = progress(found, total=len(web), desc=f"scoring, round {round_number}", unit="page")
-        save_array(folder / "scores.npy", np.array(list(bar), np.float32))
+        with open_atomically(folder / "scores.npy", "wb") as file:
+            np.save(file, np.array(list(bar), np.float32))
     scores_N = np.load(folder / "scores.npy")
 
-    budget = settings.budgets[min(round_number, len(settings.budgets)) - 1]
-    collected = rank_to_budget(scores_N, web.tokens_N, budget)
-    found = domains.discover(web.hosts, collected, scores_N, settings.min_domain_share)
-    joins = domains.annotate(web.urls, web.hosts, collected, found, rules) & ~never_N & ~seed_N
-    save_array(collected_N, collected)
-    save_array(joins_N, joins)
+    budget = cfg.budgets[min(round_number, len(cfg.budgets)) - 1]
+    collected_N = rank_to_budget(scores_N, web.tokens_N, budget)
+    found = domains.discover(web.hosts, collected_N, scores_N, cfg.min_domain_share)
+    # Sec. 2.1, step 4: of a math-related host, the uncollected pages that a person calls math.
+    annotated_N = np.isin(web.hosts, [domain.host for domain in found]) & web.math_N & ~collected_N
+    joins_N = annotated_N & ~never_N & ~seed_N
     with open_atomically(folder / "domains.tsv") as file:
-        rows = domains.candidate_rows(web.urls, web.hosts, collected, joins, found)
-        domains.write_candidates(file, rows)
+        domains.write_candidates(file, web.urls, web.hosts, collected_N, joins_N, found)
     row = {"round": round_number, "budget": budget}
-    row |= round_metrics(web, collected, seed_N, never_N, before_N)
-    row |= {"domains": len(found), "joining": int(joins.sum())}
-    row["stop"] = bool(row["overlap"] is not None and row["overlap"] >= settings.stop_overlap)
-    with open_atomically(folder / "round.json") as file:
-        file.write(json.dumps(row, indent=1) + "\n")
-    return collected, seed_N | joins, row
-
-
-def save_array(path: Path, values: np.ndarray) -> None:
-    with open_atomically(path, "wb") as file:
-        np.save(file, values)
+    row |= round_metrics(web, collected_N, seed_N, never_N, before_N)
+    row |= {"domains": len(found), "joining": int(joins_N.sum())}
+    row["stop"] = row["overlap"] is not None and row["overlap"] >= cfg.stop_overlap
+    write_json(folder / "round.json", row)
+    return collected_N, seed_N | joins_N, row
 
 
 def _labelled_texts(

@@ -1,11 +1,8 @@
-"""What the corpus stage shows: a line per round, the funnel plot, a score histogram per round."""
+"""What the corpus stage shows: a line per round, the pages of the corpus, and the funnel plot."""
 
 from pathlib import Path
 
-import numpy as np
-
 from nanomath.base.log import new_figure, save_figure
-from nanomath.corpus.recall import Web
 
 
 def print_round(row: dict) -> None:
@@ -26,11 +23,6 @@ def print_round(row: dict) -> None:
     )
 
 
-def print_rounds(funnel: dict) -> None:
-    for row in funnel["rounds"]:
-        print_round(row)
-
-
 def print_corpus(run_dir: Path, funnel: dict) -> None:
     """Print what decontamination dropped and what the corpus holds."""
     texts, total = funnel["benchmark_texts"], funnel["corpus"]
@@ -43,16 +35,6 @@ def print_corpus(run_dir: Path, funnel: dict) -> None:
         f"{run_dir / 'corpus.jsonl'}: {total['pages']} pages, {total['tokens'] / 1e6:.2f}M tokens; "
         f"{funnel['validation']} validation pages of {funnel['validation_source']} beside it"
     )
-
-
-def plot_all(run_dir: Path, web: Web, funnel: dict) -> None:
-    """Draw plots/funnel.png and plots/scores-round-N.png."""
-    plot_funnel(run_dir / "plots" / "funnel.png", funnel)
-    for row in funnel["rounds"]:
-        folder = run_dir / f"round-{row['round']}"
-        scores_N, collected_N = np.load(folder / "scores.npy"), np.load(folder / "collected.npy")
-        path = run_dir / "plots" / f"scores-round-{row['round']}.png"
-        plot_scores(path, web, scores_N, collected_N, row)
 
 
 def plot_funnel(path: Path, funnel: dict) -> None:
@@ -76,31 +58,6 @@ def plot_funnel(path: Path, funnel: dict) -> None:
     axis.set_xlabel("pages")
     axis.margins(x=0.15)
     axis.set_title("From pages to corpus")
-    save_figure(figure, path)
-
-
-def plot_scores(
-    path: Path, web: Web, scores_N: np.ndarray, collected_N: np.ndarray, row: dict
-) -> None:
-    """Draw the classifier's scores, math pages and others by the URL rules, and the cut."""
-    figure, (axis,) = new_figure(1)
-    groups = [("other", ~web.math_N), ("math", web.math_N)]
-    groups = [(label, group_N) for label, group_N in groups if group_N.any()]
-    axis.hist(
-        [scores_N[group_N] for _, group_N in groups],
-        bins=40,
-        range=(0.0, 1.0),
-        stacked=True,
-        log=True,
-        label=[label for label, _ in groups],
-    )
-    if collected_N.any():
-        cut = float(scores_N[collected_N].min())
-        axis.axvline(cut, color="black", linewidth=1, label=f"kept from {cut:.3f}")
-    axis.set_title(f"Scores, round {row['round']}")
-    axis.set_xlabel("probability of math")
-    axis.set_ylabel("pages")
-    axis.legend(fontsize=7)
     save_figure(figure, path)
 
 

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 
 from nanomath.base.config import opt
-from nanomath.corpus import recall
-from nanomath.corpus.classifier import ClassifierSettings
 from nanomath.corpus.pages import PACKAGES
 from nanomath.tasks import countdown
 
@@ -44,12 +42,12 @@ class CorpusConfig:
     stop_overlap: float = opt(
         0.98, "stop when this share of a round was collected before, Sec. 2.1", low=0.0, high=1.0
     )
-    dim: int = opt(ClassifierSettings.dim, "fastText vector width, Sec. 2.1", low=1)
-    lr: float = opt(ClassifierSettings.lr, "fastText learning rate, Sec. 2.1", low=0.0)
-    word_ngrams: int = opt(ClassifierSettings.word_ngrams, "fastText n-grams, Sec. 2.1", low=1)
-    min_count: int = opt(ClassifierSettings.min_count, "fastText minCount, Sec. 2.1", low=1)
-    epochs: int = opt(ClassifierSettings.epochs, "fastText epochs, Sec. 2.1", low=1)
-    buckets: int = opt(ClassifierSettings.buckets, "fastText hash buckets (its default)", low=1)
+    dim: int = opt(256, "fastText vector width, Sec. 2.1", low=1)
+    lr: float = opt(0.1, "fastText learning rate, Sec. 2.1", low=0.0)
+    word_ngrams: int = opt(3, "fastText n-grams, Sec. 2.1", low=1)
+    min_count: int = opt(3, "fastText minCount, Sec. 2.1", low=1)
+    epochs: int = opt(3, "fastText epochs, Sec. 2.1", low=1)
+    buckets: int = opt(2_000_000, "fastText hash buckets (its default)", low=1)
     valid_pages: int = opt(200, "math pages kept for validation, at most", low=0)
 
 
@@ -80,17 +78,3 @@ PRESETS = {
     | {"budgets": (900_000, 1_400_000), "math_share": 1.0, "num_workers": 8}
     | vars(countdown.RANGES["gpu"]),
 }
-
-
-def loop_settings(cfg: CorpusConfig) -> recall.LoopSettings:
-    return recall.LoopSettings(
-        cfg.seed,
-        cfg.num_positives,
-        cfg.num_negatives,
-        cfg.budgets,
-        cfg.min_domain_share,
-        cfg.stop_overlap,
-        ClassifierSettings(
-            cfg.dim, cfg.lr, cfg.word_ngrams, cfg.min_count, cfg.epochs, cfg.buckets, cfg.seed
-        ),
-    )

@@ -88,7 +88,7 @@ def write_corpus(
         "validation": len(held),
         "validation_source": source,
         "contaminated": num_dropped,
-        "benchmark_texts": index.summary(),
+        "benchmark_texts": index.summary,
         "benchmark_hits": dict(sorted(index.hits.items(), key=lambda x: (-x[1], x[0]))[:100]),
         "corpus": total,
     }

@@ -94,7 +94,7 @@ def page_pools(
     """Return which pages each file is drawn from, bool [N]; valid and corpus are the run's URLs."""
     held_hosts = {host_of(url) for url in valid}
     free_N = np.array([host not in held_hosts for host in web.hosts])
-    seed_N, _ = recall.choose_seed(web, cfg.seed, cfg.seed_hosts, cfg.seed_share, cfg.never_hosts)
+    seed_N, _ = recall.choose_seed(web, cfg)
     recalled_N = np.array([url in corpus for url in web.urls])
     return {"recalled": recalled_N & free_N, "seed": seed_N & free_N, "random": free_N}
 

@@ -41,15 +41,19 @@ def test_bad_input_is_one_clear_line(tmp_path):
     run, empty, junk = str(tmp_path / "run"), tmp_path / "empty.jsonl", tmp_path / "junk.jsonl"
     empty.write_text("")
     junk.write_text("hello\n")
-    assert "--pages nowhere.jsonl: no such file" in _fails(
-        "--pages", "nowhere.jsonl", "--run_dir", run
-    )
-    assert "the file is empty" in _fails("--pages", str(empty), "--run_dir", run + "2")
-    assert "junk.jsonl: no page in it" in _fails("--pages", str(junk), "--run_dir", run + "3")
-    message = _fails(*TINY, "--benchmarks", str(empty), "--run_dir", run + "4")
-    assert "--benchmarks" in message and "\n" not in message
-    message = _fails(*TINY, "--url_rules", str(junk), "--run_dir", run + "5")
-    assert "junk.jsonl:1" in message
+    assert "nowhere.jsonl is missing" in _fails("--pages", "nowhere.jsonl", "--run_dir", run)
+    assert "empty.jsonl is empty" in _fails("--pages", str(empty), "--run_dir", run)
+    assert "junk.jsonl: no page in it" in _fails("--pages", str(junk), "--run_dir", run)
+    for flag, name, problem in [
+        ("--benchmarks", empty, "empty.jsonl is empty"),
+        ("--benchmarks", junk, "junk.jsonl:1: not JSON"),
+        ("--seed_pages", junk, "junk.jsonl: no page in it"),
+        ("--url_rules", junk, "junk.jsonl:1"),
+        ("--url_rules", "nowhere.tsv", "nowhere.tsv"),
+    ]:
+        message = _fails(*TINY, flag, str(name), "--run_dir", run)
+        assert problem in message and "\n" not in message
+        assert not (tmp_path / "run" / "raw.jsonl").exists()  # before pages are parsed
 
 
 def test_a_wrong_flag_names_the_nearest(tmp_path, capsys):
@@ -74,8 +78,9 @@ def test_a_crawl_becomes_a_corpus_once(tmp_path, capsys, made_up_pages):
     argv += ["--budgets", "90000", "120000", "--num_heldout", "0", "--run_dir", str(tmp_path / "r")]
     argv += ["--dim", "8", "--lr", "1", "--epochs", "10", "--buckets", "2000", "--never_hosts", "0"]
     build_corpus.run(argv)
+    assert f"skipped 1 of {len(rows) + 2} lines" in capsys.readouterr().err
     funnel = json.loads((tmp_path / "r" / "funnel.json").read_text())
-    assert funnel["pages"]["bad_lines"] == 1 and funnel["pages"]["same_url"] == 1
+    assert funnel["pages"]["same_url"] == 1
     assert funnel["contaminated"] == 1
     assert funnel["benchmark_hits"] == {"bench:1:question": 1}
     corpus = [json.loads(x) for x in (tmp_path / "r" / "corpus.jsonl").read_text().splitlines()]
@@ -111,10 +116,10 @@ def test_a_crawl_of_unknown_hosts_gets_validation_pages(tmp_path, capsys, made_u
     argv += ["--num_heldout", "0", "--run_dir", str(tmp_path / "r")]
     build_corpus.run(argv)
     funnel = json.loads((tmp_path / "r" / "funnel.json").read_text())
-    assert funnel["pages"]["bad_lines"] == 1
     assert funnel["validation"] == -(-funnel["collected"] // 10) > 0
     assert funnel["validation_source"] == "collected pages"
-    assert "validation pages of collected pages" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert f"{crawl}:4: " in printed.err and "validation pages of collected pages" in printed.out
     urls = {}
     for name in ("valid", "corpus"):
         lines = (tmp_path / "r" / f"{name}.jsonl").read_text().splitlines()
@@ -128,7 +133,7 @@ def test_heldout_countdown_is_its_numbers_and_target():
     short prompt, a worked line or a counting list drops no page. Training rows pass."""
     cfg = parse(build_corpus.CorpusConfig, build_corpus.PRESETS, ["--preset", "cpu"])
     index = decontaminate.Decontaminator(write.benchmark_texts(cfg))
-    assert index.summary() == {"long": 0, "short": cfg.num_heldout, "unused": 0}
+    assert index.summary == {"long": 0, "short": cfg.num_heldout, "unused": 0}
     for problem in countdown.generate(20, countdown.RANGES["cpu"], split="heldout"):
         name, nums, target = f"countdown:{problem.id}", *problem.payload.values()
         assert index.matches(f"text\n{problem.prompt}text") == []

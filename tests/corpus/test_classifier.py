@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from nanomath.corpus import classifier
-from nanomath.corpus.classifier import ClassifierSettings
+from nanomath.corpus.settings import CorpusConfig
 from nanomath.corpus.text import normalise
 
-SMALL = ClassifierSettings(dim=16, lr=1.0, min_count=1, epochs=5, buckets=5000)
+SMALL = CorpusConfig(dim=16, lr=1.0, min_count=1, epochs=5, buckets=5000)
 
 
 def _pages(seed: int, num: int = 300) -> list[tuple[str, bool]]:
@@ -51,16 +51,6 @@ def test_collapse_keeps_every_probability(tmp_path):
     assert first[:300].max() > 0.9 and first[:300].min() < 0.1
     assert small.get_dimension() == 1
     assert (tmp_path / "small.bin").stat().st_size < whole.stat().st_size / 8
-
-
-def test_collapse_refuses_other_models(tmp_path):
-    """Three classes cannot become one number."""
-    path = tmp_path / "train.txt"
-    path.write_text("".join(f"__label__{i % 3} w{i % 7} x{i % 5}\n" for i in range(60)))
-    model = fasttext.train_supervised(str(path), dim=4, thread=1, verbose=0)
-    model.save_model(str(tmp_path / "m.bin"))
-    with pytest.raises(ValueError, match="2 classes"):
-        classifier.collapse(tmp_path / "m.bin", tmp_path / "out.bin")
 
 
 def test_chinese_math_is_told_from_chinese_notices(tmp_path):

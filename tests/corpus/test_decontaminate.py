@@ -39,7 +39,7 @@ def test_case_punctuation_and_line_breaks_do_not_hide_a_match():
 def test_texts_of_three_to_nine_grams_match_whole_only():
     """A 4-gram answer needs all its grams in a row; a 2-gram answer is never used."""
     index = _index("the answer is 42", "x = 7", "two words")
-    assert index.summary() == {"long": 0, "short": 1, "unused": 2}
+    assert index.summary == {"long": 0, "short": 1, "unused": 2}
     assert index.matches("So the answer is: 42!") == ["b:0"]
     assert index.matches("the answer is 43, 42 the answer") == []
     assert index.matches("x = 7 and two words") == []
@@ -49,7 +49,7 @@ def test_nine_and_ten_gram_texts_fall_on_their_sides():
     """Nine grams are matched whole, ten by their one 10-gram: both need every gram."""
     nine, ten = "a1 a2 a3 a4 a5 a6 a7 a8 a9", "b1 b2 b3 b4 b5 b6 b7 b8 b9 b10"
     index = _index(nine, ten)
-    assert index.summary() == {"long": 1, "short": 1, "unused": 0}
+    assert index.summary == {"long": 1, "short": 1, "unused": 0}
     assert index.matches(f"{nine} {ten}") == ["b:0", "b:1"]
     assert index.matches(nine.rpartition(" ")[0] + " / " + ten.rpartition(" ")[0]) == []
 
@@ -67,7 +67,7 @@ def test_bare_numbers_identify_nothing():
     """Nine numbers in a row are not used, ten are matched, and one word among a few is enough."""
     nine, ten = " ".join(map(str, range(1, 10))), " ".join(map(str, range(11, 21)))
     index = _index("(1, 2, 3)", nine, ten, "x = 1, 2")
-    assert index.summary() == {"long": 1, "short": 1, "unused": 2}
+    assert index.summary == {"long": 1, "short": 1, "unused": 2}
     assert index.matches(f"1 * 2 + 3 = 5; {nine}") == []
     assert index.matches(ten) == ["b:2"] and index.matches("so x = (1, 2)") == ["b:3"]
 
@@ -84,7 +84,7 @@ def test_calculator_marks_are_matched_with_and_without():
     plain = "In May she sold 48/2 = 24 clips. Natalia sold 48+24 = 72"
     index = _index(marked)
     assert index.matches(marked) == ["b:0"] and index.matches(plain) == ["b:0"]
-    assert index.summary() == {"long": 1, "short": 0, "unused": 0}
+    assert index.summary == {"long": 1, "short": 0, "unused": 0}
     assert dict(index.hits) == {"b:0": 2}
 
 

@@ -11,7 +11,7 @@ from nanomath.corpus.pages import (
     PageCounts,
     find_package,
     parse_file,
-    read_jsonl,
+    read_crawl,
     source_files,
 )
 
@@ -75,7 +75,7 @@ def test_one_page_per_object_with_a_host_per_subpackage(package):
     assert parse_file(("sidefx", package, package / "broken.py")) == ([], 0, False)
 
 
-def test_a_crawl_names_its_bad_lines(tmp_path):
+def test_a_crawl_names_its_bad_lines(tmp_path, capsys):
     """Good lines are read around bad ones, counted and named; no good line is an error."""
     path = tmp_path / "crawl.jsonl"
     good = json.dumps({"url": "https://a.org/1", "text": "text \ud800"})
@@ -85,54 +85,39 @@ def test_a_crawl_names_its_bad_lines(tmp_path):
         )
     )
     counts = PageCounts()
-    pages = list(read_jsonl(path, counts))
+    pages = list(read_crawl(path, counts))
     assert [page.url for page in pages] == ["https://a.org/1"]
     assert pages[0].to_json().encode()  # a lone surrogate does not stop writing
-    assert (counts.pages, counts.bad_lines) == (1, 4)
-    assert counts.bad_line_examples[0] == f"{path}:1: not JSON in UTF-8"
-    assert counts.bad_line_examples[2] == f'{path}:4: no "text" in it'
+    assert counts.pages == 1
+    printed = capsys.readouterr().err
+    assert "skipped 4 of 5 lines" in printed and f"{path}:1: not JSON" in printed
+    assert f'{path}:4: no "text" in it' in printed
     path.write_text("[]\n")
     with pytest.raises(ValueError, match="crawl.jsonl: no page in it"):
-        list(read_jsonl(path, PageCounts()))
+        list(read_crawl(path, PageCounts()))
 
 
 @pytest.mark.parametrize("url", ["http://[::1/x", "https://a\u2100b.org/x"])
-def test_a_url_that_cannot_be_split_is_a_bad_line(tmp_path, url):
-    """Deduplication raises on such a URL, so the crawl's reader counts its line and goes on."""
+def test_a_url_that_cannot_be_split_is_a_bad_line(tmp_path, capsys, url):
+    """Deduplication raises on such a URL, so the crawl's reader names its line and goes on."""
     with pytest.raises(ValueError):
         dedup.url_key(url)
     path = tmp_path / "crawl.jsonl"
     rows = [{"url": url, "text": "x"}, {"url": "https://a.org/1", "text": "y"}]
     path.write_text("\n".join(map(json.dumps, rows)))
-    counts = PageCounts()
-    assert [page.url for page in read_jsonl(path, counts)] == ["https://a.org/1"]
-    assert (counts.pages, counts.bad_lines) == (1, 1)
-    assert counts.bad_line_examples[0].startswith(f"{path}:1: ")
-    assert counts.bad_line_examples[0].endswith(" in its url")
+    assert [page.url for page in read_crawl(path, PageCounts())] == ["https://a.org/1"]
+    named = capsys.readouterr().err.splitlines()[1]
+    assert named.startswith(f"  {path}:1: ") and named.endswith(" in its url")
 
 
-def test_long_pages_are_cut_and_long_lines_skipped(tmp_path, monkeypatch):
-    """At the limit a page and a line stay whole, one more is cut or skipped, and both are counted;
-    the lines after a skipped one are read, with their numbers."""
+def test_long_pages_are_cut_and_counted(tmp_path, monkeypatch):
+    """At the limit a page stays whole, one more character is cut."""
     monkeypatch.setattr(pages, "MAX_CRAWL_CHARACTERS", 100)
-    monkeypatch.setattr(pages, "MAX_LINE_BYTES", 300)
-    line = lambda n: json.dumps({"url": "https://a.org/1", "text": "y" * n}).encode()
-    extra = len(line(0))
-    lines = [line(100), line(101), line(299 - extra), line(300 - extra), line(2000), b"{", line(5)]
-    path = tmp_path / "crawl.jsonl"
-    for end in (b"\n", b""):
-        path.write_bytes(b"\n".join(lines) + end)
-        counts = PageCounts()
-        assert [len(p.text) for p in read_jsonl(path, counts)] == [100, 100, 100, 5]
-        assert (counts.pages, counts.cut_pages, counts.bad_lines) == (4, 2, 3)
-        assert counts.bad_line_examples == [
-            f"{path}:4: longer than 300 bytes",
-            f"{path}:5: longer than 300 bytes",
-            f"{path}:6: not JSON in UTF-8",
-        ]
-    path.write_bytes(line(5) + b"\n" + line(2000))  # the long line ends the file
-    counts = PageCounts()
-    assert len(list(read_jsonl(path, counts))) == 1 and counts.bad_lines == 1
+    path, counts = tmp_path / "crawl.jsonl", PageCounts()
+    rows = [{"url": "https://a.org/1", "text": "y" * n} for n in (100, 101, 5)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert [len(p.text) for p in read_crawl(path, counts)] == [100, 100, 5]
+    assert (counts.pages, counts.cut_pages) == (3, 1)
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):

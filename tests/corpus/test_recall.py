@@ -7,24 +7,22 @@ import numpy as np
 import pytest
 
 from nanomath.corpus import recall
-from nanomath.corpus.classifier import ClassifierSettings
 from nanomath.corpus.domains import RULES_FILE, UrlRules
+from nanomath.corpus.settings import CorpusConfig
 from nanomath.corpus.text import num_tokens
 
 RULES = UrlRules.load(RULES_FILE)
-SETTINGS = recall.LoopSettings(
-    seed=0,
+CFG = CorpusConfig(
+    never_hosts=0.3,
     num_positives=100,
     num_negatives=100,
     budgets=(20_000, 40_000),
-    min_domain_share=0.1,
-    stop_overlap=0.98,
-    classifier=ClassifierSettings(dim=8, lr=1.0, min_count=1, epochs=3, buckets=2000),
+    dim=8,
+    lr=1.0,
+    min_count=1,
+    epochs=3,
+    buckets=2000,
 )
-
-
-def _no_bar(iterable, **_):
-    return iterable
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +52,7 @@ def test_pages_are_read_back_in_any_order(web):
 
 def test_seed_and_never_hosts_do_not_meet(web):
     """Whole hosts are never seeded, the seed takes math pages of other hosts only."""
-    seed_N, never_N = recall.choose_seed(web, 0, 0.5, 0.5, 0.3)
+    seed_N, never_N = recall.choose_seed(web, CFG)
     assert seed_N.any() and never_N.any() and web.math_N[seed_N | never_N].all()
     hosts = np.array(web.hosts)
     assert not set(hosts[seed_N]) & set(hosts[never_N])
@@ -66,24 +64,22 @@ def test_training_pages_are_seed_against_uncollected(web):
     """Positives are the seed and the extra pages, negatives neither seed nor collected before."""
     seed_N, collected_N = np.zeros(len(web), bool), np.zeros(len(web), bool)
     seed_N[:5], collected_N[3:20] = True, True
-    drawn = recall.training_pages(web, seed_N, collected_N, ["extra"], 1, SETTINGS)
+    drawn = recall.training_pages(web, seed_N, collected_N, ["extra"], 1, CFG)
     assert sorted(i for i, is_math in drawn if is_math) == [0, 1, 2, 3, 4, len(web)]
     others = [i for i, is_math in drawn if not is_math]
     assert len(others) == len({*others}) == 6 and {*others} <= {*range(20, len(web))}
-    assert drawn != recall.training_pages(web, seed_N, collected_N, ["extra"], 2, SETTINGS)
+    assert drawn != recall.training_pages(web, seed_N, collected_N, ["extra"], 2, CFG)
 
 
 @pytest.mark.parametrize("num_seed, num_extra", [(1, 0), (0, 1), (7, 3), (40, 0)])
 def test_there_are_never_more_negatives_than_positives(web, num_seed, num_extra):
     """As many of each while pages last, in every round and whatever the caps allow (Sec. 2.1)."""
     for num_positives, num_negatives in ((2000, 1500), (5, 2000), (2000, 3)):
-        settings = dataclasses.replace(
-            SETTINGS, num_positives=num_positives, num_negatives=num_negatives
-        )
+        cfg = dataclasses.replace(CFG, num_positives=num_positives, num_negatives=num_negatives)
         seed_N = np.arange(len(web)) < num_seed
         none_N = np.zeros(len(web), bool)
         for number in (1, 2):
-            drawn = recall.training_pages(web, seed_N, none_N, ["x"] * num_extra, number, settings)
+            drawn = recall.training_pages(web, seed_N, none_N, ["x"] * num_extra, number, cfg)
             positives = sum(is_math for _, is_math in drawn)
             assert positives == min(num_seed + num_extra, num_positives)
             others = len(web) - num_seed
@@ -107,15 +103,14 @@ def test_metrics_by_hand():
     assert row["overlap"] == pytest.approx(30 / 90)
 
 
-def _two_rounds(folder, web, settings=SETTINGS):
-    seed_N, never_N = recall.choose_seed(web, 0, 0.5, 0.5, 0.3)
+def _two_rounds(folder, web):
+    seed_N, never_N = recall.choose_seed(web, CFG)
     collected_N = before_N = np.zeros(len(web), bool)
     rows = []
     for number in (1, 2):
         collected_N, seed_N, row = recall.run_round(
-            folder / f"round-{number}", web, seed_N, never_N, before_N, [], RULES, number, settings,
-            _no_bar,
-        )  # fmt: skip
+            folder / f"round-{number}", web, CFG, number, seed_N, never_N, before_N, []
+        )
         before_N = before_N | collected_N
         rows.append(row)
     files = {
@@ -138,10 +133,9 @@ def test_the_loop_grows_the_seed_without_never_hosts(web, tmp_path):
 def test_the_loop_continues_from_any_missing_file(web, tmp_path):
     """With files removed from any step on, as a kill leaves it, the rest comes out the same."""
     _, whole, _, _ = _two_rounds(tmp_path, web)
-    for first in ("model.bin", "scores.npy", "collected.npy", "joins.npy", "round.json"):
+    for first in ("model.bin", "scores.npy", "round.json"):
         removed = False
-        for name in ("model.bin", "scores.npy", "collected.npy", "joins.npy", "domains.tsv",
-                     "round.json"):  # fmt: skip
+        for name in ("model.bin", "scores.npy", "domains.tsv", "round.json"):
             removed |= name == first
             if removed:
                 (tmp_path / "round-1" / name).unlink()
@@ -156,25 +150,23 @@ def test_the_loop_continues_from_any_missing_file(web, tmp_path):
 def test_the_stop_rule_is_on_tokens_collected_before(web, tmp_path):
     """A second round of the first round's budget collects the same pages and stops; 98% is met
     exactly at the boundary."""
-    seed_N, never_N = recall.choose_seed(web, 0, 0.5, 0.5, 0.3)
+    seed_N, never_N = recall.choose_seed(web, CFG)
     everything_N = np.ones(len(web), bool)
-    _, _, row = recall.run_round(
-        tmp_path / "r", web, seed_N, never_N, everything_N, [], RULES, 1, SETTINGS, _no_bar
-    )
+    _, _, row = recall.run_round(tmp_path / "r", web, CFG, 1, seed_N, never_N, everything_N, [])
     assert row["overlap"] == 1.0 and row["stop"]
 
 
 def test_exactly_the_annotated_pages_join(web, tmp_path):
     """With every second page scored high, each math host is a domain, and what joins is its
     uncollected pages outside the seed, but none of a never-seeded host."""
-    seed_N, never_N = recall.choose_seed(web, 0, 0.5, 0.5, 0.3)
+    seed_N, never_N = recall.choose_seed(web, CFG)
     scores_N = np.where(np.arange(len(web)) % 2, 0.9, 0.1).astype(np.float32)
     (tmp_path / "model.bin").touch()  # these two steps are done
-    recall.save_array(tmp_path / "scores.npy", scores_N)
+    np.save(tmp_path / "scores.npy", scores_N)
     budget = int(web.tokens_N[1::2].sum())
-    settings = dataclasses.replace(SETTINGS, budgets=(budget,))
+    cfg = dataclasses.replace(CFG, budgets=(budget,))
     collected_N, next_seed_N, row = recall.run_round(
-        tmp_path, web, seed_N, never_N, np.zeros(len(web), bool), [], RULES, 1, settings, _no_bar
+        tmp_path, web, cfg, 1, seed_N, never_N, np.zeros(len(web), bool), []
     )
     assert collected_N.tolist() == [i % 2 == 1 for i in range(len(web))]
     joins_N = web.math_N & ~collected_N & ~seed_N & ~never_N

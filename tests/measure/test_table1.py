@@ -36,7 +36,7 @@ def run(tmp_path):
     corpus = tmp_path / "run" / "corpus"
     write_rows(corpus / "pages.jsonl", pages)
     web = recall.Web.load(corpus / "pages.jsonl", table1.UrlRules.load(tmp_path / "rules.tsv"))
-    _, never_N = recall.choose_seed(web, 4, cfg.seed_hosts, cfg.seed_share, cfg.never_hosts)
+    _, never_N = recall.choose_seed(web, cfg)
     never = sorted({host for host, held in zip(web.hosts, never_N) if held})
     assert len(never) > 1  # one validates, pages of the other may be recalled
     write_rows(corpus / "valid.jsonl", [p for p in pages if never[0] in p["url"]][:5])
