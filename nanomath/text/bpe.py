@@ -172,11 +172,7 @@ def begins_with(bos: str, bos_id: int) -> dict:
 def without_surrogates(text: str) -> str:
     """Return text with each pair of surrogates as its character, and with U+FFFD for lone ones,
     which no file can hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def cut_text(text: str) -> Iterator[str]:
@@ -229,12 +225,12 @@ def learn_merges(
     Merge number m makes id 256 + m. Stops when no pair occurs twice. Only the distinct pieces that
     hold the merged pair are touched, so a merge costs what it changes, not the corpus.
     """
-    words = [list(piece) for piece in piece_counts]
+    words = [piece.decode("latin-1") for piece in piece_counts]  # an id is a character: chr(id)
     counts = list(piece_counts.values())
-    pair_counts: dict[tuple[int, int], int] = defaultdict(int)
-    words_with: dict[tuple[int, int], set[int]] = defaultdict(set)
+    pair_counts: dict[str, int] = defaultdict(int)
+    words_with: dict[str, set[int]] = defaultdict(set)
     for index, word in enumerate(words):
-        for pair in zip(word, word[1:]):
+        for pair in _pairs(word):
             pair_counts[pair] += counts[index]
             words_with[pair].add(index)
     queue = [(-count, pair) for pair, count in pair_counts.items()]
@@ -249,20 +245,19 @@ def learn_merges(
             continue
         if count < 2:
             break
-        new_id = 256 + len(merges)
-        merges.append(pair)
+        new_id = chr(256 + len(merges))
+        merges.append((ord(pair[0]), ord(pair[1])))
         born = set()
         for index in words_with.pop(pair):
             old = words[index]
-            new = _merge(old, pair, new_id)
-            for old_pair in zip(old, old[1:]):
+            words[index] = new = old.replace(pair, new_id)
+            for old_pair in _pairs(old):
                 pair_counts[old_pair] -= counts[index]
-            for new_pair in zip(new, new[1:]):
+            for new_pair in _pairs(new):
                 pair_counts[new_pair] += counts[index]
                 if new_id in new_pair:
                     words_with[new_pair].add(index)
                     born.add(new_pair)
-            words[index] = new
         for new_pair in born:
             heapq.heappush(queue, (-pair_counts[new_pair], new_pair))
         bar.update()
@@ -270,13 +265,5 @@ def learn_merges(
     return merges
 
 
-def _merge(word: list[int], pair: tuple[int, int], new_id: int) -> list[int]:
-    merged, position = [], 0
-    while position < len(word):
-        if tuple(word[position : position + 2]) == pair:
-            merged.append(new_id)
-            position += 2
-        else:
-            merged.append(word[position])
-            position += 1
-    return merged
+def _pairs(word: str) -> Iterator[str]:
+    return map(str.__add__, word, word[1:])

@@ -10,8 +10,7 @@ Hugging Face layout. Chat templates are chat.py's.
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,30 +160,23 @@ class Tokenizer:
                 f"python -m nanomath.text.tokenizer --out {folder}"
             )
         layout, config = read_json(path), read_json(named) if named.is_file() else {}
-        with _naming(named):
+        others = [folder / "generation_config.json", folder / "config.json"]
+        ends = {p: read_json(p).get("eos_token_id") for p in others if p.is_file()}
+        read, stop_ids = named, []  # read: the file that an error names
+        try:
             names = {kind: _name(config, kind) for kind in ("bos", "eos", "pad")}
-        with _naming(path):
+            read = path
             coder = BytePairs.read(layout) or ForeignTokens(layout, {*names.values()})
-        stop_ids = []
-        for other in (folder / "generation_config.json", folder / "config.json"):
-            ids = read_json(other).get("eos_token_id") if other.is_file() else None
-            with _naming(other):
+            for read, ids in ends.items():  # noqa: B007 (an error names it)
                 stop_ids += _known_ids(ids, coder)
-        with _naming(named):
+            read = named
             settings = _settings(config, names, coder, stop_ids)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"{read}: not a complete {read.name} ({error!r})") from None
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"{read}: {error}") from None
         program, file = _program(folder, config), path.read_bytes().decode()
         return cls(coder, **settings, stop_ids=stop_ids, program=program, file=file)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Name the file in what is raised for its values."""
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{path}: not a complete {path.name} ({error!r})") from None
-    except (ValueError, OverflowError) as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def _name(config: dict, kind: str) -> str | None:

@@ -506,7 +506,7 @@ def test_a_million_equal_characters(folders, family):
             ids = ours.encode(text)
             print(f"{family}, {name}: {time.perf_counter() - start:.1f} s, {len(ids)} tokens")
             assert time.perf_counter() - start < 60
-            assert ours.decode(ids).removeprefix(" ") == text.removeprefix(" ")
+            assert ours.decode(ids) in (text, " " + text)
 
 
 def test_merges_equal_the_tokenizers_trainer():
@@ -604,7 +604,9 @@ def test_wrong_values_are_named_or_harmless(folders, tmp_path, family):
                     continue
                 # Chance is left out, and a piece of text that is called a control token.
                 if path[-1:] != ("dropout",) and "x" not in ours.control:
-                    assert_same_ids(ours, other, texts)
+                    for text in texts:
+                        expected = other.encode(text, add_special_tokens=False).ids
+                        assert ours.encode(text) == expected
         text = json.dumps(whole)
         for cut in range(0, len(text), 97):
             file.write_text(text[:cut])
