@@ -166,7 +166,7 @@ def evaluation_hash(
         digest.update(repr(parts).encode())
 
     add([getattr(cfg, key) for key in SAMPLING], model.cfg)
-    add(tokenizer.ranks, tokenizer.added, tokenizer.control, tokenizer.stop_ids, tokenizer.template)
+    add(tokenizer.file, tokenizer.control, tokenizer.stop_ids, tokenizer.template)
     for problem in problems:
         add(problem.id, problem.task, problem.payload, encode_prompt(tokenizer, problem))
     for name, tensor in model.state_dict().items():

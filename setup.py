@@ -4,6 +4,7 @@ the top-level `kernels` package would shadow the PyPI package of that name."""
 from setuptools import setup
 
 ROOMS = ("base", "text", "judge", "tasks", "corpus", "engine", "hub", "run", "measure", "play")
+HUB = ["huggingface_hub>=0.34", "tokenizers>=0.22"]
 
 setup(
     name="nanomath",
@@ -27,11 +28,9 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "hub": ["huggingface_hub>=0.34"],  # nanomath.hub.download of models
-        "test": [
-            *("pytest>=8", "hypothesis", "ruff", "transformers>=4.57", "tokenizers"),
-            "huggingface_hub>=0.34",
-        ],
+        # nanomath.hub.download of models, and their tokenizers
+        "hub": HUB,
+        "test": ["pytest>=8", "hypothesis", "ruff", "transformers>=4.57", *HUB],
         # what tests and bench/ compare with
         "peers": ["math-verify[antlr4_13_2]>=0.9", "trl>=1.16", "liger-kernel>=0.8.5"],
     },

@@ -226,17 +226,19 @@ def to_json(cfg: Any) -> dict[str, Any]:
 def lock_config(cfg: Any, run_dir: str | os.PathLike) -> None:
     """Save cfg as run_dir/config.json, or check that the run there was started with the same.
 
+    A setting that the file does not name, because the run is older than it, had its default.
     Raises SystemExit with a line that names the fields that differ, ValueError for a file that
     holds no settings.
     """
     path = Path(run_dir) / "config.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     now = to_json(cfg)
-    before = read_json(path, "remove it or give another --run_dir") if path.exists() else now
+    stored = read_json(path, "remove it or give another --run_dir") if path.exists() else now
+    before = to_json(type(cfg)()) | stored
     changed = [
-        f"--{field.name} was {before.get(field.name)!r}, is {now[field.name]!r}"
+        f"--{field.name} was {before[field.name]!r}, is {now[field.name]!r}"
         for field in dataclasses.fields(cfg)
-        if not field.metadata.get("may_change") and before.get(field.name) != now[field.name]
+        if not field.metadata.get("may_change") and before[field.name] != now[field.name]
     ]
     if changed:
         raise SystemExit(

@@ -54,49 +54,43 @@ def llama_name(name: str) -> str:
     return name
 
 
-def _open_weights(folder: Path) -> dict[str, tuple[Path, object]]:
-    """Return file and slice, not read yet, of every tensor in the folder's safetensors files."""
-    weight_map = None
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files that a folder names."""
     if (folder / SINGLE).is_file():
-        paths = [folder / SINGLE]
-    elif (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{folder / INDEX}: weight_map is missing, or no object")
-        for tensor, name in weight_map.items():
-            if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
-                raise ValueError(
-                    f"{folder / INDEX}: weight_map sends {tensor} to {name!r}; only the plain name "
-                    "of a .safetensors file beside it is followed"
-                )
-        paths = [folder / name for name in sorted({*weight_map.values()})]
-    else:
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
         raise FileNotFoundError(
             f"{folder} holds neither {SINGLE} nor {INDEX}; pickled weights (.bin, .pt) are never "
             "read: save them again as safetensors"
         )
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{folder / INDEX}: weight_map is missing, or no object")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            raise ValueError(
+                f"{folder / INDEX}: weight_map sends {tensor} to {name!r}; only the plain name "
+                "of a .safetensors file beside it is followed"
+            )
+    return [folder / name for name in sorted({*weight_map.values()})]
+
+
+def _open_weights(folder: Path) -> dict[str, tuple[Path, object]]:
+    """Return file and slice, not read yet, of every tensor in the folder's safetensors files."""
     found = {}
-    for path in paths:
-        for tensor, piece in _slices(path).items():
+    for path in _weight_files(folder):
+        try:
+            file = safe_open(path, framework="pt")
+            pieces = {tensor: file.get_slice(tensor) for tensor in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+        for tensor, piece in pieces.items():
             if tensor in found:
                 raise ValueError(f"{path}: tensor {tensor} is also in {found[tensor][0].name}")
             if piece.get_dtype() not in ("F64", "F32", "F16", "BF16"):
                 raise ValueError(f"{path}: tensor {tensor} is of type {piece.get_dtype()}")
             found[tensor] = path, piece
-    for tensor, name in (weight_map or {}).items():
-        if tensor not in found or found[tensor][0].name != name:
-            raise ValueError(f"{folder / name}: tensor {tensor} is not in it, as {INDEX} says")
     return found
-
-
-def _slices(path: Path) -> dict[str, object]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; {INDEX} names it")
-    try:
-        file = safe_open(path, framework="pt")
-        return {tensor: file.get_slice(tensor) for tensor in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
 
 
 def _match(folder: Path, found: dict[str, tuple[Path, object]], wanted: dict[str, Tensor]) -> None:
@@ -173,14 +167,12 @@ def save_hf(
     *,
     dtype: torch.dtype = torch.bfloat16,
     max_file_bytes: int = 5 * 10**9,
-    about: str = "",
 ) -> None:
     """Write a folder that transformers and vLLM load; it appears whole or not at all.
 
     dtype: bf16, what published weights come in, takes half the room; float32 keeps every bit.
     dist: of a sharded model, all of whose ranks must call; one tensor at a time is gathered, rank 0
-    writes. about: how it was made, for the model card. Raises FileExistsError, or ValueError for a
-    shape that no known architecture has.
+    writes. Raises FileExistsError, or ValueError for a shape that no known architecture has.
     """
     folder, dist = Path(folder), dist or Dist(0, 0, 1, torch.device("cpu"))
     if folder.exists():
@@ -210,8 +202,6 @@ def save_hf(
             write_json(temporary / "config.json", config)
             if tokenizer is not None:
                 tokenizer.save(temporary)
-            card = _card(folder.name, config, model.cfg.num_parameters, about)
-            (temporary / "README.md").write_text(card, encoding="utf-8")
             if len(files) > 1:
                 total = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
                 weight_map = {name: file for file, names in files.items() for name in names}
@@ -242,19 +232,3 @@ def _plan_files(tensors: Mapping[str, Tensor], itemsize: int, limit: int) -> dic
     return {
         f"model-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)
     }
-
-
-def _card(name: str, config: dict, num_parameters: int, about: str) -> str:
-    shape = "num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings"
-    layers, width, vocabulary, context = (config[key] for key in shape)
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
----
-# {name}
-
-{config["architectures"][0]} with {num_parameters:,} parameters in {config["torch_dtype"]}: {layers}
-layers of width {width}, a vocabulary of {vocabulary}, a context of {context} tokens.
-
-Made with nanomath, a small reproduction of DeepSeekMath (arXiv:2402.03300). {about}
-"""

@@ -20,6 +20,20 @@ ARCHITECTURES = {  # model_type -> what it must be a model of
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+SIZES = {  # ModelConfig's name -> theirs
+    "vocab_size": "vocab_size",
+    "num_layers": "num_hidden_layers",
+    "width": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "ffn_width": "intermediate_size",
+}
+LLAMA3_ROPE = {
+    "rope_factor": "factor",
+    "rope_low_freq": "low_freq_factor",
+    "rope_high_freq": "high_freq_factor",
+    "rope_original_context": "original_max_position_embeddings",
+}
 # What model.py has no other value of; the first is what a config without the key means.
 FIXED = {
     "hidden_act": ("silu",),
@@ -58,25 +72,17 @@ def read_config(path: str | Path) -> ModelConfig:
     if family == "llama" and config.get("num_key_value_heads") is None:  # Llama 1
         config["num_key_value_heads"] = config.get("num_attention_heads")
 
-    def size(key: str) -> int:
-        return _number(path, config, key, int)
-
     shape = {
-        "vocab_size": size("vocab_size"),
-        "num_layers": size("num_hidden_layers"),
-        "width": size("hidden_size"),
-        "num_heads": size("num_attention_heads"),
-        "num_kv_heads": size("num_key_value_heads"),
-        "ffn_width": size("intermediate_size"),
+        **{ours: _number(path, config, theirs, int) for ours, theirs in SIZES.items()},
         "rms_eps": _number(path, config, "rms_norm_eps", float),
-        "max_context": size("max_position_embeddings"),
+        "max_context": _number(path, config, "max_position_embeddings", int),
         "tied_head": config["tie_word_embeddings"],
         "qkv_bias": family == "qwen2",
         "qk_norm": family == "qwen3",
         **_read_rope(path, config),
     }
     if family == "qwen3" or config.get("head_dim") is not None:
-        shape["head_width"] = size("head_dim")
+        shape["head_width"] = _number(path, config, "head_dim", int)
     try:
         return ModelConfig(**shape)
     except ValueError as error:
@@ -102,23 +108,17 @@ def _read_rope(path: Path, config: dict) -> dict[str, float | int]:
         raise ValueError(f"{path}: the rope settings must be an object, not {rope!r}")
     rope = {"rope_theta": config.get("rope_theta", 10000.0), **rope}  # Llama 1 has no such key
     kind = rope.pop("rope_type", rope.get("type", "default"))
-    needed = {
-        "default": {},
-        "linear": {"rope_factor": ("factor", float)},
-        "llama3": {
-            "rope_factor": ("factor", float),
-            "rope_low_freq": ("low_freq_factor", float),
-            "rope_high_freq": ("high_freq_factor", float),
-            "rope_original_context": ("original_max_position_embeddings", int),
-        },
-    }
+    needed = {"default": {}, "linear": {"rope_factor": "factor"}, "llama3": LLAMA3_ROPE}
     if kind not in tuple(needed):
         raise ValueError(f"{path}: rope type {kind!r}; known are {', '.join(needed)}")
-    fields = {"rope_theta": ("rope_theta", float), **needed[kind]}
-    unknown = rope.keys() - {key for key, _ in fields.values()} - {"type", "partial_rotary_factor"}
+    fields = {"rope_theta": "rope_theta", **needed[kind]}
+    unknown = rope.keys() - {*fields.values(), "type", "partial_rotary_factor"}
     if rope.get("partial_rotary_factor", 1) != 1 or any(rope[key] is not None for key in unknown):
         raise ValueError(f"{path}: rope settings {rope} are more than {kind} rope has")
-    return {name: _number(path, rope, *source) for name, source in fields.items()}
+    kinds = {"rope_original_context": int}
+    return {
+        ours: _number(path, rope, theirs, kinds.get(ours, float)) for ours, theirs in fields.items()
+    }
 
 
 def make_config(cfg: ModelConfig, tokenizer: Tokenizer | None, dtype: torch.dtype) -> dict:
@@ -138,12 +138,7 @@ def make_config(cfg: ModelConfig, tokenizer: Tokenizer | None, dtype: torch.dtyp
     config = {
         "architectures": [ARCHITECTURES[family]],
         "model_type": family,
-        "vocab_size": cfg.vocab_size,
-        "num_hidden_layers": cfg.num_layers,
-        "hidden_size": cfg.width,
-        "num_attention_heads": cfg.num_heads,
-        "num_key_value_heads": cfg.num_kv_heads,
-        "intermediate_size": cfg.ffn_width,
+        **{theirs: getattr(cfg, ours) for ours, theirs in SIZES.items()},
         "hidden_act": "silu",
         "rms_norm_eps": cfg.rms_eps,
         "max_position_embeddings": cfg.max_context,
@@ -155,13 +150,8 @@ def make_config(cfg: ModelConfig, tokenizer: Tokenizer | None, dtype: torch.dtyp
     for kind in ("bos", "eos", "pad"):
         config[f"{kind}_token_id"] = getattr(tokenizer, f"{kind}_id", None)
     if cfg.rope_original_context is not None:
-        config["rope_scaling"] = {
-            "rope_type": "llama3",
-            "factor": cfg.rope_factor,
-            "low_freq_factor": cfg.rope_low_freq,
-            "high_freq_factor": cfg.rope_high_freq,
-            "original_max_position_embeddings": cfg.rope_original_context,
-        }
+        scaling = {theirs: getattr(cfg, ours) for ours, theirs in LLAMA3_ROPE.items()}
+        config["rope_scaling"] = {"rope_type": "llama3", **scaling}
     elif cfg.rope_factor != 1:
         config["rope_scaling"] = {"type": "linear", "factor": cfg.rope_factor}
     if family != "qwen2":

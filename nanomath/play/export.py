@@ -33,9 +33,8 @@ def main(cfg: Config) -> None:
             raise ValueError(f"--{flag} is needed: give a folder (see --help)")
     if Path(cfg.out).exists():  # before the weights are read
         raise FileExistsError(f"--out {cfg.out} exists; give a new folder, or remove that one")
-    model, tokenizer, state = load_model(cfg.checkpoint, dtype=DTYPES[cfg.dtype])
-    about = f"Step {state['step']} of its last stage." if "step" in state else ""
-    save_hf(model, tokenizer, cfg.out, dtype=DTYPES[cfg.dtype], about=about)
+    model, tokenizer, _ = load_model(cfg.checkpoint, dtype=DTYPES[cfg.dtype])
+    save_hf(model, tokenizer, cfg.out, dtype=DTYPES[cfg.dtype])
     print(f"wrote {cfg.out}: {model.cfg.num_parameters:,} parameters")
 
 

@@ -126,7 +126,7 @@ class Run:
     def _check_data(self, data: Mapping[str, str]) -> None:
         """Refuse to go on with data other than the run began with."""
         before = self.state.setdefault("data", dict(data))
-        changed = [name for name in data if before.get(name) != data[name]]
+        changed = [name for name in data if before.get(name, data[name]) != data[name]]
         if changed:
             raise SystemExit(
                 f"{self.cfg.run_dir} was trained on other contents of {', '.join(changed)} than it "

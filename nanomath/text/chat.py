@@ -18,7 +18,7 @@ sampling and evaluation then take their ids from `prompt_ids` and `answer_ids`.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,36 +127,10 @@ def as_jinja(tokenizer: Any) -> str:
     )
 
 
-def chat_ids(
-    template: str,
-    messages: Sequence[Mapping[str, str]],
-    tokenizer: Any,
-    *,
-    add_generation_prompt: bool,
-) -> list[int]:
-    """Return the ids of messages {"role": system, user or assistant, "content": text}.
-
-    add_generation_prompt: end with what begins an answer. Raises ValueError for another role.
-    """
-    layout = TEMPLATES[template]
-    turns = [(layout.start, "")]
-    for number, message in enumerate(messages):
-        role, content = message.get("role"), message.get("content")
-        if role not in ("system", "user", "assistant") or not isinstance(content, str):
-            raise ValueError(
-                f"message {number}: wanted a role (system, user, assistant) and a text as "
-                f"content, found {role!r} and {type(content).__name__}"
-            )
-        turns.append((getattr(layout, role), content.strip() if layout.strip else content))
-    if add_generation_prompt:
-        turns.append((layout.cue, ""))
-    return _encode(turns, tokenizer)
-
-
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     """Return the ids that a prompt is given as: the only message, with the answer's beginning."""
-    message = {"role": "user", "content": prompt}
-    return chat_ids(tokenizer.template, [message], tokenizer, add_generation_prompt=True)
+    layout = TEMPLATES[tokenizer.template]
+    return _encode([(layout.start, ""), (layout.user, prompt), (layout.cue, "")], tokenizer)
 
 
 def answer_ids(tokenizer: Any, answer: str) -> list[int]:
@@ -166,16 +140,16 @@ def answer_ids(tokenizer: Any, answer: str) -> list[int]:
     """
     layout = TEMPLATES[tokenizer.template]
     rest = layout.assistant.removeprefix(layout.cue)
-    rest = rest[: rest.index(layout.end) + len(layout.end)]
-    return _encode([(rest, answer.strip() if layout.strip else answer)], tokenizer)
+    return _encode([(rest[: rest.index(layout.end) + len(layout.end)], answer)], tokenizer)
 
 
 def _encode(turns: Sequence[tuple[str, str]], tokenizer: Any) -> list[int]:
     """Encode (layout, text of its {}) one after the other; text between two control tokens goes
     through the tokenizer in one piece."""
     ids: list[int] = []
-    text = ""
+    text, strip = "", TEMPLATES[tokenizer.template].strip
     for layout, content in turns:
+        content = content.strip() if strip else content
         for piece in _CONTROL.split(layout):
             if not _CONTROL.fullmatch(piece):
                 text += piece.replace("{}", content)

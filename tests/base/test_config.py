@@ -1,6 +1,7 @@
 """Command lines built from dataclasses: precedence, errors that name the flag, run-folder locks."""
 
 import json
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -76,6 +77,23 @@ def test_run_folder_refuses_other_settings_but_not_another_place(tmp_path):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match="config.json: not .*; remove it or give another"):
             lock_config(Config(), tmp_path)
+
+
+def test_a_run_older_than_a_setting_had_its_default(tmp_path):
+    """Each setting in turn is missing from config.json: its default continues the run, another
+    value is refused, with the default named as what it was."""
+    others = {"lr": 0.5, "names": ("z",), "limit": 7, "fast": False, "kind": "y"}
+    for name, other in others.items():
+        lock_config(Config(), tmp_path / name)
+        path = tmp_path / name / "config.json"
+        stored = json.loads(path.read_text())
+        default = stored.pop(name)
+        path.write_text(json.dumps(stored))
+        lock_config(Config(), tmp_path / name)
+        assert json.loads(path.read_text())[name] == default
+        path.write_text(json.dumps(stored))
+        with pytest.raises(SystemExit, match=re.escape(f"--{name} was {default!r}, is ")):
+            lock_config(Config(**{name: other}), tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from nanomath.data import encode_examples
 from nanomath.measure import evaluation
 from nanomath.tasks import Problem
-from nanomath.text.chat import TEMPLATES, answer_ids, chat_ids, prompt_ids, use_template
+from nanomath.text.chat import TEMPLATES, answer_ids, as_jinja, prompt_ids, use_template
 from nanomath.text.tokenizer import Tokenizer
 
 tokenizers = pytest.importorskip("tokenizers", reason="the tokenizers package is not installed")
@@ -127,45 +127,42 @@ def conversations() -> list[list[dict]]:
     return chats
 
 
-def test_ids_equal_the_published_programs(family):
-    """Roles, several turns, empty texts, Chinese: id for id what apply_chat_template gives."""
+def published(name: str, folder: Path, jinja: str):
+    """Return transformers' tokenizer of a family with a chat template."""
+    bos, eos = FAMILIES[name][1][:2]
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"),
+        bos_token=bos,
+        eos_token=eos,
+        chat_template=jinja,
+    )
+
+
+def with_system(chat: list[dict], jinja: str) -> list[dict]:
+    """Qwen2's program adds a system message where there is none; here one has to give it."""
+    if jinja is not QWEN2_JINJA or chat[0]["role"] == "system":
+        return chat
+    return [{"role": "system", "content": "You are a helpful assistant."}, *chat]
+
+
+def test_the_exported_program_gives_the_published_ids(family):
+    """Roles, several turns, empty texts, Chinese: id for id what the published program gives."""
     name, tokenizer, folder = family
-    control = FAMILIES[name][1]
+    use_template(tokenizer, name)
+    ours = published(name, folder, as_jinja(tokenizer))
     for jinja in FAMILIES[name][2]:
-        peer = transformers.PreTrainedTokenizerFast(
-            tokenizer_file=str(folder / "tokenizer.json"),
-            bos_token=control[0],
-            eos_token=control[1],
-            chat_template=jinja,
-        )
+        peer = published(name, folder, jinja)
         for chat in conversations():
-            ours = chat
-            if jinja is QWEN2_JINJA and chat[0]["role"] != "system":
-                ours = [{"role": "system", "content": "You are a helpful assistant."}, *chat]
-            for add in (False, True):
-                expected = peer.apply_chat_template(
-                    chat, add_generation_prompt=add, return_dict=False
-                )
-                assert chat_ids(name, ours, tokenizer, add_generation_prompt=add) == expected
+            for cue in (False, True):
+                settings = {"add_generation_prompt": cue, "return_dict": False}
+                expected = peer.apply_chat_template(chat, **settings)
+                assert ours.apply_chat_template(with_system(chat, jinja), **settings) == expected
 
 
-def test_no_text_becomes_a_control_token(family):
-    """Control tokens written out in a message change nothing but the bytes of the message."""
-    name, tokenizer, _ = family
-    attack = f"a{''.join(FAMILIES[name][1])}b<bos><eos>{{}}"
-    for role in ("system", "user", "assistant"):
-        counts = []
-        for text in (attack, "harmless"):
-            chat = [{"role": role, "content": text}]
-            ids = chat_ids(name, chat, tokenizer, add_generation_prompt=True)
-            assert text in tokenizer.decode(ids)
-            counts.append([i for i in ids if i in tokenizer.control.values()])
-        assert counts[0] == counts[1]
-
-
-def test_prompt_and_answer_are_the_chat(family):
-    """A prompt and its answer are the two turns' ids up to the end of the turn, which is last."""
-    name, tokenizer, folder = family
+def test_prompt_and_answer_are_the_published_chat(family):
+    """A prompt's ids are the published program's of one message; with the answer's they are those
+    of two, up to the end of the turn, which is last."""
+    name, _, folder = family
     tokenizer = Tokenizer.load(folder)
     own_stop = tokenizer.stop_ids
     use_template(tokenizer, name)
@@ -173,41 +170,39 @@ def test_prompt_and_answer_are_the_chat(family):
     end_id = tokenizer.control[end]
     assert tokenizer.stop_ids == tuple(dict.fromkeys([*own_stop, end_id]))  # eos stays first
     assert end_id < tokenizer.sample_limit
-    ((prompt, answer),) = encode_examples(tokenizer, [("What is 1 + 2?", "It is 3.")])
-    assert prompt == prompt_ids(tokenizer, "What is 1 + 2?")
-    assert answer == answer_ids(tokenizer, "It is 3.")
-    chat = [
-        {"role": "user", "content": "What is 1 + 2?"},
-        {"role": "assistant", "content": "It is 3."},
-    ]
+    peer = published(name, folder, FAMILIES[name][2][0])
+    for text in TEXTS:
+        chat = [{"role": "user", "content": text}]
+        prompt, answer = prompt_ids(tokenizer, text), answer_ids(tokenizer, text)
+        assert encode_examples(tokenizer, [(text, text)]) == [(prompt, answer)]
+        settings = {"add_generation_prompt": True, "return_dict": False}
+        assert prompt == peer.apply_chat_template(chat, **settings)
+        assert answer[-1] == end_id
+        if not text[:1].strip():  # encoded apart: what it begins with may join the cue's end there
+            continue
+        chat += [{"role": "assistant", "content": text}]
+        whole = peer.apply_chat_template(chat, return_dict=False)
+        assert whole[: len(prompt + answer)] == prompt + answer
+        assert (
+            answer[-1] == end_id and tokenizer.decode(whole[len(prompt + answer) :]).strip() == ""
+        )
     padded = answer_ids(tokenizer, " It is 3.\n")
-    assert (padded == answer) == (name == "llama3")
-    assert prompt == chat_ids(name, chat[:1], tokenizer, add_generation_prompt=True)
-    whole = chat_ids(name, chat, tokenizer, add_generation_prompt=False)
-    assert whole[: len(prompt + answer)] == prompt + answer
-    assert answer[-1] == end_id and tokenizer.decode(whole[len(prompt + answer) :]).strip() == ""
+    assert (padded == answer_ids(tokenizer, "It is 3.")) == (name == "llama3")
 
 
-def test_a_saved_template_is_taken_again(family, tmp_path):
-    """What a model was trained with comes back by `auto`: same ids and stops; a flag wins."""
-    name, tokenizer, folder = family
+def test_no_text_becomes_a_control_token(family):
+    """Control tokens written out in a message change nothing but the bytes of the message."""
+    name, _, folder = family
     tokenizer = Tokenizer.load(folder)
     use_template(tokenizer, name)
-    tokenizer.save(tmp_path)
-    again = Tokenizer.load(tmp_path)
-    use_template(again, "auto")
-    assert prompt_ids(again, "1 + 2?") == prompt_ids(tokenizer, "1 + 2?")
-    assert again.stop_ids == tokenizer.stop_ids
-    use_template(again, "plain")
-    assert prompt_ids(again, "1 + 2?") == again.encode("1 + 2?", bos=True)
-    fresh = Tokenizer.load(folder)
-    use_template(fresh, "auto")
-    assert fresh.template == "plain"
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    config["nanomath_chat_template"] = ["chatml"]
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="chat template .* known are plain"):
-        use_template(Tokenizer.load(tmp_path), "auto")
+    attack = f"a{''.join(FAMILIES[name][1])}b<bos><eos>{{}}"
+    for ids_of in (prompt_ids, answer_ids):
+        counts = []
+        for text in (attack, "harmless"):
+            ids = ids_of(tokenizer, text)
+            assert text in tokenizer.decode(ids)
+            counts.append([i for i in ids if i in tokenizer.control.values()])
+        assert counts[0] == counts[1]
 
 
 def test_sampling_stops_where_the_turn_ends(family, monkeypatch):
@@ -234,8 +229,8 @@ def test_sampling_stops_where_the_turn_ends(family, monkeypatch):
         evaluation.evaluate_chunk(
             None, tokenizer, [problem], num_samples=0, temperature=1.0, max_new_tokens=4
         )
-    chat = [{"role": "user", "content": problem.prompt}]
-    ids = chat_ids(name, chat, tokenizer, add_generation_prompt=True)
+    use_template(tokenizer, name)
+    ids = prompt_ids(tokenizer, problem.prompt)
     end_id = answer_ids(tokenizer, "")[-1]
     for prompts, eos_ids, vocab_limit in calls:
         assert prompts == [ids] and end_id in eos_ids and vocab_limit > end_id
@@ -276,21 +271,13 @@ def test_bos_is_the_tokenizers_or_the_templates(family, tmp_path):
 
 
 def test_wrong_use_is_named():
-    """Missing control tokens are named all together; so are a role and a content unknown here."""
+    """Missing control tokens are named all together, and nothing is set."""
     tokenizer = Tokenizer.train(["ab ab ab"], 264)
     with pytest.raises(ValueError, match=r"lacks: <\|im_end\|> <\|im_start\|>; give another"):
         use_template(tokenizer, "chatml")
     with pytest.raises(ValueError, match=r"<\|end_header_id\|> <\|eot_id\|> <\|start_header_id\|>"):
         use_template(tokenizer, "llama3")
     assert tokenizer.template == "plain" and tokenizer.stop_ids == (tokenizer.eos_id,)
-    for message in (
-        {"role": "tool", "content": ""},
-        {"role": "user"},
-        {"role": "user", "content": 3},
-    ):
-        with pytest.raises(ValueError, match="message 1: wanted a role"):
-            chat = [{"role": "user", "content": "a"}, message]
-            chat_ids("deepseekmath", chat, tokenizer, add_generation_prompt=False)
 
 
 def test_layouts_are_consistent():
@@ -301,8 +288,8 @@ def test_layouts_are_consistent():
 
 
 def test_the_exported_program_gives_the_same_ids(family, tmp_path):
-    """What `save` writes as chat_template gives, run by transformers, the ids of chat_ids: for the
-    family's template and plain, with and without system messages, bos and an answer's beginning."""
+    """What `save` writes as chat_template gives, run by transformers, the ids of prompt_ids: for
+    the family's template and plain, with and without bos; a role unknown to it is an error."""
     name, _, folder = family
     for template in ("plain", name):
         for adds_bos in (False, True):
@@ -311,13 +298,13 @@ def test_the_exported_program_gives_the_same_ids(family, tmp_path):
             use_template(tokenizer, template)
             tokenizer.save(tmp_path)
             peer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-            for messages in conversations():
-                for cue in (False, True):
-                    expected = peer.apply_chat_template(
-                        messages, add_generation_prompt=cue, return_dict=False
-                    )
-                    settings = {"add_generation_prompt": cue}
-                    assert chat_ids(template, messages, tokenizer, **settings) == expected
+            for text in TEXTS:
+                expected = peer.apply_chat_template(
+                    [{"role": "user", "content": text}],
+                    add_generation_prompt=True,
+                    return_dict=False,
+                )
+                assert prompt_ids(tokenizer, text) == expected
             with pytest.raises(Exception, match="a role is system, user or assistant"):
                 peer.apply_chat_template([{"role": "tool", "content": "x"}])
 

@@ -1,4 +1,4 @@
-"""tokenizer.json of the published families: the ids of the tokenizers package, in and out again."""
+"""Tokenizers made elsewhere: what is added around the tokenizers package, family by family."""
 
 import copy
 import functools
@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import sys
 import sysconfig
 import time
 import unicodedata
@@ -13,12 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanomath.text.foreign import _DIGIT, _SPELLING, compile_split
-from nanomath.text.tokenizer import Tokenizer, learn_merges
+from nanomath.text.bpe import SPELLING, learn_merges
+from nanomath.text.tokenizer import Tokenizer
 
 peer = pytest.importorskip("tokenizers", reason="the tokenizers package is not installed")
 
@@ -84,7 +84,10 @@ FAMILIES = {
         [BEGIN, END],
         ["<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>", "<think>", "</think>"],
     ),
+    "llama2": ((), False, False, ["<unk>", "<s>", "</s>"], ["<think>"]),
+    "unigram": ((), False, False, ["<unk>", "<s>", "</s>"], ["<think>"]),
 }
+SENTENCEPIECE = ("llama2", "unigram")
 NAMES = {
     "gpt2": {},
     "llama3": {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
@@ -95,6 +98,9 @@ NAMES = {
         "pad_token": "<|endoftext|>",
     },
 }
+NAMES |= dict.fromkeys(
+    ("llama2", "unigram"), {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+)
 DEEPSEEK_NAMES = {
     "add_bos_token": True,
     "bos_token": {"__type": "AddedToken", "content": BEGIN, "normalized": True},
@@ -143,6 +149,8 @@ def odd_texts(seed: int, num: int) -> Iterator[str]:
 def published(family: str, folder: Path) -> Path:
     """Train a tokenizer with the tokenizers package, as the family's file describes it."""
     splits, nfc, digits, control, added = FAMILIES[family]
+    if family in SENTENCEPIECE:
+        return finish(family, sentencepiece(family, control), folder)
     other = peer.Tokenizer(peer.models.BPE(ignore_merges=family == "llama3"))
     steps = [peer.pre_tokenizers.Split(peer.Regex(split), "isolated") for split in splits]
     steps += [peer.pre_tokenizers.Digits(individual_digits=True)] if digits else []
@@ -169,6 +177,61 @@ def published(family: str, folder: Path) -> Path:
         )
         byte_level = peer.processors.ByteLevel(trim_offsets=False)
         other.post_processor = peer.processors.Sequence([byte_level, template])
+    return finish(family, other, folder)
+
+
+def sentencepiece(family: str, control: list[str]):
+    """Return what a SentencePiece model is converted to: BPE that falls back on bytes, whose merges
+    make "</s>" of text, too; or Unigram, which has "</s>" among its pieces."""
+    lines = [line.strip() for line in corpus_lines()[::3] if line.isascii()] + ["</s>"] * 9
+    if family == "llama2":
+        model, kinds = peer.models.BPE(), peer.trainers.BpeTrainer
+    else:
+        model, kinds = peer.models.Unigram(), peer.trainers.UnigramTrainer
+    other = peer.Tokenizer(model)
+    other.pre_tokenizer = peer.pre_tokenizers.Metaspace()
+    unknown = {"unk_token": "<unk>"} if family == "unigram" else {}
+    other.train_from_iterator(lines, kinds(vocab_size=700, show_progress=False, **unknown))
+    layout = json.loads(other.to_str())
+    model = layout["model"]
+    in_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
+    if family == "llama2":
+        pairs = [["<", "/"], ["s", ">"], ["</", "s>"], *model["merges"]]
+        model["merges"] = [*{tuple(pair): None for pair in pairs}]
+        pieces = [*control, *in_bytes, *model["vocab"], *map("".join, model["merges"])]
+        model["vocab"] = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+        model |= {"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True}
+        layout["pre_tokenizer"] = None
+    else:
+        pieces = {piece: score for piece, score in model["vocab"] if piece not in control}
+        zeros = dict.fromkeys([*control, *in_bytes], 0.0)
+        model["vocab"] = [[*item] for item in {**zeros, **pieces}.items()]
+        model |= {"unk_id": 0, "byte_fallback": True}
+    other = peer.Tokenizer.from_str(json.dumps(layout))
+    steps = [peer.decoders.ByteFallback(), peer.decoders.Fuse()]
+    if family == "llama2":
+        prepend, replace = (
+            peer.normalizers.Prepend("\u2581"),
+            peer.normalizers.Replace(" ", "\u2581"),
+        )
+        other.normalizer = peer.normalizers.Sequence([prepend, replace])
+        strip = peer.decoders.Strip(" ", 1, 0)
+        other.decoder = peer.decoders.Sequence(
+            [peer.decoders.Replace("\u2581", " "), *steps, strip]
+        )
+    else:
+        other.decoder = peer.decoders.Sequence([peer.decoders.Metaspace(), *steps])
+    other.add_special_tokens(control)
+    other.add_tokens(["<think>"])
+    other.post_processor = peer.processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    return other
+
+
+def finish(family: str, other, folder: Path) -> Path:
+    """Write a family's files."""
+    control = FAMILIES[family][3]
     folder.mkdir()
     other.save(str(folder / "tokenizer.json"))
     names = NAMES.get(family, DEEPSEEK_NAMES)
@@ -193,9 +256,16 @@ def peer_of(folder: Path):
 
 
 def assert_same_ids(ours: Tokenizer, other, texts: list[str]) -> None:
-    expected = other.encode_batch(texts, add_special_tokens=False)
-    for text, encoding in zip(texts, expected, strict=True):
-        assert ours.encode(text) == encoding.ids, text
+    """Ids and decoded text are the package's, of texts that name no control token that its model
+    makes of text as well."""
+    for text, encoding in zip(
+        texts, other.encode_batch(texts, add_special_tokens=False), strict=True
+    ):
+        ids = ours.encode(text)
+        assert ids == encoding.ids, text
+        shown = other.decode(ids, skip_special_tokens=True)
+        if "\ufffd" not in shown:  # what it makes of DeepSeek's added tokens, such as a fraction
+            assert ours.decode(ids) in (shown, " " + shown), text  # the space: SentencePiece's
 
 
 def check_family(folder: Path, tmp_path: Path, texts: list[str]) -> None:
@@ -203,10 +273,17 @@ def check_family(folder: Path, tmp_path: Path, texts: list[str]) -> None:
     ours, other = Tokenizer.load(folder), peer_of(folder)
     assert_same_ids(ours, other, texts)
     ours.save(tmp_path)
+    saved, read = (json.loads((f / "tokenizer.json").read_text()) for f in (tmp_path, folder))
+    if ours.add_bos and not read["post_processor"]:  # what puts bos before a text is added
+        assert saved.pop("post_processor")["type"] == "TemplateProcessing"
+        assert saved.items() <= read.items()
+    else:
+        assert (tmp_path / "tokenizer.json").read_text() == (folder / "tokenizer.json").read_text()
     again = Tokenizer.load(tmp_path)
-    for name in ("ranks", "splits", "added", "control", "names", "add_bos", "stop_ids", "nfc"):
+    for name in ("control", "names", "add_bos", "stop_ids", "token_num_bytes", "sample_limit"):
         assert getattr(again, name) == getattr(ours, name), name
-    assert_same_ids(ours, peer_of(tmp_path), texts[-4000:])
+    assert again.vocab_size == other.get_vocab_size()
+    assert [again.encode(text) for text in texts[:99]] == [ours.encode(text) for text in texts[:99]]
     other.encode_special_tokens = False
     names = re.compile("(" + "|".join(sorted(map(re.escape, ours.control), key=len)[::-1]) + ")")
     for text in texts[-4000:]:
@@ -214,13 +291,12 @@ def check_family(folder: Path, tmp_path: Path, texts: list[str]) -> None:
         for part in names.split(text):
             ids += [ours.control[part]] if part in ours.control else ours.encode(part)
         assert ids == other.encode(text, add_special_tokens=False).ids, text
-        assert ours.decode(ids) == names.sub("", text) or ours.nfc
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ids_equal_the_tokenizers_package(folders, tmp_path, family):
     """An imported file, and the one exported from it, give the tokenizers package's ids; names of
-    control tokens are text, or their ids where looked up: 2,000 lines for each of six families."""
+    control tokens are text, or their ids where looked up: 2,000 lines of each family."""
     check_family(folders[family], tmp_path, [*corpus_lines()[::11], *ODD, *odd_texts(1, 1200)])
 
 
@@ -249,26 +325,112 @@ def test_ids_equal_on_real_files(tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_round_trip(folders, family):
-    """decode(encode(x)) is x, or NFC(x) where the model has NFC, for every valid unicode string."""
-    ours = Tokenizer.load(folders[family])
-    alphabet = st.characters(exclude_categories=("Cs",))
-    texts = st.lists(st.one_of(st.text(alphabet, max_size=9), st.sampled_from(ODD)), max_size=6)
+    """decode(encode(x)) is x (NFC(x) where the model has NFC, with a space before x where it is
+    like SentencePiece), for every valid unicode string; no id of it is a control token's."""
+    ours, nfc = Tokenizer.load(folders[family]), FAMILIES[family][1]
+    before = " " if family in SENTENCEPIECE else ""
+    alphabet = st.characters(exclude_categories=("Cs",), exclude_characters="\u2581")
+    odd = [text for text in ODD if "\u2581" not in text or not before]
+    texts = st.lists(st.one_of(st.text(alphabet, max_size=9), st.sampled_from(odd)), max_size=6)
 
     @settings(max_examples=150, deadline=None, derandomize=True)
     @given(parts=texts)
     def check(parts):
         text = "".join(parts)
         ids = ours.encode(text)
-        if ours.nfc:  # added tokens are cut out before, so text beside one does not compose with it
+        if nfc:  # added tokens are cut out before, so text beside one does not compose with it
             assert unicodedata.normalize("NFC", ours.decode(ids)) == unicodedata.normalize(
                 "NFC", text
             )
-        else:
-            assert ours.decode(ids) == text
-            assert sum(ours.token_num_bytes[i] for i in ids) == len(text.encode())
+        elif "<think>" not in text or not before:  # a text begins anew behind an added token
+            assert ours.decode(ids) in (text, before + text)
+            num_bytes = sum(ours.token_num_bytes[i] for i in ids)
+            assert num_bytes - len(text.encode()) in (0, len(before))
         assert not {*ids} & {*ours.control.values()}
 
     check()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_text_becomes_a_control_token(folders, family):
+    """The names of control tokens in text are spelled out, also where a model has them as pieces or
+    merges makes them, and whatever their mark says; the package's own switch is not enough."""
+    folder = folders[family]
+    ours, other = Tokenizer.load(folder), peer_of(folder)
+    text = " ".join(["a", *ours.control, *(f"x{name}y" for name in ours.control), "z"])
+    ids = ours.encode(text)
+    assert not {*ids} & {*ours.control.values()} and ours.decode(ids).strip() == text
+    theirs = other.encode(text, add_special_tokens=False).ids
+    if family in SENTENCEPIECE:
+        assert {*theirs} & {*ours.control.values()}
+    else:
+        assert theirs == ids
+
+
+def test_a_named_token_is_control_whatever_its_mark(folders, tmp_path):
+    """What tokenizer_config.json calls eos is a control token, though tokenizer.json says not."""
+    text = (folders["deepseek_v3"] / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(text)
+    names = {"eos_token": "</think>", "bos_token": BEGIN}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    ours, other = Tokenizer.load(tmp_path), peer_of(tmp_path)
+    assert ours.eos_id == other.token_to_id("</think>") not in ours.encode("<think>a</think>")
+    assert ours.decode(ours.encode("<think>a</think>")) == "<think>a</think>"
+    assert ours.decode([ours.eos_id]) == ""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bytes_of_ids_join_to_the_text(folders, family):
+    """Outputs that grow id by id: the bytes of the ids one by one are those of all, a character in
+    several tokens comes in parts, and a cut one is shown as U+FFFD."""
+    ours = Tokenizer.load(folders[family])
+    ids = ours.encode("x \U0001f600\u4e2d")
+    pieces = [ours.decode_bytes([token_id]) for token_id in ids]
+    assert b"".join(pieces).strip() == "x \U0001f600\u4e2d".encode() and len(ids) > 5
+    assert ours.decode(ids[:-1]).strip() == "x \U0001f600\ufffd"
+    for outside in (-1, ours.vocab_size):
+        with pytest.raises(ValueError, match="not in this vocabulary"):
+            ours.decode_bytes([outside])
+
+
+def test_chance_and_limits_of_length_are_left_out(folders, tmp_path):
+    """Merges dropped by chance and a limit of length, which a file may ask for, change no ids."""
+    layout = json.loads((folders["gpt2"] / "tokenizer.json").read_text())
+    layout["model"]["dropout"] = 0.5
+    layout["truncation"] = {
+        "direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0
+    }  # fmt: skip
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        (tmp_path / name).write_text((folders["gpt2"] / name).read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(layout))
+    text = corpus_lines()[100] * 9
+    expected = Tokenizer.load(folders["gpt2"]).encode(text)
+    assert [Tokenizer.load(tmp_path).encode(text) for _ in range(5)] == [expected] * 5
+
+
+def test_without_the_package_one_line_names_the_extra(folders, tmp_path, monkeypatch):
+    """A tokenizer made elsewhere needs the package and says so; one trained here loads without."""
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError) as caught:
+        Tokenizer.load(folders["qwen2"])
+    assert str(caught.value).startswith(str(folders["qwen2"] / "tokenizer.json"))
+    assert "pip install -e '.[hub]'" in str(caught.value) and "\n" not in str(caught.value)
+    Tokenizer.train(["ab ab ab"], 264).save(tmp_path)
+    assert Tokenizer.load(tmp_path).encode("ab") == [256]
+
+
+@pytest.mark.parametrize("kind", ["WordPiece", "WordLevel"])
+def test_kinds_unknown_here_are_refused(tmp_path, kind):
+    """Where the bytes of ids are not known (WordPiece's ##, no decoder), one line says so."""
+    vocab = {"[UNK]": 0, "<s>": 1, "a": 2, "B": 3, "##x": 4, "12": 5}
+    other = peer.Tokenizer(getattr(peer.models, kind)(vocab, unk_token="[UNK]"))
+    other.pre_tokenizer = peer.pre_tokenizers.Whitespace()
+    other.add_special_tokens(["<s>"])
+    other.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<s>"}')
+    with pytest.raises(ValueError, match=r"tokenizer\.json: .* is not known here") as caught:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_special_ids_of_each_family(folders):
@@ -286,8 +448,8 @@ def test_special_ids_of_each_family(folders):
         assert ours.eos_id == ours.stop_ids[0]
         first = [] if bos is None else [ours.control[bos]]
         assert ours.encode("a b", bos=True, eos=True) == [*first, *ours.encode("a b"), ours.eos_id]
-    assert math.encode("12\u00f73")[2] == math.added["\u00f7"] == math.vocab_size - 10
-    assert math.decode([math.added["\u00f7"]]) == "\u00f7"
+    division = math.encode("12\u00f73")[2]
+    assert division == math.vocab_size - 10 and math.decode([division]) == "\u00f7"
     assert llama.sample_limit == llama.vocab_size  # <|eot_id|> is the last and may be sampled
     assert qwen.sample_limit == qwen.control["<|im_end|>"] + 1
 
@@ -304,83 +466,13 @@ def test_exported_folder_loads_in_transformers(folders, tmp_path):
             "caf\u00e9\n\n  \u4e2d\u6587 it's",
             "<think>a</think>",
         ):
-            assert theirs(text)["input_ids"] == ours.encode(text, bos=True)
+            if family not in SENTENCEPIECE or "think" not in text:
+                assert theirs(text)["input_ids"] == ours.encode(text, bos=True), family
             assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
         special = (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
         assert special == (ours.bos_id, ours.eos_id, ours.pad_id)
         read = transformers.GenerationConfig.from_pretrained(tmp_path / family)
         assert tuple(read.eos_token_id) == ours.stop_ids
-
-
-CHARS = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
-
-
-def matched_by_peer(step) -> set[str]:
-    blocks = ("".join(CHARS[i : i + 4096]) for i in range(0, len(CHARS), 4096))
-    return {*CHARS}.difference(
-        *(part for block in blocks for part, _ in step.pre_tokenize_str(block))
-    )
-
-
-def assert_same_class(pattern: str) -> None:
-    compiled = compile_split(pattern)
-    ours = {char for char in CHARS if compiled.match(char)}
-    different = ours ^ matched_by_peer(peer.pre_tokenizers.Split(peer.Regex(pattern), "removed"))
-    assert not different, (pattern, len(different))
-
-
-SLOW_PATTERNS = (r"\p{L}", r"\p{N}", r"[^\r\n\p{L}\p{P}\p{S}]")
-
-
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        r"[^\s\p{L}\p{N}]",
-        *(pytest.param(pattern, marks=pytest.mark.slow) for pattern in SLOW_PATTERNS),
-    ],
-)
-def test_every_code_point_is_of_one_class(pattern):
-    """A class holds the same of all 1,112,064 characters here and in the tokenizers package, though
-    17,810 of them have a class in one package and none in the other."""
-    assert_same_class(pattern)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [*"LMNPSZ", "Lu", "Lt", "Lm", "Mn", "Mc", "Me", "Nd", "Nl", "No", "Pd", "Sm", "Sc", "So"],
-)
-def test_every_code_point_is_of_one_category(name):
-    """The same of every general category that a pattern may name."""
-    assert_same_class(f"\\p{{{name}}}")
-
-
-@pytest.mark.slow
-def test_every_digit_and_contraction():
-    """The Digits step and contractions without case match the same characters in both packages."""
-    digits = peer.pre_tokenizers.Digits(individual_digits=True)
-    ours = compile_split(_DIGIT)
-    for char in CHARS:
-        if ours.match(char) or char.isnumeric() or regex.match(r"\p{N}", char):
-            assert bool(ours.match(char)) == (len(digits.pre_tokenize_str(f"a{char}a")) == 3), char
-    split = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-    ours, theirs = compile_split(split), peer.pre_tokenizers.Split(peer.Regex(split), "removed")
-    for form in ("'{}", "'{}e", "'r{}", "'{}l", "'l{}"):
-        for char in CHARS:
-            text = form.format(char)
-            assert bool(ours.fullmatch(text)) == (not theirs.pre_tokenize_str(text)), text
-
-
-def test_nfc_differs_only_in_the_order_of_rare_marks():
-    """NFC of every character alone is the tokenizers package's; its older tables order at most 200
-    rare combining marks (98 with Unicode 14's unicodedata) otherwise beside other marks."""
-    theirs = peer.normalizers.NFC()
-    nfc = functools.partial(unicodedata.normalize, "NFC")
-    text = "\n".join(CHARS[11:])
-    assert nfc(text) == theirs.normalize_str(text)
-    marks = [char for char in CHARS if unicodedata.category(char)[0] == "M"]
-    forms = [f"a\u0323{char}b a{char}\u0323\u0301" for char in marks]
-    assert sum(nfc(form) != theirs.normalize_str(form) for form in forms) <= 200
 
 
 RUNS = {"space": " ", "letter": "a", "digit": "1", "newline": "\n", "sign": "=", "less": "<"}
@@ -397,7 +489,8 @@ RUNS |= {
 def test_runs_of_equal_characters(folders, family):
     """A run of 20,000 equal characters, alone and before text, has the tokenizers package's ids."""
     ours, other = Tokenizer.load(folders[family]), peer_of(folders[family])
-    quick = 2000 if family.startswith("deepseek") else 20_000  # quadratic there: `\\s+$`
+    # Quadratic in the package: `\\s+$`, and pieces without end of Unigram and Llama 2.
+    quick = 2000 if family.startswith("deepseek") else 20_000
     texts = [char * (quick if char in " \u3000" else 20_000) for char in RUNS.values()]
     assert_same_ids(ours, other, [*texts, *(text[:2000] + "\u4e2dx" for text in texts)])
 
@@ -413,7 +506,7 @@ def test_a_million_equal_characters(folders, family):
             ids = ours.encode(text)
             print(f"{family}, {name}: {time.perf_counter() - start:.1f} s, {len(ids)} tokens")
             assert time.perf_counter() - start < 60
-            assert ours.decode(ids) == text
+            assert ours.decode(ids) in (text, " " + text)
 
 
 def test_merges_equal_the_tokenizers_trainer():
@@ -431,13 +524,13 @@ def test_merges_equal_the_tokenizers_trainer():
     lines = corpus_lines()[::4]
     other.train_from_iterator(lines, trainer)
     expected = json.loads(other.to_str())["model"]["merges"]
-    order = {char: number for number, char in enumerate(sorted(_SPELLING))}
+    order = {char: number for number, char in enumerate(sorted(SPELLING))}
     pieces: dict[bytes, int] = {}
     for line in lines:
         for piece, _ in step.pre_tokenize_str(line):
             key = bytes(order[char] for char in piece)
             pieces[key] = pieces.get(key, 0) + 1
-    tokens = sorted(_SPELLING)
+    tokens = sorted(SPELLING)
     found = []
     for left, right in learn_merges(pieces, 2000):
         found.append([tokens[left], tokens[right]])
@@ -482,11 +575,15 @@ def replaced(value, path: tuple, new):
     return copied
 
 
-def test_wrong_values_are_named_or_harmless(folders, tmp_path):
+@pytest.mark.parametrize("family", ["ours", "llama2"])
+def test_wrong_values_are_named_or_harmless(folders, tmp_path, family):
     """Null, a number, a text, a list or an object in any place of the three files: one ValueError
     that names the file, or a tokenizer with the tokenizers package's ids."""
     texts = ["Let x = 12 \u00f7 3.\n\n", "it's <think> <|eot_id|>", "  \u4e2d\u6587 e\u0301"]
-    Tokenizer.train(texts * 9, 290).save(tmp_path)
+    tokenizer = Tokenizer.train(texts * 9, 290)
+    if family != "ours":
+        tokenizer = Tokenizer.load(folders[family])
+    tokenizer.save(tmp_path)
     outcomes = {True: 0, False: 0}
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         file = tmp_path / name
@@ -505,7 +602,11 @@ def test_wrong_values_are_named_or_harmless(folders, tmp_path):
                     other = peer_of(tmp_path)
                 except Exception:  # the tokenizers package reads less, by its own exception type
                     continue
-                assert_same_ids(ours, other, texts)
+                # Chance is left out, and a piece of text that is called a control token.
+                if path[-1:] != ("dropout",) and "x" not in ours.control:
+                    for text in texts:
+                        expected = other.encode(text, add_special_tokens=False).ids
+                        assert ours.encode(text) == expected
         text = json.dumps(whole)
         for cut in range(0, len(text), 97):
             file.write_text(text[:cut])
@@ -513,162 +614,6 @@ def test_wrong_values_are_named_or_harmless(folders, tmp_path):
                 Tokenizer.load(tmp_path)
         file.write_text(text)
     assert min(outcomes.values()) > 100, outcomes
-
-
-@pytest.mark.parametrize(
-    ("pattern", "odd"),
-    [
-        (r"\w+", r"\w"),
-        (r"\p{Ll}+", r"\p"),
-        (r"\P{L}+", r"\P"),
-        (r"\X", r"\X"),
-        (r"a\b", r"\b"),
-        (r"[a-z&&[^b]]", "&&"),
-        (r"[a-z--b]", "--"),
-        (r"[[:alpha:]]+", "[:"),
-        (r"(?m:a.)", "(?"),
-        (r"(?<x>a)", "(?"),
-        (r"a{1,2}+", "{1,2}+"),
-        (r"(?i:\u017f)", "(?i:"),
-        (r"(a)b", ""),
-        (r"a*", ""),
-    ],
-)
-def test_patterns_two_engines_may_read_in_two_ways_are_refused(pattern, odd):
-    """Each such pattern is refused with the part that is the reason."""
-    with pytest.raises(ValueError, match="cannot be represented exactly") as caught:
-        compile_split(pattern)
-    assert odd in str(caught.value)
-
-
-@pytest.mark.parametrize(("first", "second"), [("<ab", "b>"), ("b>", "<ab"), ("<a", "<ab>")])
-def test_added_tokens_of_two_passes_never_overlap(tmp_path, first, second):
-    """The tokenizers package looks for `normalized` tokens after the others, not by length: tokens
-    of both kinds that can overlap in a text are refused, of one kind they load with its ids."""
-    Tokenizer.train(["abc ab b> <a"] * 9, 270, added_tokens=(first, second)).save(tmp_path)
-    texts = ["x<ab>y", "<b>", "<<abb>", "b><ab"]
-    file = tmp_path / "tokenizer.json"
-    layout = json.loads(file.read_text())
-    for number, alike in ((0, False), (1, True)):
-        layout["added_tokens"][number]["normalized"] = True
-        file.write_text(json.dumps(layout))
-        if alike:
-            assert_same_ids(Tokenizer.load(tmp_path), peer_of(tmp_path), texts)
-        else:
-            with pytest.raises(ValueError, match="overlap in two passes"):
-                Tokenizer.load(tmp_path)
-    layout["normalizer"] = {
-        "type": "NFC"
-    }  # the second pass sees the text in NFC, the first does not
-    file.write_text(json.dumps(layout))
-    with pytest.raises(ValueError, match="matched in a way unknown here"):
-        Tokenizer.load(tmp_path)
-
-
-def test_added_tokens_are_no_pieces_where_merges_are_ignored(tmp_path):
-    """Added tokens that stand in model.vocab too load; with ignore_merges the tokenizers package
-    finds them there as pieces, even control tokens, so that is refused."""
-    Tokenizer.train(["abc abc"] * 9, 300).save(tmp_path)
-    file = tmp_path / "tokenizer.json"
-    layout = json.loads(file.read_text())
-    layout["model"]["vocab"] |= {token["content"]: token["id"] for token in layout["added_tokens"]}
-    file.write_text(json.dumps(layout))
-    assert_same_ids(Tokenizer.load(tmp_path), peer_of(tmp_path), ["abc<think>", "<|eos|>"])
-    layout["model"]["ignore_merges"] = True
-    file.write_text(json.dumps(layout))
-    with pytest.raises(ValueError, match="model.vocab would match twice"):
-        Tokenizer.load(tmp_path)
-
-
-@pytest.mark.parametrize("pattern", [r"x+$", r"^x+", r"\s+$", r"x(?=.)"])
-def test_ends_of_lines_are_those_of_the_tokenizers_package(pattern):
-    """`^` and `$` match at every line, and a dot no line break, in both packages."""
-    text = "xx\nx \n  \n\nxx x  \n"
-    theirs = peer.pre_tokenizers.Split(peer.Regex(pattern), "isolated").pre_tokenize_str(text)
-    ours = [piece for piece in compile_split(pattern).split(text) if piece]
-    assert ours == [piece for piece, _ in theirs]
-
-
-def without_bytes(folder: Path, missing: list[int], *, also: str = "", **model) -> Path:
-    """Write a tokenizer trained with the tokenizers package whose vocabulary lacks some bytes.
-
-    also: a text that is one token whatever its bytes.
-    """
-    other = peer.Tokenizer(peer.models.BPE())
-    other.pre_tokenizer = peer.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    other.decoder = peer.decoders.ByteLevel()
-    trainer = peer.trainers.BpeTrainer(
-        vocab_size=500, initial_alphabet=[*_SPELLING], show_progress=False
-    )
-    other.train_from_iterator([*ODD, *corpus_lines()[:400]] * 2, trainer)
-    layout = json.loads(other.to_str())
-    gone = {_SPELLING[byte] for byte in missing}
-    kept = [token for token in layout["model"]["vocab"] if not gone & {*token}]
-    kept += ["".join(_SPELLING[byte] for byte in also.encode())] * bool(also)
-    vocab = {token: number for number, token in enumerate(kept)}
-    merges = [pair for pair in layout["model"]["merges"] if not gone & {*"".join(pair)}]
-    layout["model"] |= {"vocab": vocab, "merges": merges, **model}
-    marks = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    end = {"id": len(kept), "content": "<|endoftext|>", "special": True, **marks}
-    folder.mkdir()
-    (folder / "tokenizer.json").write_text(json.dumps({**layout, "added_tokens": [end]}))
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
-    return folder
-
-
-SMOLLM = [0xC0, 0xC1, 0xF1, 0xF2, 0xF5, 0xF6, 0xFD, 0xFE]  # so many and such
-
-
-@pytest.mark.parametrize("ignore_merges", [False, True])
-@pytest.mark.parametrize("seed", range(4))
-def test_bytes_without_a_token_are_dropped(tmp_path, seed, ignore_merges):
-    """A vocabulary that lacks 8 bytes, or any 1 to 200: the tokenizers package's ids for texts that
-    hold them, imported and exported again. What is beside a dropped byte merges over it; a piece
-    that is a token as a whole is that one, where merges may be ignored."""
-    rng = random.Random(seed)
-    missing = rng.sample(range(256), (8, 4, 100, 200)[seed]) if seed else SMOLLM
-    model = {"ignore_merges": True, "also": "\U00040000"} if ignore_merges else {}
-    if 0xF1 not in missing:
-        missing.append(0xF1)
-    ours = Tokenizer.load(without_bytes(tmp_path / "x", missing, **model))
-    ours.save(tmp_path / "again")
-    starts = (0, 0x80, 0x4E2D, 0x1F600, 0x40000, 0x90000, 0x10FF00)
-    texts = [*odd_texts(seed, 300), *ODD, "x\U00040000y", "\U00040000\U00040000"]
-    texts += ["".join(chr(rng.choice(starts) + rng.randrange(99)) for _ in "12345") for _ in texts]
-    for tokenizer, folder in ((ours, "x"), (Tokenizer.load(tmp_path / "again"), "again")):
-        assert_same_ids(tokenizer, peer_of(tmp_path / folder), texts)
-    assert sum(ours.decode(ours.encode(text)) != text for text in texts) > 10
-    everything = "".join(map(chr, range(0x20, 0x250)))
-    kept = bytes(byte for byte in everything.encode() if byte not in missing)
-    assert ours.decode_bytes(ours.encode(everything)) == kept
-
-
-def test_missing_bytes_that_cannot_be_exact_are_refused(tmp_path):
-    """A token for unknown bytes, no byte at all, and tokens that only a whole piece can become, of
-    which a piece may be left where bytes are dropped, are refused by name."""
-    for number, (missing, model, message) in enumerate(
-        (
-            (SMOLLM, {"unk_token": "<|endoftext|>"}, "2 of 256 bytes .* unk_token is '<|endoft"),
-            ([*range(256)], {}, "243 of 256 bytes are not in the vocabulary"),
-            (SMOLLM, {"ignore_merges": True, "also": "\1\2\3"}, "is not made by a merge"),
-        )
-    ):
-        folder = without_bytes(tmp_path / str(number), missing, **model)
-        with pytest.raises(ValueError, match=message):
-            Tokenizer.load(folder)
-    whole = Tokenizer.load(without_bytes(tmp_path / "whole", [0xF5], **model))
-    assert len(whole.encode("\1\2\3")) == 1  # bytes that no text has are not missed
-
-
-@pytest.mark.parametrize("merge", ["a b c", "ab", ["a"], ["a", "b", "c"], ["a", 1], None, 7, {}])
-def test_merges_have_two_parts(tmp_path, merge):
-    """A merge of one part, of three or of no texts is named with its place."""
-    folder = without_bytes(tmp_path / "x", [])
-    layout = json.loads((folder / "tokenizer.json").read_text())
-    layout["model"]["merges"].insert(3, merge)
-    (folder / "tokenizer.json").write_text(json.dumps(layout))
-    with pytest.raises(ValueError, match=r"tokenizer\.json: model\.merges\[3\] is .* two "):
-        Tokenizer.load(folder)
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,14 @@ import time
 import unicodedata
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanomath.text import tokenizer as tokenizer_module
-from nanomath.text.foreign import last_merge
-from nanomath.text.tokenizer import SPLITS, Tokenizer, learn_merges
+from nanomath.text.bpe import BytePairs, last_merge, learn_merges, split_text
+from nanomath.text.tokenizer import Tokenizer
 
 VOCABULARY = (
     "the sum of two numbers is a number and their product is also one we add 12 to 345 and get 357 "
@@ -71,6 +71,16 @@ def loaded_by_peer(tokenizer, tmp_path_factory):
     return other
 
 
+def naive_merge(word: list[int], pair: tuple[int, int], new_id: int) -> list[int]:
+    """Replace a pair in a word, from the left."""
+    at, word = 0, [*word]
+    while at < len(word) - 1:
+        if (word[at], word[at + 1]) == pair:
+            word[at : at + 2] = [new_id]
+        at += 1
+    return word
+
+
 def naive_merges(piece_counts: dict[bytes, int], num_merges: int) -> list[tuple[int, int]]:
     """Byte-pair encoding by its definition: count every pair anew before each merge."""
     words = {piece: list(piece) for piece in piece_counts}
@@ -83,12 +93,8 @@ def naive_merges(piece_counts: dict[bytes, int], num_merges: int) -> list[tuple[
         best = min(counts, key=lambda pair: (-counts[pair], pair), default=None)
         if best is None or counts[best] < 2:
             break
-        for word in words.values():
-            at = 0
-            while at < len(word) - 1:
-                if (word[at], word[at + 1]) == best:
-                    word[at : at + 2] = [256 + len(merges)]
-                at += 1
+        for piece, word in words.items():
+            words[piece] = naive_merge(word, best, 256 + len(merges))
         merges.append(best)
     return merges
 
@@ -112,14 +118,14 @@ def test_trained_pieces_encode_as_the_merges_say():
     """tiktoken, which knows no pairs, applies the learned merges to every training piece."""
     text = sample_text(1)
     trained = Tokenizer.train([text], 500)
-    tokens = sorted(trained.ranks, key=trained.ranks.__getitem__)
-    pairs = [last_merge(token, trained.ranks) for token in tokens[256:]]
-    merges = [tuple(trained.ranks[half] for half in pair) for pair in pairs]
-    assert merges == learn_merges(Counter(p.encode() for p in trained._split(text)), len(merges))
-    for piece in set(trained._split(text)):
+    ranks, pieces = trained.coder.ranks, split_text(text)
+    pairs = [last_merge(token, ranks) for token in [*ranks][256:]]
+    merges = [tuple(ranks[half] for half in pair) for pair in pairs]
+    assert merges == learn_merges(Counter(piece.encode() for piece in pieces), len(merges))
+    for piece in {*pieces}:
         word = list(piece.encode())
         for number, pair in enumerate(merges):
-            word = tokenizer_module._merge(word, pair, 256 + number)
+            word = naive_merge(word, pair, 256 + number)
         assert trained.encode(piece) == word
 
 
@@ -154,9 +160,8 @@ def test_bytes_that_are_not_utf8_decode(tokenizer):
     assert tokenizer.decode([0x61, 0xFF, 0x62]) == "a\ufffdb"
     assert tokenizer.decode([0xE4, 0xB8]) == "\ufffd"
     everything = tokenizer.decode_bytes(range(tokenizer.vocab_size))
-    assert everything == b"".join(sorted(tokenizer.ranks, key=tokenizer.ranks.get)) + b"".join(
-        token.encode() for token in tokenizer.added
-    )
+    added = b"<think></think><answer></answer>"
+    assert everything == b"".join(tokenizer.coder.ranks) + added
     for outside in (-1, tokenizer.vocab_size):
         with pytest.raises(ValueError, match="not in this vocabulary"):
             tokenizer.decode([outside])
@@ -170,10 +175,10 @@ def test_lone_surrogates_become_replacement_characters(tokenizer):
 
 def test_layout_of_ids(tokenizer):
     """256 bytes, then merges, then added tokens, then eos, bos, pad: vocab_size counts them all."""
-    assert tokenizer.vocab_size == 400 == len(tokenizer.ranks) + 4 + 3
-    assert list(tokenizer.added.values()) == [393, 394, 395, 396]
+    assert tokenizer.vocab_size == 400 == len(tokenizer.coder.ranks) + 4 + 3
+    assert list(tokenizer.coder.added.values()) == [393, 394, 395, 396]
     assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id) == (397, 398, 399)
-    assert all(tokenizer.ranks[bytes([byte])] == byte for byte in range(256))
+    assert all(tokenizer.coder.ranks[bytes([byte])] == byte for byte in range(256))
 
 
 def test_sample_limit_leaves_out_what_decoding_hides(tokenizer):
@@ -181,16 +186,15 @@ def test_sample_limit_leaves_out_what_decoding_hides(tokenizer):
     tokenizer made elsewhere only a tail of control tokens and unused ids is cut, eos never."""
     assert tokenizer.sample_limit == tokenizer.eos_id + 1 == 398
     assert all(tokenizer.decode_bytes([i]) for i in range(tokenizer.sample_limit - 1))
-    bytes_only = {bytes([byte]): byte for byte in range(256)}
+    bytes_only = dict.fromkeys(range(256), b"x")
     for control, added, limit in (
         ({"b": 256, "e": 257, "p": 258, "q": 259}, {}, 258),  # b, in between, stays
-        ({"e": 256, "b": 257, "p": 300}, {"<x>": 290}, 291),
+        ({"e": 256, "b": 257, "p": 300}, {290: b"<x>"}, 291),
         ({"b": 256, "p": 257, "e": 258}, {}, 259),
-        ({"e": 256, "b": 257, "p": 258}, {"<x>": 259}, 260),
+        ({"e": 256, "b": 257, "p": 258}, {259: b"<x>"}, 260),
     ):
-        other = Tokenizer(
-            bytes_only, (), added=added, control=control, bos="b", eos="e", pad="p"
-        )  # fmt: skip
+        coder = SimpleNamespace(token_bytes={**bytes_only, **added}, control=control)
+        other = Tokenizer(coder, bos="b", eos="e", pad="p", file="{}")
         assert other.sample_limit == limit, control
 
 
@@ -207,26 +211,20 @@ def test_added_tokens_are_one_id_and_control_tokens_none(tokenizer):
     assert 393 not in tokenizer.encode("< think>")
 
 
-def test_longest_added_token_wins():
-    """Of two added tokens that start at one place the longer is taken, whatever their order."""
-    trained = Tokenizer.train(["abc"], 256 + 5, added_tokens=("<a", "<ab>"))
-    assert trained.encode("<ab><a>") == [257, 256, ord(">")]
-
-
 def test_numbers_and_pieces_are_capped(tokenizer):
     """A token with a digit is digits alone, three at most; long numbers are cut from the left;
     a piece is at most 32 characters; pieces join to the text."""
-    for token in tokenizer.ranks:
+    for token in tokenizer.coder.ranks:
         if any(byte in b"0123456789" for byte in token):
             assert token.isdigit() and len(token) <= 3
-    assert tokenizer._split("1234567.89") == ["123", "456", "7", ".", "89"]
-    assert tokenizer._split("x=12 cats\n\n  ok \u4e2d\u6587ab") == [
+    assert split_text("1234567.89") == ["123", "456", "7", ".", "89"]
+    assert split_text("x=12 cats\n\n  ok \u4e2d\u6587ab") == [
         *["x", "=", "12", " cats", "\n\n", " ", " ok", " ", "\u4e2d\u6587", "ab"]
     ]
     rng = random.Random(0)
     for _ in range(500):
         text = wild_text(rng)
-        pieces = tokenizer._split(text)
+        pieces = split_text(text)
         assert "".join(pieces) == text
         assert max(map(len, pieces)) <= 33  # 32 and the space before
 
@@ -241,7 +239,7 @@ def test_a_million_equal_characters(tokenizer, char):
 def test_training_on_a_long_run():
     """A run of a million letters trains: its pieces are capped like those of encode."""
     trained = Tokenizer.train(["a" * 1_000_000 + " " * 1_000_000], 400)
-    assert max(map(len, trained.ranks)) == 32
+    assert max(map(len, trained.coder.ranks)) == 32
     assert len(trained.encode("a" * 3200)) == 100
 
 
@@ -249,8 +247,8 @@ def test_save_and_load_give_the_same_tokenizer(tokenizer, tmp_path):
     """load(save(t)) has t's ids, pieces and control tokens."""
     tokenizer.save(tmp_path)
     again = Tokenizer.load(tmp_path)
-    assert (again.ranks, again.splits) == (tokenizer.ranks, SPLITS)
-    assert (again.added, again.control) == (tokenizer.added, tokenizer.control)
+    assert isinstance(again.coder, BytePairs) and again.file == tokenizer.file
+    assert (again.coder.ranks, again.control) == (tokenizer.coder.ranks, tokenizer.control)
     assert (again.eos_id, again.bos_id, again.pad_id) == (397, 398, 399)
     (tmp_path / "tokenizer_config.json").unlink()  # the default names are found without it
     assert Tokenizer.load(tmp_path).eos_id == 397
@@ -317,7 +315,7 @@ def test_loads_what_the_tokenizers_package_trained(tmp_path):
     ours = Tokenizer.load(tmp_path)
     assert ours.eos_id == ours.pad_id == 0
     assert (ours.bos_id, ours.encode("", bos=True)) == (0, [])  # named, but put before no text
-    assert ours.splits[0].startswith("'s|'t|")
+    assert (ours.vocab_size, ours.file) == (500, (tmp_path / "tokenizer.json").read_text())
     other.encode_special_tokens = True
     common = [chr(code) for code in range(0x250)]
     texts = [sample_text(90), "e\u0301a \u00c5\u212b  1234 it's\n\n x<|end|>", "".join(common)]
@@ -337,99 +335,95 @@ def _edit(layout: dict, path: str, value) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "message"),
+    ("path", "value"),
     [
-        ("model/type", "Unigram", "model.type 'Unigram'"),
-        ("model/type", "WordPiece", "model.type"),
-        ("model/dropout", 0.1, "model.dropout 0.1"),
-        ("model/byte_fallback", True, "byte_fallback"),
-        ("model/end_of_word_suffix", "</w>", "end_of_word_suffix"),
-        ("model/merges/0", "a b c", "not a complete|values"),
-        ("model/merges/5", ["Q", "Z"], "product of merge"),
-        ("model/vocab", {"a": 0}, "would give it 1"),
-        ("model", KeyError, "not a complete tokenizer.json"),
-        ("normalizer", {"type": "NFKC"}, "normalizer 'NFKC'"),
-        ("decoder", None, "decoder"),
-        ("truncation", {"max_length": 5}, "truncation"),
-        ("pre_tokenizer", None, "not a complete"),
-        ("pre_tokenizer/pretokenizers/0/type", "Metaspace", "pre_tokenizer 'Metaspace'"),
-        ("pre_tokenizer/pretokenizers/0/behavior", "Removed", "behavior 'Removed'"),
-        ("pre_tokenizer/pretokenizers/0/pattern", {"Regex": "(a)|b"}, "pattern"),
-        ("pre_tokenizer/pretokenizers/0/pattern", {"Regex": "a("}, "tokenizer.json: "),
-        ("pre_tokenizer/pretokenizers/2/add_prefix_space", True, "add_prefix_space True"),
-        ("added_tokens/0/lstrip", True, "added token '<think>'"),
-        ("added_tokens/5/id", 1000, "'<|bos|>' has the id 1000, but .* would give it 398"),
+        ("model/type", "Unigram"),
+        ("model/dropout", 0.5),
+        ("model/byte_fallback", True),
+        ("model/ignore_merges", True),
+        ("model/merges/0", "a b c"),
+        ("model/merges/5", ["Q", "Z"]),
+        ("model/merges", []),
+        ("model/vocab", {"a": 0}),
+        ("model/vocab/a", 97.0),
+        ("model/vocab/a", 2**31),
+        ("model", KeyError),
+        ("normalizer", {"type": "NFKC"}),
+        ("decoder", None),
+        ("truncation", {"max_length": 2}),
+        ("pre_tokenizer", None),
+        ("pre_tokenizer/pretokenizers/0/behavior", "Removed"),
+        ("pre_tokenizer/pretokenizers/0/pattern", {"Regex": "a("}),
+        ("pre_tokenizer/pretokenizers/2/add_prefix_space", True),
+        ("added_tokens/0/lstrip", True),
+        ("added_tokens/0/special", KeyError),
+        ("added_tokens/5/id", 1000),
     ],
 )
-def test_what_cannot_be_exact_is_refused_by_name(tokenizer, tmp_path, path, value, message):
-    """A tokenizer.json that would give other ids here than elsewhere raises one clear error."""
-    tokenizer.save(tmp_path)
-    file = tmp_path / "tokenizer.json"
-    layout = json.loads(file.read_text())
-    _edit(layout, path, value)
-    file.write_text(json.dumps(layout))
-    with pytest.raises(ValueError, match=message) as caught:
-        Tokenizer.load(tmp_path)
-    assert str(file) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_merges_tiktoken_would_apply_otherwise_are_refused(tokenizer, tmp_path):
-    """Two merges in another order, or a token without its merge, are refused."""
-    tokenizer.save(tmp_path)
-    file = tmp_path / "tokenizer.json"
-    layout = json.loads(file.read_text())
-    merges = layout["model"]["merges"]
-    for changed in ([merges[1], merges[0], *merges[2:]], merges[:-1], []):
-        layout["model"]["merges"] = changed
-        file.write_text(json.dumps(layout))
-        with pytest.raises(ValueError, match="order of the ids"):
-            Tokenizer.load(tmp_path)
-
-
-def test_a_merge_list_is_exact_or_refused(tokenizer, tmp_path):
-    """Whatever merges a file lists, either it is refused or the ids equal the tokenizers package's:
-    random vocabularies, most of which no training would make."""
+def test_a_changed_file_is_anothers(tokenizer, tmp_path, path, value):
+    """A file that differs in one value from what is written here is not taken for ours: either the
+    tokenizers package's ids come of it, or one line that names it."""
     peer = pytest.importorskip("tokenizers", reason="the tokenizers package is not installed")
     tokenizer.save(tmp_path)
     file = tmp_path / "tokenizer.json"
     layout = json.loads(file.read_text())
-    layout["added_tokens"] = [t for t in layout["added_tokens"] if t["special"]]
+    assert isinstance(BytePairs.read(layout), BytePairs)
+    _edit(layout, path, value)
+    assert BytePairs.read(layout) is None
+    file.write_text(json.dumps(layout))
+    try:
+        changed = Tokenizer.load(tmp_path)
+    except ValueError as error:
+        assert str(error).startswith(f"{file}: ") and "\n" not in str(error)
+        return
+    layout["model"]["dropout"] = layout["truncation"] = None  # chance and a limit are left out
+    other = peer.Tokenizer.from_str(json.dumps(layout))
+    for text in ("the sum\n of 12 numbers", " <think> a \u2460 \u4e2d\u6587 </think>"):
+        ids = other.encode(text, add_special_tokens=False).ids
+        assert changed.encode(text) == ids
+        assert changed.decode(ids) == other.decode(ids, skip_special_tokens=False)
+
+
+def test_whatever_merges_a_file_lists_its_ids_are_those_of_the_tokenizers_package(
+    tokenizer, tmp_path
+):
+    """Random vocabularies, most of which no training would make: tiktoken, which knows no pairs,
+    reads those in which every token is made by its last merge; the package reads the others."""
+    peer = pytest.importorskip("tokenizers", reason="the tokenizers package is not installed")
+    tokenizer.save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    layout = json.loads(file.read_text())
     (tmp_path / "generation_config.json").unlink()  # its id of eos will be another
-    bytes_only = {text: i for text, i in layout["model"]["vocab"].items() if i < 256}
+    vocab = layout["model"]["vocab"]
     rng = random.Random(3)
     outcomes = Counter()
-    for number in range(900):
+    for number in range(400):
         tokens, merges = ["a", "b", "c"], []
         for _ in range(rng.randrange(2, 9)):
             left, right = rng.choice(tokens[number % 3 :]), rng.choice(tokens)
             if left + right not in tokens:
                 tokens.append(left + right)
-                merges.append([left, right])
-        if number % 3:  # every way to cut a token in two, as Llama 3 lists them
-            cuts = [(t[:i], t[i:]) for t in tokens[3:] for i in range(1, len(t))]
-            merges = [[*cut] for cut in cuts if {*cut} <= {*tokens}]
+                merges.append(f"{left} {right}")
         if number % 5 == 0:
             merges.insert(0, merges.pop(rng.randrange(len(merges))))
-        ids = {text: 256 + i for i, text in enumerate(tokens[3:])}
-        layout["model"].update(vocab={**bytes_only, **ids}, merges=merges)
-        layout["model"]["ignore_merges"] = number % 2 == 0
-        for number, token in enumerate(layout["added_tokens"]):
-            token["id"] = 256 + len(ids) + number
+        new = {text: 256 + i for i, text in enumerate(tokens[3:])}
+        layout["model"] |= {
+            "vocab": {text: i for text, i in vocab.items() if i < 256} | new,
+            "merges": merges,
+        }
+        for i, token in enumerate(layout["added_tokens"]):
+            token["id"] = 256 + len(new) + i
+        bos = layout["post_processor"]["special_tokens"]["<|bos|>"]
+        bos["ids"] = [256 + len(new) + 5]
         file.write_text(json.dumps(layout))
-        try:
-            ours = Tokenizer.load(tmp_path)
-        except ValueError as error:
-            assert "order of the ids" in str(error)
-            outcomes["refused"] += 1
-            continue
-        outcomes["accepted"] += 1
+        ours = Tokenizer.load(tmp_path)
+        outcomes[type(ours.coder).__name__] += 1
         other = peer.Tokenizer.from_file(str(file))
         texts = ["".join(rng.choices("abc", k=rng.randrange(1, 25))) for _ in range(40)]
-        assert [ours.encode(t) for t in texts] == [
-            e.ids for e in other.encode_batch(texts, add_special_tokens=False)
+        assert [ours.encode(text) for text in texts] == [
+            found.ids for found in other.encode_batch(texts, add_special_tokens=False)
         ], merges
-    assert min(outcomes["refused"], outcomes["accepted"]) > 50, outcomes
+    assert len(outcomes) == 2 and min(outcomes.values()) > 50, outcomes
 
 
 def test_damaged_files_are_named(tokenizer, tmp_path):
@@ -446,14 +440,11 @@ def test_damaged_files_are_named(tokenizer, tmp_path):
 
 
 def test_bad_training_input_is_refused():
-    """No text, no room and doubtful added tokens are errors."""
+    """No text and no room are errors."""
     with pytest.raises(ValueError, match="no text"):
         Tokenizer.train([""], 300)
     with pytest.raises(ValueError, match="need 263"):
         Tokenizer.train(["abc"], 262)
-    for added in (("",), ("<a>", "<a>"), ("<|eos|>",)):
-        with pytest.raises(ValueError, match="added token"):
-            Tokenizer.train(["abc"], 400, added_tokens=added)
     assert Tokenizer.train(["abab" * 3], 1000).vocab_size < 300  # stops when no pair repeats
 
 
