@@ -22,6 +22,7 @@ from nanomath.judge.exact import (
     Exact,
     Refused,
     formal,
+    names,
     number,
     rational,
     symbol,
@@ -114,7 +115,7 @@ def _exact(value: Value) -> Exact:
 
 def _finite(value: Value) -> Exact:
     exact = _exact(value)
-    if any(name == "infty" for side in exact for term in side for (name, _, _), _ in term):
+    if "infty" in names(exact):
         raise Refused("infinity in a sum or product")
     return exact
 

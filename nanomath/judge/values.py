@@ -112,7 +112,7 @@ def _linear(sides: list[Value], relations: list[str], algebra: Algebra) -> _Foun
         exacts, relations = [None, algebra.add(*exacts, -1), number(0)], [r"\lt", *relations]
     low, middle, high = exacts
     terms = dict(middle.top)
-    scale = terms.pop((((name, 0, 0), 1),), None)
+    scale = terms.pop((((name, 0), 1),), None)
     rest = Exact(terms, middle.bottom)
     if "#" in name or scale is None or rest.bottom != number(1).bottom:
         return None
