@@ -142,6 +142,13 @@ class Algebra:
         # Of 1 and -1 any power is cheap, and only its parity counts.
         return self._checked(base ** (power % 2 if abs(base) == 1 else power))
 
+    def _term_power(self, base: Polynomial, count: int) -> Polynomial:
+        ((term, coefficient),) = base.items()
+        if count.bit_length() > 64:
+            raise Refused("power too high")
+        raised, factor = self._term({atom: power * count for atom, power in term})
+        return {raised: self._checked(self._raise(coefficient, count) * factor)}
+
     def _times(self, a: Polynomial, b: Polynomial) -> Polynomial:
         if a == _ONE or b == _ONE:
             return b if a == _ONE else a
@@ -173,10 +180,8 @@ class Algebra:
         if len(b.top) > 1:
             return Exact(self._times(a.top, b.bottom), self._times(a.bottom, b.top))
         # One term has an inverse of one term: 1/sqrt(2) is sqrt(2)/2, 1/x is x^-1.
-        ((term, coefficient),) = b.top.items()
-        inverse_term, factor = self._term({atom: -power for atom, power in term})
-        inverse = Exact({inverse_term: factor / coefficient}, _ONE)
-        return self.multiply(Exact(self._times(a.top, b.bottom), a.bottom), inverse)
+        inverse = self._term_power(b.top, -1)
+        return Exact(self._times(self._times(a.top, b.bottom), inverse), a.bottom)
 
     def power(self, base: Exact, exponent: Exact) -> Exact:
         power = rational(exponent)
@@ -192,11 +197,7 @@ class Algebra:
             raise Refused("0^0")
         count = int(power)
         if base.bottom == _ONE and len(base.top) == 1:
-            ((term, coefficient),) = base.top.items()
-            if count.bit_length() > 64:
-                raise Refused("power too high")
-            raised, factor = self._term({atom: n * count for atom, n in term})
-            return Exact({raised: self._checked(self._raise(coefficient, count) * factor)}, _ONE)
+            return Exact(self._term_power(base.top, count), _ONE)
         if count > 64:
             raise Refused("power too high")
         result = number(1)
@@ -210,6 +211,8 @@ class Algebra:
         A sum in the exponent becomes a product, a positive factor of the base its primes; others
         stay: (ab)^n is not a^n b^n where n is 1/2 and both are negative.
         """
+        if exponent.bottom != _ONE:
+            return formal("power", base, exponent)
         parts = [(base, Fraction(1))]
         (term, factor), *more = base.top.items() or [((), Fraction(0))]
         if not more and base.bottom == _ONE and factor > 0:
@@ -221,10 +224,6 @@ class Algebra:
             parts += [(Exact({rest: Fraction(1)}, _ONE), Fraction(1))] if rest else []
         result = number(1)
         for part, count in parts:
-            if exponent.bottom != _ONE:
-                whole = self.multiply(exponent, number(count))
-                result = self.multiply(result, formal("power", part, whole))
-                continue
             for term, coefficient in exponent.top.items():
                 times = coefficient * count
                 if not term:

@@ -5,7 +5,7 @@ Every pattern here takes time linear in the text, or nearly: none can backtrack 
 """
 
 import re
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import NamedTuple
 
 from nanomath.judge.exact import Refused
@@ -362,12 +362,13 @@ def words_ahead(tokens: list[Token], position: int) -> bool:
     here = tokens[position]
     if here.text != "(" or here.kind == "word":
         return here.kind == "word"
-    kinds = []
-    for token in tokens[position + 1 : position + 12]:
-        if token.text == ")":
-            break
-        kinds.append(token.kind)
+    kinds = {token.kind for token in _inside(tokens[position : position + 12])}
     return "word" in kinds and "number" not in kinds
+
+
+def _inside(tokens: list[Token]) -> list[Token]:
+    """Return the tokens between the bracket, which is the first one, and the next that closes."""
+    return list(takewhile(lambda token: token.text != ")", tokens[1:]))
 
 
 _GREEK = ("Gamma", "Phi", "Psi", "phi", "psi", "varphi", "zeta")  # functions, before a bracket
@@ -378,10 +379,6 @@ def is_applied(name: str, following: list[Token]) -> bool:
     base = name.partition("_")[0].rstrip("'")
     if following[0].text != "(" or base in ("e", "i") or (len(base) > 1 and base not in _GREEK):
         return False
-    inside = []
-    for token in following[1:]:
-        if token.text == ")":
-            break
-        inside.append(token)
+    inside = _inside(following)
     is_sum = any(token.text in ("+", "-", r"\pm", r"\mp") for token in inside[1:])
     return not (is_sum and any(token.kind in ("letter", "command") for token in inside))
