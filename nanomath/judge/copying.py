@@ -11,6 +11,7 @@ fraction"). Answers that are words or options are always compared as strings, by
 import re
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import groupby
 
 from nanomath.judge.reader import read_value
 from nanomath.judge.tokens import normalise, without_text_commands
@@ -114,9 +115,8 @@ def _unwrapped(run: Symbols) -> Symbols:
 
 def _split(run: Symbols, marks: set[str]) -> Iterator[Symbols]:
     """Yield the runs between the marks, without units."""
-    places = [i for i, symbol in enumerate(run) if symbol in marks]
-    for begin, end in zip([-1, *places], [*places, len(run)], strict=True):
-        item = _unwrapped(run[begin + 1 : end])
+    for is_mark, piece in groupby(run, marks.__contains__):
+        item = () if is_mark else _unwrapped(tuple(piece))
         if match := _NUMBER_AND_UNIT.fullmatch(" ".join(item)):
             item = tuple(match[1].split())
         if item:
