@@ -115,9 +115,8 @@ def load_problems(cfg: EvalConfig, task: str) -> tuple[list[Problem], list[str]]
         return problems, benchmarks.unreadable_references(problems, path)
     if cfg.problems is None:
         raise ValueError("--tasks jsonl needs --problems: your JSONL of question and answer")
-    bad: list[str] = []
     if task == "countdown":
-        found, bad = countdown.read_jsonl(cfg.problems, style=cfg.prompt_style)
+        found = countdown.read_problems(cfg.problems, style=cfg.prompt_style)
         splits = [countdown.split_of(**problem.payload) for problem in found]
     else:
         found = benchmarks.read_own(cfg.problems, few_shot=cfg.few_shot)
@@ -129,7 +128,7 @@ def load_problems(cfg: EvalConfig, task: str) -> tuple[list[Problem], list[str]]
             f"{cfg.problems}: all {len(found)} problems are of the training split; "
             "--all_rows evaluates on them"
         )
-    notes = data_notes(cfg, len(found), len(problems), bad)
+    notes = data_notes(cfg, len(found), len(problems))
     problems = spread(problems, cfg.num_problems)
     if task == "jsonl":
         notes += benchmarks.unreadable_references(problems, cfg.problems)
@@ -142,11 +141,9 @@ def spread(problems: list[Problem], num: int | None) -> list[Problem]:
     return [problems[i * len(problems) // count] for i in range(count)]
 
 
-def data_notes(cfg: EvalConfig, num_found: int, num_kept: int, bad: list[str]) -> list[str]:
+def data_notes(cfg: EvalConfig, num_found: int, num_kept: int) -> list[str]:
     """Return lines that say which rows of --problems are left out, and why."""
-    notes = [printable(line) for line in bad[:5]]
-    if bad:
-        notes.append(f"{cfg.problems}: {len(bad)} bad rows left out")
+    notes = []
     if num_kept < num_found:
         notes.append(
             f"{cfg.problems}: {num_found - num_kept} of {num_found} problems left out, "

@@ -339,11 +339,12 @@ def test_data_file(run_folder, dist, capsys):
         evaluate.run(dataclasses.replace(cfg, **changes), dist)
         problems = json.loads(Path(cfg.out).read_text())["problems"]
         rows = [{"nums": problem["nums"], "target": problem["target"]} for problem in problems]
-        return rows, capsys.readouterr().out
+        printed = capsys.readouterr()
+        assert "rows.jsonl:1: 50 cannot be reached from [1, 2]" in printed.err
+        return rows, printed.out
 
     found, printed = evaluated()
     assert found == heldout
-    assert "rows.jsonl:1: 50 cannot be reached from [1, 2]" in printed
     left = len(rows) - len(heldout)
     assert f"{left} of {len(rows)} problems left out, of the training split" in printed
     assert evaluated(num_problems=7)[0] == [heldout[i * len(heldout) // 7] for i in range(7)]

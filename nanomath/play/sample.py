@@ -38,37 +38,34 @@ class Config:
 def main(cfg: Config) -> None:
     """Print samples of one prompt, as they end, with lengths and mean log-probabilities."""
     if not cfg.checkpoint:
-        raise SystemExit("nanomath.play.sample: --checkpoint DIR is missing: name a run folder")
-    try:
-        device = setup(cfg.device).device
-        dtype = torch.bfloat16 if device.type == "cuda" else None
-        model, tokenizer, _ = load_model(cfg.checkpoint, device=device, dtype=dtype)
-        if tokenizer is None:
-            raise ValueError(f"{cfg.checkpoint} holds no tokenizer.json")
-        if hint := use_template(tokenizer, cfg.chat_template):
-            print(hint)
-        for sample in sample_stream(
-            model,
-            [prompt_ids(tokenizer, cfg.prompt)],
-            cfg.num_samples,
-            max_new_tokens=cfg.max_new_tokens,
-            eos_ids=tokenizer.stop_ids,
-            temperature=cfg.temperature,
-            top_k=cfg.top_k,
-            top_p=cfg.top_p,
-            stop=cfg.stop,
-            tokenizer=tokenizer,
-            seed=cfg.seed,
-            vocab_limit=tokenizer.sample_limit,
-            progress=0.0,
-        ):
-            mean_logp = float(sample.logp_T.mean())
-            end = "finished" if sample.finished else "truncated"
-            head = f"{len(sample.tokens_T)} tokens, {end}, mean logp {mean_logp:.3f}"
-            text = printable(tokenizer.decode(sample.tokens_T.tolist()))
-            tqdm.write(f"--- sample {sample.index}: {head}\n{text}")
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(f"nanomath.play.sample: {error}") from None
+        raise ValueError("--checkpoint DIR is missing: name a run folder")
+    device = setup(cfg.device).device
+    dtype = torch.bfloat16 if device.type == "cuda" else None
+    model, tokenizer, _ = load_model(cfg.checkpoint, device=device, dtype=dtype)
+    if tokenizer is None:
+        raise ValueError(f"{cfg.checkpoint} holds no tokenizer.json")
+    if hint := use_template(tokenizer, cfg.chat_template):
+        print(hint)
+    for sample in sample_stream(
+        model,
+        [prompt_ids(tokenizer, cfg.prompt)],
+        cfg.num_samples,
+        max_new_tokens=cfg.max_new_tokens,
+        eos_ids=tokenizer.stop_ids,
+        temperature=cfg.temperature,
+        top_k=cfg.top_k,
+        top_p=cfg.top_p,
+        stop=cfg.stop,
+        tokenizer=tokenizer,
+        seed=cfg.seed,
+        vocab_limit=tokenizer.sample_limit,
+        progress=0.0,
+    ):
+        mean_logp = float(sample.logp_T.mean())
+        end = "finished" if sample.finished else "truncated"
+        head = f"{len(sample.tokens_T)} tokens, {end}, mean logp {mean_logp:.3f}"
+        text = printable(tokenizer.decode(sample.tokens_T.tolist()))
+        tqdm.write(f"--- sample {sample.index}: {head}\n{text}")
 
 
 if __name__ == "__main__":

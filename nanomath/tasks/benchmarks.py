@@ -25,11 +25,10 @@ class Benchmark:
     """A file and its fields; answer may be a solution that ends with #### or a \\boxed{}."""
 
     file: str
-    question: str
-    answer: str
     source: str
+    question: str = "question"
+    answer: str = "answer"
     body: str = ""  # a field that comes before the question
-    options: str = ""  # a field of choices, that come after it
     groups: tuple[str, ...] = ()  # fields that figures are also given by
     chinese: bool = False
 
@@ -37,34 +36,22 @@ class Benchmark:
 _DEEPSEEK = "github.com/deepseek-ai/DeepSeek-Math, evaluation/datasets"
 _TORA = "github.com/microsoft/ToRA, src/data"
 _QWEN = "github.com/QwenLM/Qwen2.5-Math, evaluation/data"
+_DOWNLOAD = "`python -m nanomath.hub.download {}`"
 BENCHMARKS = {
-    "gsm8k": Benchmark(
-        "gsm8k_test.jsonl", "question", "answer", "`python -m nanomath.hub.download gsm8k`"
-    ),
+    "gsm8k": Benchmark("gsm8k_test.jsonl", _DOWNLOAD),
     "math": Benchmark(
-        *("math_test.jsonl", "problem", "solution", "`python -m nanomath.hub.download math`"),
-        groups=("level", "type"),
+        "math_test.jsonl", _DOWNLOAD, "problem", "solution", groups=("level", "type")
     ),
-    "cmath": Benchmark(
-        "cmath_test.jsonl", "question", "answer", _QWEN, groups=("grade",), chinese=True
-    ),
-    "mgsm_zh": Benchmark("mgsm_zh.jsonl", "messages", "answer", _DEEPSEEK, chinese=True),
-    "gaokao_cloze": Benchmark(
-        "gaokao_mathcloze.jsonl", "question", "answer", _DEEPSEEK, chinese=True
-    ),
-    "gaokao_qa": Benchmark(
-        "gaokao_mathqa.jsonl", "question", "label", _DEEPSEEK, options="options", chinese=True
-    ),
-    "sat": Benchmark("sat_test.jsonl", "question", "Answer", _DEEPSEEK, options="options"),
-    "mmlu_stem": Benchmark(
-        *("mmlu_stem_test.jsonl", "question", "answer", _DEEPSEEK),
-        options="options",
-        groups=("topic",),
-    ),
-    "ocw": Benchmark("ocw_test.jsonl", "problem", "answer", _DEEPSEEK),
-    "asdiv": Benchmark("asdiv_test.jsonl", "question", "answer", _TORA, body="body"),
-    "svamp": Benchmark("svamp_test.jsonl", "Question", "Answer", _TORA, body="Body"),
-    "mawps": Benchmark("mawps_test.jsonl", "input", "target", _QWEN),
+    "cmath": Benchmark("cmath_test.jsonl", _QWEN, groups=("grade",), chinese=True),
+    "mgsm_zh": Benchmark("mgsm_zh.jsonl", _DEEPSEEK, "messages", chinese=True),
+    "gaokao_cloze": Benchmark("gaokao_mathcloze.jsonl", _DEEPSEEK, chinese=True),
+    "gaokao_qa": Benchmark("gaokao_mathqa.jsonl", _DEEPSEEK, answer="label", chinese=True),
+    "sat": Benchmark("sat_test.jsonl", _DEEPSEEK, answer="Answer"),
+    "mmlu_stem": Benchmark("mmlu_stem_test.jsonl", _DEEPSEEK, groups=("topic",)),
+    "ocw": Benchmark("ocw_test.jsonl", _DEEPSEEK, "problem"),
+    "asdiv": Benchmark("asdiv_test.jsonl", _TORA, body="body"),
+    "svamp": Benchmark("svamp_test.jsonl", _TORA, "Question", "Answer", body="Body"),
+    "mawps": Benchmark("mawps_test.jsonl", _QWEN, "input", "target"),
 }
 
 _ZERO_SHOT = (
@@ -75,53 +62,44 @@ _ASK_FOR_LETTER = ("The answer is the letter of one option.", "答案是选项�
 _QUESTION = ("Question: {}\nAnswer:", "问题:{}\n解答:")
 # Where a base model begins the next question after a few-shot answer.
 STOPS = ("\nQuestion:", "\n问题:", "\n问题：")
-# Written for this project: whole numbers, a fraction, a root, a set.
-_EXAMPLES = (
-    (
-        "A shelf has 4 rows of 12 jars. Mia takes away 8 jars and fills half of the rest. How many "
-        "jars does she fill?",
-        "There are 4 * 12 = 48 jars. After 8 are taken away, 48 - 8 = 40 are left. Half of them is "
-        "40 / 2 = 20. The answer is 20.",
-    ),
-    (
-        "A bag holds 3 red and 5 blue marbles. Two are drawn without putting any back. What is the "
-        "probability that both are red?",
-        "The first is red with probability $\\frac{3}{8}$ and then the second with probability "
-        "$\\frac{2}{7}$. Together $\\frac{3}{8} \\cdot \\frac{2}{7} = \\frac{3}{28}$. The answer "
-        "is $\\frac{3}{28}$.",
-    ),
-    (
-        "What is the diagonal of a rectangle with sides 2 and 6?",
-        "By Pythagoras it is $\\sqrt{2^2 + 6^2} = \\sqrt{40} = 2\\sqrt{10}$. The answer is "
-        "$2\\sqrt{10}$.",
-    ),
-    (
-        "Find all $x$ with $x^2 - x = 12$.",
-        "$x^2 - x - 12 = (x - 4)(x + 3)$, which is 0 for $x = 4$ and for $x = -3$. The answer is "
-        "$-3, 4$.",
-    ),
-)
-_CHINESE_EXAMPLES = (
-    (
-        "食堂运来6袋大米,每袋25千克,吃掉了40千克,还剩多少千克?",
-        "一共运来 6 × 25 = 150 千克。吃掉40千克后还剩 150 - 40 = 110 千克。答案是110。",
-    ),
-    (
-        "一本书有120页,小华第一天看了全书的1/4,第二天看了全书的1/3,两天一共看了全书的几分之几?",
-        "两天一共看了 1/4 + 1/3 = 3/12 + 4/12 = 7/12。答案是7/12。",
-    ),
-    (
-        "一个长方形的长是8.5厘米,宽是4厘米,它的周长是多少厘米?",
-        "周长是 2 × (8.5 + 4) = 2 × 12.5 = 25 厘米。答案是25。",
-    ),
-    (
-        "已知 $x>0$ 且 $x^2=18$,求 $x$。",
-        "因为 $x>0$,所以 $x=\\sqrt{18}=3\\sqrt{2}$。答案是$3\\sqrt{2}$。",
-    ),
-)
-_SHOWN = tuple(  # what comes before the question in a few-shot prompt
-    "".join(f"{layout.format(asked)} {answer}\n\n" for asked, answer in examples)
-    for layout, examples in zip(_QUESTION, (_EXAMPLES, _CHINESE_EXAMPLES), strict=True)
+# What comes before the question in a few-shot prompt, in the layout of _QUESTION. Written for this
+# project: whole numbers, a fraction, a root, a set.
+_SHOWN = (
+    """\
+Question: A shelf has 4 rows of 12 jars. Mia takes away 8 jars and fills half of the rest. How \
+many jars does she fill?
+Answer: There are 4 * 12 = 48 jars. After 8 are taken away, 48 - 8 = 40 are left. Half of them is \
+40 / 2 = 20. The answer is 20.
+
+Question: A bag holds 3 red and 5 blue marbles. Two are drawn without putting any back. What is \
+the probability that both are red?
+Answer: The first is red with probability $\\frac{3}{8}$ and then the second with probability \
+$\\frac{2}{7}$. Together $\\frac{3}{8} \\cdot \\frac{2}{7} = \\frac{3}{28}$. The answer is \
+$\\frac{3}{28}$.
+
+Question: What is the diagonal of a rectangle with sides 2 and 6?
+Answer: By Pythagoras it is $\\sqrt{2^2 + 6^2} = \\sqrt{40} = 2\\sqrt{10}$. The answer is \
+$2\\sqrt{10}$.
+
+Question: Find all $x$ with $x^2 - x = 12$.
+Answer: $x^2 - x - 12 = (x - 4)(x + 3)$, which is 0 for $x = 4$ and for $x = -3$. The answer is \
+$-3, 4$.
+
+""",
+    """\
+问题:食堂运来6袋大米,每袋25千克,吃掉了40千克,还剩多少千克?
+解答: 一共运来 6 × 25 = 150 千克。吃掉40千克后还剩 150 - 40 = 110 千克。答案是110。
+
+问题:一本书有120页,小华第一天看了全书的1/4,第二天看了全书的1/3,两天一共看了全书的几分之几?
+解答: 两天一共看了 1/4 + 1/3 = 3/12 + 4/12 = 7/12。答案是7/12。
+
+问题:一个长方形的长是8.5厘米,宽是4厘米,它的周长是多少厘米?
+解答: 周长是 2 × (8.5 + 4) = 2 × 12.5 = 25 厘米。答案是25。
+
+问题:已知 $x>0$ 且 $x^2=18$,求 $x$。
+解答: 因为 $x>0$,所以 $x=\\sqrt{18}=3\\sqrt{2}$。答案是$3\\sqrt{2}$。
+
+""",
 )
 
 
@@ -138,18 +116,15 @@ def read_benchmark(
     benchmark = BENCHMARKS[name]
     path = Path(folder) / benchmark.file
     if not path.is_file():
+        source = benchmark.source.format(name)
         raise FileNotFoundError(
-            f"{path}: no such file; it comes from {benchmark.source}; --data names its folder"
+            f"{path}: no such file; it comes from {source}; --data names its folder"
         )
 
     def read(row: dict) -> tuple[str, dict]:
-        try:
-            question = _question(benchmark, row)
-            gold = gold_answer(text_field(row, benchmark.answer, number=True))
-        except ValueError as error:
-            names = f"{benchmark.question} or {benchmark.answer}"
-            raise ValueError(f"no {names}: {error}") from None
+        gold = gold_answer(text_field(row, benchmark.answer, number=True))
         groups = {key: str(row[key]) for key in benchmark.groups if key in row}
+        question = _question(benchmark, row)
         prompt = make_prompt(question, few_shot=few_shot, chinese=benchmark.chinese)
         return prompt, {"answer": gold, **groups}
 
@@ -157,20 +132,20 @@ def read_benchmark(
 
 
 def _question(benchmark: Benchmark, row: dict) -> str:
+    """Return what is asked: body, question, and choices with their letters."""
     messages = row.get(benchmark.question)
     if isinstance(messages, list) and messages and isinstance(messages[0], dict):
         question = text_field(messages[0], "content")  # the user's first
     else:
         question = text_field(row, benchmark.question)
-    options = row.get(benchmark.options)
-    if isinstance(options, list):
+    options = row.get("options")
+    if isinstance(options, list):  # SAT's are one text
         marked = all(re.match(r"\(?[A-J]\)", str(option)) for option in options)
         marks = [""] * len(options) if marked else [f"({letter}) " for letter in "ABCDEFGHIJ"]
         options = "\n".join(f"{mark}{option}" for mark, option in zip(marks, options))
     asked = _ASK_FOR_LETTER[benchmark.chinese] if options else None
-    return "\n".join(
-        str(part) for part in (row.get(benchmark.body), question, options, asked) if part
-    )
+    parts = (row.get(benchmark.body), question, options, asked)
+    return "\n".join(str(part) for part in parts if part)
 
 
 def read_own(

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from nanomath.base.config import one_line_errors, opt, parse
-from nanomath.base.files import write_text
+from nanomath.base.files import read_jsonl, write_text
 from nanomath.base.log import progress
 from nanomath.judge.equation import Reading, read_equation
 from nanomath.tasks import Problem, Verdict
@@ -44,7 +44,6 @@ from nanomath.tasks.expressions import (
     expressions,
     is_reachable,
     number_text,
-    solutions,
 )
 
 HELDOUT_ONE_IN = 10  # share of all problems that are never trained on
@@ -53,36 +52,28 @@ _MAX_DRAWS = 20_000  # per problem; a range without reachable targets ends with 
 # SFT imitates both kinds; which of them is right more often is for GRPO to find out.
 DIRECT_SHARE, NUM_NEAR = 0.7, 8
 
-SHORT_PROMPT = "{numbers} -> {target}\n"
-FULL_PROMPT = (
-    "Use each of the numbers [{numbers}] exactly once, with + - * / and parentheses, to make an "
-    "expression whose value is {target}. Reason inside <think> </think>, then give only the "
-    "expression inside <answer> </answer>, without an equals sign, "
-    "for example <answer>(1 + 2) / 3</answer>.\n"
-)
-STYLES = ("short", "full")
+# What stands between the numbers, and the prompt: "short" is for models trained here from scratch,
+# "full" (instructions and an example) for pretrained ones.
+_PROMPTS = {
+    "short": (" ", "{numbers} -> {target}\n"),
+    "full": (
+        ", ",
+        "Use each of the numbers [{numbers}] exactly once, with + - * / and parentheses, to make "
+        "an expression whose value is {target}. Reason inside <think> </think>, then give only the "
+        "expression inside <answer> </answer>, without an equals sign, "
+        "for example <answer>(1 + 2) / 3</answer>.\n",
+    ),
+}
+STYLES = tuple(_PROMPTS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Ranges:
-    """Which problems there are: how many numbers (drawn evenly), from 1 to what; targets to what.
-
-    Raises ValueError where no problem can be of them.
-    """
+    """Which problems: how many numbers (drawn evenly), from 1 to what; targets from 1 to what."""
 
     num_numbers: Sequence[int] = (3,)
     max_number: int = 99
     max_target: int = 100
-
-    def __post_init__(self) -> None:
-        if not self.num_numbers or not all(2 <= n <= MAX_NUMBERS for n in self.num_numbers):
-            raise ValueError(
-                f"num_numbers {tuple(self.num_numbers)}: give counts from 2 to {MAX_NUMBERS}"
-            )
-        if self.max_number < 1 or self.max_target < 1:
-            raise ValueError(
-                f"max_number {self.max_number} and max_target {self.max_target} must be at least 1"
-            )
 
     @classmethod
     def of(cls, settings: Any) -> "Ranges":
@@ -102,14 +93,9 @@ RANGES = {
 
 
 def make_problem(id: int, nums: Sequence[int], target: int, *, style: str = "short") -> Problem:
-    """Return the problem with its prompt; style "short" is for models trained here from scratch,
-    "full" (instructions and an example) for pretrained ones."""
-    if style not in STYLES:
-        raise ValueError(f"prompt style {style!r}: choose from {', '.join(STYLES)}")
-    if style == "short":
-        prompt = SHORT_PROMPT.format(numbers=" ".join(map(str, nums)), target=target)
-    else:
-        prompt = FULL_PROMPT.format(numbers=", ".join(map(str, nums)), target=target)
+    """Return the problem with its prompt."""
+    separator, layout = _PROMPTS[style]
+    prompt = layout.format(numbers=separator.join(map(str, nums)), target=target)
     return Problem(id, "countdown", prompt, {"nums": list(nums), "target": target})
 
 
@@ -131,8 +117,6 @@ def problem_at(
 
     How many numbers is drawn first, evenly. Raises ValueError where the ranges hold no problem.
     """
-    if split not in ("train", "heldout"):
-        raise ValueError(f"split {split!r}: choose train or heldout")
     for draw in range(_MAX_DRAWS):
         words = _hash(f"countdown problem {seed} {index} {draw}")
         if draw == 0:
@@ -161,89 +145,47 @@ def generate(
 
     Raises ValueError where the ranges hold fewer.
     """
-    problems: list[Problem] = []
-    seen: set[tuple] = set()
-    index, misses = 0, 0
+    problems: dict[tuple, Problem] = {}
+    index = newest = 0
     while len(problems) < num:
         problem = problem_at(index, ranges, split=split, seed=seed, style=style)
+        if _key(problem) not in problems:
+            problems[_key(problem)], newest = problem, index
+        # Even with one problem in a hundred left unseen, this many repeats are unheard of.
+        elif index - newest > 2000:
+            raise ValueError(
+                f"only {len(problems)} different {split} problems found of {num} with numbers up "
+                f"to {ranges.max_number} and targets up to {ranges.max_target}: widen the ranges"
+            )
         index += 1
-        key = _key(problem)
-        if key in seen:
-            misses += 1
-            # Even with one problem in a hundred left unseen, this many repeats are unheard of.
-            if misses > 2000:
-                raise ValueError(
-                    f"only {len(problems)} different {split} problems found of {num} with numbers "
-                    f"up to {ranges.max_number} and targets up to {ranges.max_target}: widen "
-                    "the ranges"
-                )
-            continue
-        misses = 0
-        seen.add(key)
-        problems.append(problem)
-    return problems
+    return list(problems.values())
 
 
-def read_jsonl(
-    path: str | os.PathLike,
-    *,
-    split: str | None = None,
-    limit: int | None = None,
-    style: str = "short",
-) -> tuple[list[Problem], list[str]]:
-    """Read rows {"nums": [..], "target": n}; return the problems and a line for each bad row.
+def read_problems(path: str | os.PathLike, *, style: str = "short") -> list[Problem]:
+    """Read the problems of a JSONL of rows {"nums": [..], "target": n} (Countdown-Tasks-3to4).
 
-    A bad row is not such JSON, has numbers that are not positive whole numbers, or a target that
-    cannot be reached; a repeated problem is dropped silently. With split, only rows of that split
-    are kept. Ids are line numbers from 0. Raises FileNotFoundError and, for a file without one
-    good row, ValueError.
+    A row is bad, and named on stderr, if its numbers are not positive whole numbers or its target
+    cannot be reached; a repeated problem is dropped silently. Ids are line numbers from 0. Raises
+    FileNotFoundError and, for a file without one good row, ValueError.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file; give a JSONL file of rows "
-            '{"nums": [95, 21, 3], "target": 88}, such as Countdown-Tasks-3to4'
-        )
-    problems, bad, seen, num_good = [], [], set(), 0
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line_number, line in enumerate(file):
-            if limit is not None and len(problems) >= limit:
-                break
-            if not line.strip():
-                continue
-            row = _read_row(line)
-            if isinstance(row, str):
-                bad.append(f"{path}:{line_number + 1}: {row}")
-                continue
-            num_good += 1
-            problem = make_problem(line_number, *row, style=style)
-            if _key(problem) in seen or (split is not None and split_of(*row) != split):
-                continue
-            seen.add(_key(problem))
-            problems.append(problem)
-    if not num_good:
-        first = f"; first: {bad[0]}" if bad else ""
-        raise ValueError(f"{path}: no Countdown problem in it ({len(bad)} bad rows{first})")
-    return problems, bad
+    problems: dict[tuple, Problem] = {}
+    for number, row in read_jsonl(path, read=_read_row, max_bad_fraction=1.0):
+        problem = make_problem(number - 1, *row, style=style)
+        problems.setdefault(_key(problem), problem)
+    if not problems:
+        raise ValueError(f"{path}: no Countdown problem in it")
+    return list(problems.values())
 
 
-def _read_row(line: str) -> tuple[list[int], int] | str:
-    """Return (nums, target), or what is wrong with the row."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return f"not JSON ({type(error).__name__})"
-    if not isinstance(row, dict) or "nums" not in row or "target" not in row:
-        return 'not a row {"nums": [..], "target": n}'
-    nums, target = row["nums"], row["target"]
-    if not isinstance(nums, list) or not all(type(n) is int and 0 < n < 10**6 for n in nums):
-        return "nums must be a list of whole numbers from 1 to 999999"
-    if not 2 <= len(nums) <= MAX_NUMBERS:
-        return f"{len(nums)} numbers; 2 to {MAX_NUMBERS} are supported"
-    if type(target) is not int or not 0 < target < 10**6:
-        return "target must be a whole number from 1 to 999999"
+def _read_row(row: dict) -> tuple[list[int], int]:
+    """Return (nums, target). Raises ValueError that says what is wrong with the row."""
+    nums, target = row.get("nums"), row.get("target")
+    if not isinstance(nums, list) or not all(
+        type(number) is int and 0 < number < 10**6 for number in (*nums, target)
+    ):
+        raise ValueError('wanted {"nums": [..], "target": n}, whole numbers from 1 to 999999')
     if not is_reachable(nums, target):
-        return f"{target} cannot be reached from {nums}"
+        raise ValueError(f"{target} cannot be reached from {nums}")
     return nums, target
 
 
@@ -282,7 +224,7 @@ def worked_solution(problem: Problem, seed: int = 0, *, direct_share: float = DI
     if rng.random() < direct_share:
         return f"<think>{_steps(right[0])}</think><answer>{right[0].text}</answer>"
     # In one order, or the likeliest next attempt is often one that was made before.
-    order = sorted(forms[: len(right) + NUM_NEAR], key=Expression.steps)
+    order = sorted(forms[: len(right) + NUM_NEAR], key=operator.attrgetter("steps"))
     found = next(i for i, form in enumerate(order) if form.value == target)
     # Two forms may have the same steps, 8/2-4 and 4-8/2: those are one attempt.
     lines = dict.fromkeys(
@@ -295,19 +237,11 @@ def _steps(form: Expression) -> str:
     """Return a form's steps; one that goes on from the value before continues its text, 1+2=3*4=12,
     else a space is between."""
     text = ""
-    for step in form.steps():
+    for step in form.steps:
         value = text.rpartition("=")[2]
         goes_on = text and step.startswith(value) and step[len(value)] in "+-*/"
         text += step[len(value) :] if goes_on else " " * bool(text) + step
     return text
-
-
-def solve(nums: Sequence[int], target: int) -> list[str]:
-    """Return every different solution once, as text with the fewest parentheses, sorted.
-
-    Two that differ only by the order or grouping of sums and products are the same solution.
-    """
-    return sorted(expression.text for expression in solutions(nums, target))
 
 
 # ----------------------------------------------------------------------------------------- judge
@@ -361,7 +295,6 @@ class CountdownConfig:
 
     out: str = opt("runs/sft.jsonl", "file to write: rows of prompt, solution, nums, target")
     num: int = opt(10_000, "different problems", low=1)
-    split: str = opt("train", "train or heldout", choices=("train", "heldout"))
     seed: int = opt(0, "seed of problems and of the choice among solutions", low=0)
     num_numbers: tuple[int, ...] = opt(
         (3,), "how many numbers, drawn evenly", low=2, high=MAX_NUMBERS
@@ -387,7 +320,7 @@ PRESETS = {
 
 def main(cfg: CountdownConfig) -> None:
     out = Path(cfg.out)
-    problems = generate(cfg.num, Ranges.of(cfg), split=cfg.split, seed=cfg.seed, style=cfg.style)
+    problems = generate(cfg.num, Ranges.of(cfg), seed=cfg.seed, style=cfg.style)
     solve_one = partial(worked_solution, seed=cfg.seed, direct_share=cfg.direct_share)
     lines = []
     # Ctrl-C goes to all processes of a terminal: the workers leave it to this one, which ends them.

@@ -2,7 +2,7 @@
 
 The trainer holds `Workers`; each worker is this file run as a program, which never imports torch:
 
-    python -m nanomath.tasks.workers SECONDS PLACE my_file.py:my_function ...
+    python -m nanomath.tasks.workers SECONDS my_file.py:my_function ...
 
 A request (which function, problem, completion) and its reply (reward or null, what failed or null)
 are one line of JSON each: nothing is unpickled. A function that raises or returns no number is
@@ -11,8 +11,7 @@ replaced with whatever it had started itself. What functions print goes to the t
 up to OUTPUT_BYTES a step.
 
 Workers outlive neither the trainer's end nor its death: an idle one sees its input end, and a busy
-one has a timer in C, which needs no lock of Python's, that writes where it hangs to the file
-descriptor PLACE and ends it.
+one has a timer in C, which needs no lock of Python's, that prints where it hangs and ends it.
 """
 
 from __future__ import annotations
@@ -23,11 +22,10 @@ import importlib.util
 import inspect
 import json
 import os
-import re
 import resource
 import signal
+import socket
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +34,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from nanomath.judge.child import Child, Ended, Late
+from nanomath.judge.child import Child
 from nanomath.tasks import Problem
 
 RewardFunction = Callable[[Problem, str], float | None]
@@ -62,7 +60,6 @@ class Workers:
 
     def __init__(self, specs: Sequence[str], *, num_workers: int, seconds: float):
         self._specs, self._seconds = specs, seconds
-        self._places = [tempfile.TemporaryFile() for _ in range(num_workers)]
         self._children: list[Child | None] = [None] * num_workers
         self._closed, self._output_left = False, 0
         errors = self._each(self._start)
@@ -82,24 +79,18 @@ class Workers:
 
     def close(self) -> None:
         """Kill the workers, and what they started."""
-        if not self._closed:
-            self._closed = True
-            for slot in self._slots:
-                self._end(slot)
-                self._places[slot].close()
+        self._closed = True
+        for slot in range(len(self._children)):
+            self._end(slot)
 
     def _each(self, work: Callable[[int], Any]) -> list:
         """Do the work for every worker at the same time, in a thread each, which mostly waits."""
         with ThreadPoolExecutor(len(self._children)) as pool:
             try:
-                return [done.result() for done in [pool.submit(work, slot) for slot in self._slots]]
+                return list(pool.map(work, range(len(self._children))))
             except BaseException:  # Ctrl-C: without their workers the threads end, too
                 self.close()
                 raise
-
-    @property
-    def _slots(self) -> range:
-        return range(len(self._children))
 
     def _serve(self, slot: int, pending: Iterator, results: list[Scored], give_up: float) -> None:
         """Let one worker take tasks until none is left."""
@@ -112,21 +103,13 @@ class Workers:
                 if error:
                     results[index] = None, error
                     return
-            request = {
-                "function": function,
-                "problem": dataclasses.asdict(problem),
-                "completion": completion,
-            }
-            line = json.dumps(request).encode() + b"\n"
-            results[index] = self._exchange(slot, line, self._seconds)
+            request = _as_line([function, dataclasses.asdict(problem), completion])
+            results[index] = self._exchange(slot, request, self._seconds)
 
     def _start(self, slot: int) -> str | None:
         """Start a worker; return why it cannot score, or None."""
         if self._closed:
             return "the workers are closed"
-        place = self._places[slot]
-        place.seek(0)
-        place.truncate()
         root = str(Path(__file__).resolve().parents[2])
         environment = {
             "OMP_NUM_THREADS": "1",  # many workers share the cores
@@ -138,10 +121,7 @@ class Workers:
         program = [sys.executable, "-u", "-P", "-m", "nanomath.tasks.workers", str(self._seconds)]
         try:
             self._children[slot] = Child(
-                [*program, str(place.fileno()), *self._specs],
-                environment=environment,
-                pass_fds=[place.fileno()],
-                on_stderr=self._forward,
+                [*program, *self._specs], environment=environment, on_stderr=self._forward
             )
         except OSError as error:  # no memory or process left
             return f"no worker could be started: {error}"
@@ -153,24 +133,17 @@ class Workers:
 
     def _exchange(self, slot: int, request: bytes, seconds: float) -> Scored:
         """Send a request and wait for the reply; without one, end the worker and say why."""
-        start, child = time.monotonic(), self._children[slot]
-        with suppress(Late, Ended, ValueError):
-            reward, failure = json.loads(child.ask(request, seconds + GRACE_SECONDS))
+        start = time.monotonic()
+        with suppress(OSError, ValueError):
+            reward, failure = json.loads(self._children[slot].ask(request, seconds + GRACE_SECONDS))
             return reward, failure
         late = time.monotonic() - start >= seconds
         status = self._end(slot, wait=0.0 if late else GRACE_SECONDS)
         if late:
-            return None, f"it took more than {seconds:g} s{self._where(slot)}"
+            return None, f"it took more than {seconds:g} s"
         is_signal = status is not None and status < 0
         ended = signal.strsignal(-status) if is_signal else f"exit status {status}"
         return None, f"it ended its process ({ended})"
-
-    def _where(self, slot: int) -> str:
-        """Return which line of a user's file a worker hung in, as far as it could say."""
-        files = {spec.rpartition(":")[0] for spec in self._specs}
-        text = os.pread(self._places[slot].fileno(), 65536, 0).decode(errors="replace")
-        places = re.findall(r'File "(.*)", line (\d+)', text)  # the innermost call first
-        return next((_place(file, line) for file, line in places if file in files), "")
 
     def _end(self, slot: int, wait: float = 0.0) -> int | None:
         """End a worker and return its status."""
@@ -200,44 +173,43 @@ def default_num_workers() -> int:
 
 def main() -> None:
     """Answer requests until the input ends."""
-    seconds, place, specs = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
-    requests, replies = _take_pipes()
+    seconds, specs = float(sys.argv[1]), sys.argv[2:]
+    trainer = _take_socket()
     pid = os.getpid()
     _prepare_process()
-    faulthandler.dump_traceback_later(START_SECONDS, exit=True, file=place)
+    faulthandler.dump_traceback_later(START_SECONDS, exit=True, file=2)
     functions, error = [], None
     try:
         functions = [load_function(spec) for spec in specs]
     except ValueError as problem:
         error = str(problem)
     faulthandler.cancel_dump_traceback_later()
-    replies.write(json.dumps([None, error]) + "\n")
-    replies.flush()
-    for line in requests:
-        faulthandler.dump_traceback_later(seconds, exit=True, file=place)
-        request = json.loads(line)
-        function, problem = functions[request["function"]], Problem(**request["problem"])
+    trainer.sendall(_as_line([None, error]))
+    for line in open(trainer.fileno(), encoding="ascii", closefd=False):
+        faulthandler.dump_traceback_later(seconds, exit=True, file=2)
+        number, problem, completion = json.loads(line)
         try:
-            reply = score_one(function, problem, request["completion"])
+            reply = score_one(functions[number], Problem(**problem), completion)
         except BaseException as error:  # sys.exit
             reply = None, _one_line(error)
         if os.getpid() != pid:
             os._exit(0)  # a child that the function forked has come back here, without the timer
         faulthandler.cancel_dump_traceback_later()
-        replies.write(json.dumps(reply) + "\n")
-        replies.flush()
+        trainer.sendall(_as_line(reply))
     os._exit(0)  # whatever threads the functions have left
 
 
-def _take_pipes():
-    """Return the pipes of requests and replies, and leave functions an empty stdin and stderr."""
-    requests = os.fdopen(os.dup(0), encoding="ascii")
-    replies = os.fdopen(os.dup(1), "w", encoding="ascii")
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
+def _as_line(message: Any) -> bytes:
+    return json.dumps(message).encode() + b"\n"
+
+
+def _take_socket() -> socket.socket:
+    """Return the socket to the trainer; functions are left an empty stdin, and print on stderr."""
+    trainer = socket.socket(fileno=os.dup(0))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
-    os.register_at_fork(after_in_child=lambda: (os.close(requests.fileno()), replies.detach()))
-    return requests, replies
+    os.register_at_fork(after_in_child=lambda: os.close(trainer.detach()))
+    return trainer
 
 
 def _prepare_process() -> None:
@@ -299,12 +271,11 @@ def _one_line(error: BaseException) -> str:
         text = "(an error without a text)"
     tb = traceback.walk_tb(error.__traceback__)
     lines = [(f.f_code.co_filename, n) for f, n in tb if f.f_code.co_filename in sys.modules]
-    text = f"{type(error).__name__}: {text}"[:300] + (_place(*lines[-1]) if lines else "")
+    text = f"{type(error).__name__}: {text}"[:300]
+    if lines:
+        file, line = lines[-1]
+        text += f" ({Path(file).name}, line {line})"
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-
-
-def _place(file: str, line: int | str) -> str:
-    return f" ({Path(file).name}, line {line})"
 
 
 if __name__ == "__main__":

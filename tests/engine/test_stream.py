@@ -766,9 +766,9 @@ def test_nan_weights_are_an_error():
 
 def test_command_prints_samples_of_a_checkpoint(tmp_path, capsys):
     """The command shows each sample's length and mean logp; the text is the decoded tokens."""
-    with pytest.raises(SystemExit, match="--checkpoint DIR is missing"):
+    with pytest.raises(ValueError, match="--checkpoint DIR is missing"):
         sample_module.main(sample_module.Config())
-    with pytest.raises(SystemExit, match="nowhere"):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
         sample_module.main(sample_module.Config(checkpoint=str(tmp_path / "nowhere")))
     tokenizer = Tokenizer.train(["1 + 2 = 3, 4 - 3 = 1"] * 5, 280)
     cfg = dataclasses.replace(CFG, vocab_size=tokenizer.vocab_size + 8)

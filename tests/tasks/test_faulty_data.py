@@ -91,7 +91,7 @@ def test_benchmarks_and_worked_solutions_are_checked_alike(tmp_path, capsys):
     for bad in ({**row, "answer": None}, {**row, "question": []}, {**row, "question": "\x0crac12"}):
         file.write_text("".join(json.dumps(r) + "\n" for r in [*[row] * 150, bad]))
         assert len(read_benchmark("gsm8k", tmp_path)) == 150
-        assert f"{file}:151: no question or answer: '" in capsys.readouterr().err
+        assert f"{file}:151: '" in capsys.readouterr().err
         assert len(read_examples(file)) == 150
         assert f"{file}:151: '" in capsys.readouterr().err
     file.write_text(json.dumps({"prompt": "", "solution": "x"}) + "\n")
