@@ -3,8 +3,6 @@
 The paper's own values are the defaults of the settings; a preset holds what differs from them.
 """
 
-from typing import Any
-
 from nanomath.tasks import countdown
 
 # GSM8K's training file, one question in ten held out. DEVIATION: Sec. 4.2 adds MATH's training set,
@@ -119,13 +117,3 @@ EVALUATION = {
     name: {key: value for key, value in GRPO[name].items() if key in _AS_TRAINED} | more
     for name, more in _EVALUATION.items()
 }
-
-
-def planning(name: str) -> dict[str, Any]:
-    """Return the planner's settings of a run, {} for a name that is none's."""
-    run = GRPO.get(name, {})
-    same = ("group_size", "max_new_tokens", "cache_gb", "micro_batch_size")
-    shared = {key: run[key] for key in (*same, "activation_checkpointing") if key in run}
-    if "batch_size" in run:
-        shared["questions"] = run["batch_size"]
-    return shared | ({"kl": False} if run.get("kl_coef") == 0.0 else {})
