@@ -324,7 +324,8 @@ def run(cfg: EvalConfig, dist: Dist) -> None:
         if cfg.problems and not {"jsonl", "countdown"} & {*cfg.tasks}:
             raise ValueError("--problems is read by --tasks jsonl and countdown")
         files = {task: out_path(cfg, task) for task in cfg.tasks}
-        finished = {task: read_result(out) for task, out in files.items()}
+        for out in files.values():
+            read_result(out)  # another file there is refused before anything is sampled
         others = {task: read_other(cfg, task, out) for task, out in files.items() if cfg.compare}
         loaded, problems = open_model(cfg, dist), {}
         for task in files:
@@ -337,7 +338,7 @@ def run(cfg: EvalConfig, dist: Dist) -> None:
                 check_same_problems(others[task]["problems"], asked)
     results = {}
     for task, out in files.items():
-        result = run_task(cfg, loaded, problems[task], out, finished[task], dist)
+        result = run_task(cfg, loaded, problems[task], out, dist)
         if dist.is_main:
             show(result, others.get(task), out)
             means = {name: metric["value"] for name, metric in result["metrics"].items()}
@@ -367,16 +368,11 @@ def check_length(model: torch.nn.Module, tokenizer: Any, problems: list[Problem]
 
 
 def run_task(
-    cfg: EvalConfig,
-    loaded: list,
-    problems: list[Problem],
-    out: Path,
-    before: dict[str, Any] | None,
-    dist: Dist,
+    cfg: EvalConfig, loaded: list, problems: list[Problem], out: Path, dist: Dist
 ) -> dict[str, Any] | None:
-    """Return one task's figures, `before` where they are finished; evaluated now, on rank 0."""
+    """Return one task's figures, evaluated now or read from its file; None on the other ranks."""
     model, tokenizer, state = loaded
-    run_hash = evaluation_hash(cfg, model, tokenizer, problems)
+    run_hash, before = evaluation_hash(cfg, model, tokenizer, problems), read_result(out)
     is_done = before is not None and before["config_hash"] == run_hash
     run_hash, is_done = broadcast_json([run_hash, is_done], dist)  # rank 0 decides
     if is_done:

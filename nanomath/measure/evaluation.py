@@ -34,6 +34,7 @@ from nanomath.tasks import Problem, encode_prompt
 from nanomath.tasks.registry import TASKS
 
 GROUPS = ("level", "type", "grade", "topic")  # of a problem's payload: figures are given by them
+PROBLEM = ("id", "nums", "target", "answer")  # of two rows that are of the same problem
 MAX_SAMPLES = 1000  # the subset counts below stay within float64
 Z2 = NormalDist().inv_cdf(0.975) ** 2  # of a 95% interval
 
@@ -366,10 +367,8 @@ def _describe(outputs: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def check_same_problems(before: Sequence[dict], after: Sequence[dict]) -> None:
     """Raise ValueError unless two lists of rows, of id and payload, are of the same problems."""
-    same = ("id", "nums", "target", "answer")
-    if [[row.get(k) for k in same] for row in before] != [
-        [row.get(k) for k in same] for row in after
-    ]:
+    asked = [[[row.get(k) for k in PROBLEM] for row in rows] for rows in (before, after)]
+    if asked[0] != asked[1]:
         raise ValueError("the two evaluations are not of the same problems: nothing to pair")
 
 
