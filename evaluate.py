@@ -28,17 +28,18 @@ from typing import Any
 import torch
 
 from nanomath.base.config import one_line_errors, opt, parse, to_json
-from nanomath.base.files import write_json, write_text
+from nanomath.base.files import read_json, write_json, write_text
 from nanomath.base.log import printable, progress
 from nanomath.dist import Dist, broadcast_json, setup
 from nanomath.measure.evaluation import (
     check_same_problems,
     compare,
-    draw_at_k,
+    passes,
     problem_record,
     sample_problems,
     summarise,
 )
+from nanomath.measure.figures import draw_at_k, interval, markdown_table
 from nanomath.run import presets
 from nanomath.run.guard import raise_together, wait_for_all
 from nanomath.run.load import is_hf_folder, load_model
@@ -99,20 +100,26 @@ SAMPLING = ("num_samples", "temperature", "max_new_tokens", "seed")
 def load_problems(cfg: EvalConfig, task: str) -> tuple[list[Problem], list[str]]:
     """Return a task's problems, and what is to be said about them."""
     if task == "countdown" and cfg.problems is None:
-        problems = countdown.generate(
-            cfg.num_problems or 1000,
-            countdown.Ranges.of(cfg),
-            split="heldout",
-            seed=cfg.problem_seed,
-            style=cfg.prompt_style,
-        )
-        return problems, []
-    if task not in ("countdown", "jsonl"):
+        count, ranges = cfg.num_problems or 1000, countdown.Ranges.of(cfg)
+        how = {"split": "heldout", "seed": cfg.problem_seed, "style": cfg.prompt_style}
+        return countdown.generate(count, ranges, **how), []
+    if task in ("countdown", "jsonl"):
+        file = cfg.problems
+        problems, notes = own_problems(cfg, task)
+    else:
         folder = cfg.data or os.environ.get("NANOMATH_DATA") or "data"
-        problems = benchmarks.read_benchmark(task, folder, few_shot=cfg.few_shot)
-        problems = spread(problems, cfg.num_problems)
-        path = Path(folder) / benchmarks.BENCHMARKS[task].file
-        return problems, benchmarks.unreadable_references(problems, path)
+        file = Path(folder) / benchmarks.BENCHMARKS[task].file
+        problems, notes = benchmarks.read_benchmark(task, folder, few_shot=cfg.few_shot), []
+    # Evenly through the file: MATH is sorted by subject.
+    count = min(cfg.num_problems or len(problems), len(problems))
+    problems = [problems[i * len(problems) // count] for i in range(count)]
+    if task != "countdown":
+        notes += benchmarks.unreadable_references(problems, file)
+    return problems, notes
+
+
+def own_problems(cfg: EvalConfig, task: str) -> tuple[list[Problem], list[str]]:
+    """Return the rows of --problems that train_grpo.py holds out, or all, and what was left out."""
     if cfg.problems is None:
         raise ValueError("--tasks jsonl needs --problems: your JSONL of question and answer")
     if task == "countdown":
@@ -121,35 +128,14 @@ def load_problems(cfg: EvalConfig, task: str) -> tuple[list[Problem], list[str]]
     else:
         found = benchmarks.read_own(cfg.problems, few_shot=cfg.few_shot)
         splits = [problem.payload["split"] for problem in found]
-    pairs = zip(found, splits, strict=True)
-    problems = [problem for problem, split in pairs if cfg.all_rows or split == "heldout"]
+    if cfg.all_rows:
+        return found, []
+    problems = [p for p, split in zip(found, splits, strict=True) if split == "heldout"]
+    left_out = f"{len(found) - len(problems)} of {len(found)} problems left out"
+    note = f"{cfg.problems}: {left_out}, of the training split (--all_rows keeps them)"
     if not problems:
-        raise ValueError(
-            f"{cfg.problems}: all {len(found)} problems are of the training split; "
-            "--all_rows evaluates on them"
-        )
-    notes = data_notes(cfg, len(found), len(problems))
-    problems = spread(problems, cfg.num_problems)
-    if task == "jsonl":
-        notes += benchmarks.unreadable_references(problems, cfg.problems)
-    return problems, notes
-
-
-def spread(problems: list[Problem], num: int | None) -> list[Problem]:
-    """Return at most num of the problems, evenly through them: MATH is sorted by subject."""
-    count = min(num or len(problems), len(problems))
-    return [problems[i * len(problems) // count] for i in range(count)]
-
-
-def data_notes(cfg: EvalConfig, num_found: int, num_kept: int) -> list[str]:
-    """Return lines that say which rows of --problems are left out, and why."""
-    notes = []
-    if num_kept < num_found:
-        notes.append(
-            f"{cfg.problems}: {num_found - num_kept} of {num_found} problems left out, "
-            "of the training split (--all_rows keeps them)"
-        )
-    return notes
+        raise ValueError(note)
+    return problems, [note] if len(problems) < len(found) else []
 
 
 def evaluation_hash(
@@ -173,15 +159,15 @@ def evaluation_hash(
     return digest.hexdigest()
 
 
-def finished_problems(folder: Path, run_hash: str) -> dict[tuple[str, int], list[dict]]:
-    """Return the judged outputs of each (kind, problem) that any process finished, whenever."""
-    found = {}
+def finished_problems(folder: Path, run_hash: str) -> dict[str, dict[int, list[dict]]]:
+    """Return the judged outputs of each kind and problem that any process finished, whenever."""
+    found: dict[str, dict[int, list[dict]]] = {"greedy": {}, "samples": {}}
     for path in folder.glob("rank-*.jsonl"):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with suppress(ValueError, TypeError):  # a line that was cut
                 of, kind, number, judged = json.loads(line)
                 if of == run_hash:
-                    found[kind, number] = judged
+                    found[kind][number] = judged
     return found
 
 
@@ -202,23 +188,19 @@ def sample_unfinished(
             raise ValueError(
                 f"{folder} is in use by another evaluation: wait for it, or give another --out"
             ) from None
-    kinds = {"greedy": (1, 0.0), "samples": (cfg.num_samples, cfg.temperature)}
     limits = {"max_rows": cfg.max_rows, "cache_gb": cfg.cache_gb or math.inf}
     settings = {"max_new_tokens": cfg.max_new_tokens, "seed": cfg.seed, **limits}
-    known = finished_problems(folder, run_hash) if dist.is_main else {}
-    unfinished = [[i for i in range(len(problems)) if (kind, i) not in known] for kind in kinds]
-    unfinished = broadcast_json(unfinished, dist)
+    kinds, known = passes(cfg.num_samples, cfg.temperature), finished_problems(folder, run_hash)
+    left = {kind: [i for i in range(len(problems)) if i not in known[kind]] for kind in kinds}
+    left = broadcast_json(left, dist)  # rank 0 decides: the others may read more by now
     with file:
         file.write("\n")  # a line that was cut stays one of its own
-        for (kind, (num_samples, temperature)), left in zip(kinds.items(), unfinished):
-            if num_samples == 0:
-                continue
-            mine, hidden = left[dist.rank :: dist.world_size], not dist.is_main
-            about = {"desc": f"{problems[0].task}, {kind}", "unit": "problem", "disable": hidden}
-            bar = progress(total=len(problems), initial=len(problems) - len(left), **about)
-            settings |= {"num_samples": num_samples, "temperature": temperature}
-            stream = sample_problems(*loaded[:2], [problems[i] for i in mine], **settings)
-            with bar, closing(stream):
+        for kind, how in kinds.items():
+            mine = left[kind][dist.rank :: dist.world_size]
+            about = {"desc": f"{problems[0].task}, {kind}", "unit": "problem"}
+            about |= {"total": len(problems), "initial": len(problems) - len(left[kind])}
+            stream = sample_problems(*loaded[:2], [problems[i] for i in mine], **how, **settings)
+            with progress(**about, disable=not dist.is_main) as bar, closing(stream):
                 for at, judged in stream:
                     print(json.dumps([run_hash, kind, mine[at], judged]), file=file, flush=True)
                     # The other ranks are about as far.
@@ -230,13 +212,12 @@ def sample_pages(records: list[dict[str, Any]]) -> str:
     lines = []
     for record in records:
         lines += [f"problem {record['id']} {record['payload']}", quoted(record["prompt"])]
-        outputs = [("greedy", record["greedy"])]
-        outputs += [(f"sample {i}", sample) for i, sample in enumerate(record["samples"])]
-        for title, output in outputs:
+        for number, output in enumerate([record["greedy"], *record["samples"]], start=-1):
+            title = "greedy" if number < 0 else f"sample {number}"
+            marks = f"correct {output['correct']:d}, format {output['format']:d}"
             ending = "finished" if output["finished"] else "truncated"
             lines += [
-                f"{title}: correct {int(output['correct'])}, format {int(output['format'])}, "
-                f"{output['length']} tokens, {ending}",
+                f"{title}: {marks}, {output['length']} tokens, {ending}",
                 quoted(output["text"]),
             ]
         lines.append("")
@@ -247,57 +228,43 @@ def quoted(text: str) -> str:
     return "\n".join(f"    | {line}" for line in printable(text).split("\n"))
 
 
-def table(result: dict[str, Any]) -> str:
+def tables(result: dict[str, Any]) -> str:
     """Return the figures as text."""
-    lines = [
+    metrics = [[name, interval(metric)] for name, metric in result["metrics"].items()]
+    parts = [
         f"{result['checkpoint']}: {result['num_problems']} {result['task']} problems, "
         f"{result['num_samples']} samples each at temperature {result['settings']['temperature']}",
-        f"{'':12}{'value':>8}   95% interval",
+        markdown_table(["", "95% interval"], metrics),
     ]
-    for name, metric in result["metrics"].items():
-        low, high = 100 * metric["low"], 100 * metric["high"]
-        lines.append(f"{name:12}{100 * metric['value']:7.1f}%   {low:.1f} to {high:.1f}")
-    shares = {"truncated": "truncated", "unreadable": "without a readable answer"}
-    if result["task"] == "countdown":  # the one task that asks for a format
-        shares["format_failures"] = "without the format"
-    else:
-        shares["strict"] = "right as a string"
-        if result["settings"]["few_shot"]:
-            shares["last_math"] = "answered by their last formula alone"
-    for kind in ("greedy_outputs", "sampled_outputs"):
-        about = result[kind]
-        if about["outputs"]:
-            shown = [f"{100 * about[name]:.1f}% {words}" for name, words in shares.items()]
-            tokens = f"{about['mean_tokens']:.1f} tokens"
-            lines.append(f"{kind.split('_')[0]} outputs: {', '.join([tokens, *shown])}")
+    shares = ("truncated", "unreadable")
+    # Countdown is the one task that asks for a format; the others may be judged as strings, too.
+    shares += ("format_failures",) if result["task"] == "countdown" else ("strict", "last_math")
+    outputs = [
+        [kind, f"{about['mean_tokens']:.1f}", *(f"{about[name]:.1%}" for name in shares)]
+        for kind in ("greedy", "sampled")
+        if (about := result[f"{kind}_outputs"])["outputs"]
+    ]
+    parts.append(markdown_table(["outputs", "tokens", *shares], outputs))
     for key, groups in result["groups"].items():
-        lines += [f"by {key}:"]
-        for label, means in groups.items():
-            shown = [f"{name} {100 * means[name]:.1f}%" for name in headline(result)]
-            lines.append(f"  {label}: {means['problems']} problems, {', '.join(shown)}")
-    for name, gain in result.get("difference", {}).items():
-        lines.append(
-            f"{name} against {result['compared_with']}: {100 * gain['value']:+.1f} points "
-            f"({100 * gain['low']:+.1f} to {100 * gain['high']:+.1f}), "
-            f"better on {gain['wins']} problems, worse on {gain['losses']}"
-        )
-    return "\n".join(lines)
+        parts.append(headlines(key, groups, result["num_samples"]))
+    if gains := result.get("difference"):
+        rows = [[k, interval(v, "+.1%"), v["wins"], v["losses"]] for k, v in gains.items()]
+        header = [f"minus {result['compared_with']}", "95% interval", "better on", "worse on"]
+        parts.append(markdown_table(header, rows))
+    return "\n\n".join(parts)
 
 
-def headline(result: dict[str, Any]) -> list[str]:
-    """Return the metrics that stand for all: greedy, and those of one sample and of all."""
-    ks = dict.fromkeys((1, result["num_samples"])) if result["num_samples"] else ()
-    return ["greedy", *(f"pass@{k}" for k in ks), *(f"maj@{k}" for k in ks if k > 1)]
-
-
-def overview(results: dict[str, dict[str, Any]]) -> str:
-    """Return one line per task."""
-    names = headline(next(iter(results.values())))
-    rows = [["", "problems", *names]]
-    for task, result in results.items():
-        values = [f"{100 * result['metrics'][name]['value']:.1f}%" for name in names]
-        rows.append([task, str(result["num_problems"]), *values])
-    return "\n".join("".join(f"{cell:>13}" for cell in row) for row in rows)
+def headlines(title: str, rows: dict[str, dict[str, Any]], num_samples: int) -> str:
+    """Return a table of the metrics that stand for all: greedy, of one sample and of all."""
+    ks = dict.fromkeys((1, num_samples)) if num_samples else ()
+    names = ["greedy", *(f"pass@{k}" for k in ks), *(f"maj@{k}" for k in ks if k > 1)]
+    return markdown_table(
+        [title, "problems", *names],
+        [
+            [label, means["problems"], *(f"{means[name]:.1%}" for name in names)]
+            for label, means in rows.items()
+        ],
+    )
 
 
 def beside(path: str | Path, ending: str) -> Path:
@@ -328,22 +295,14 @@ def read_result(path: Path) -> dict[str, Any] | None:
     """Return the figures in path, or None where there is no file; ValueError for another file."""
     if not path.exists():
         return None
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); remove it or give another --out") from None
-    whole = isinstance(result, dict) and {"num_samples", "metrics"} <= result.keys()
-    rows = result.get("problems") if whole else None
-    if not isinstance(rows, list) or not all(isinstance(r, dict) and "classes" in r for r in rows):
+    result = read_json(path, "remove it or give another file")
+    if "config_hash" not in result:
         raise ValueError(f"{path}: not written by evaluate.py; give another file")
     return result
 
 
-def prepare(
-    cfg: EvalConfig, dist: Dist
-) -> tuple[torch.nn.Module, Any, dict, dict[str, list[Problem]]]:
-    """Load the model, its tokenizer and state, and the problems of each task; raise what the user
-    can mend, before anything is sampled."""
+def open_model(cfg: EvalConfig, dist: Dist) -> list:
+    """Return the model, its tokenizer, which lays prompts out as asked for, and its state."""
     # As the sampler of training: bf16 on a GPU.
     dtype = torch.bfloat16 if dist.device.type == "cuda" else None
     model, tokenizer, state = load_model(cfg.checkpoint, device=dist.device, dtype=dtype)
@@ -352,106 +311,103 @@ def prepare(
     hint = use_template(tokenizer, cfg.chat_template)
     if hint and dist.is_main:
         print(hint)
-    problems = {}
-    for task in dict.fromkeys(cfg.tasks):
-        problems[task], notes = load_problems(cfg, task)
-        if dist.is_main:
-            for note in notes:
-                print(f"note: {note}")
-        longest = max(len(encode_prompt(tokenizer, problem)) for problem in problems[task])
-        if longest >= model.cfg.max_context:
-            shorter = "--prompt_style short" if task == "countdown" else "another model"
-            raise ValueError(
-                f"a prompt of {task} has {longest} tokens and the model's context "
-                f"{model.cfg.max_context}: give {shorter}"
-            )
-    return model, tokenizer, state, problems
+    return [model, tokenizer, state]
 
 
 def run(cfg: EvalConfig, dist: Dist) -> None:
-    """Evaluate, or continue, or show what is finished; one task after the other."""
+    """Evaluate, or continue, or show what is finished; one task after the other. What the user can
+    mend is raised before anything is sampled."""
     with one_line_errors():
         if cfg.problems and not {"jsonl", "countdown"} & {*cfg.tasks}:
             raise ValueError("--problems is read by --tasks jsonl and countdown")
-        if cfg.all_rows and not cfg.problems:
-            raise ValueError("--all_rows is about the rows of --problems: give that too")
-        files, others = {}, {}
-        for task in cfg.tasks:
-            files[task] = out_path(cfg, task)
-            read_result(files[task])  # another file there is refused before anything is sampled
+        files = {task: out_path(cfg, task) for task in cfg.tasks}
+        for out in files.values():
+            read_result(out)  # another file there is refused before anything is sampled
+        others = {task: read_other(cfg, task, out) for task, out in files.items() if cfg.compare}
+        loaded, problems = open_model(cfg, dist), {}
+        for task in files:
+            problems[task], notes = load_problems(cfg, task)
+            for note in notes if dist.is_main else ():
+                print(f"note: {note}")
+            check_length(*loaded[:2], problems[task])
             if cfg.compare:
-                path = task_path(cfg.compare, task, cfg.tasks)
-                if path.resolve() == files[task].resolve():
-                    raise ValueError(f"{path}: --compare and --out are one file")
-                if (other := read_result(path)) is None:
-                    raise FileNotFoundError(f"--compare {path}: no such file")
-                others[task] = {**other, "file": str(path)}
-        *loaded, problems = prepare(cfg, dist)
-        for task, other in others.items():
-            asked = [{"id": problem.id, **problem.payload} for problem in problems[task]]
-            check_same_problems(other["problems"], asked)
+                asked = [{"id": problem.id, **problem.payload} for problem in problems[task]]
+                check_same_problems(others[task]["problems"], asked)
     results = {}
     for task, out in files.items():
         result = run_task(cfg, loaded, problems[task], out, dist)
-        if result is not None:
-            results[task] = show(cfg, result, others.get(task), out)
+        if dist.is_main:
+            show(result, others.get(task), out)
+            means = {name: metric["value"] for name, metric in result["metrics"].items()}
+            results[task] = {"problems": result["num_problems"], **means}
         wait_for_all(dist, f"{out}: shown")
     if len(results) > 1:
-        print(overview(results))
+        print(headlines("task", results, cfg.num_samples))
+
+
+def read_other(cfg: EvalConfig, task: str, out: Path) -> dict[str, Any]:
+    """Return the figures of a task that are to be subtracted, with the file they are from."""
+    path = task_path(cfg.compare, task, cfg.tasks)
+    if path.resolve() == out.resolve():
+        raise ValueError(f"{path}: --compare and --out are one file")
+    if (other := read_result(path)) is None:
+        raise FileNotFoundError(f"--compare {path}: no such file")
+    return {**other, "file": str(path)}
+
+
+def check_length(model: torch.nn.Module, tokenizer: Any, problems: list[Problem]) -> None:
+    longest = max(len(encode_prompt(tokenizer, problem)) for problem in problems)
+    if longest >= model.cfg.max_context:
+        raise ValueError(
+            f"a prompt of {problems[0].task} has {longest} tokens and the model's context "
+            f"{model.cfg.max_context}: give --prompt_style short, or another model"
+        )
 
 
 def run_task(
     cfg: EvalConfig, loaded: list, problems: list[Problem], out: Path, dist: Dist
 ) -> dict[str, Any] | None:
     """Return one task's figures, evaluated now or read from its file; None on the other ranks."""
-    with one_line_errors():
-        result = read_result(out)
     model, tokenizer, state = loaded
-    run_hash = evaluation_hash(cfg, model, tokenizer, problems)
-    is_done = result is not None and result.get("config_hash") == run_hash
+    run_hash, before = evaluation_hash(cfg, model, tokenizer, problems), read_result(out)
+    is_done = before is not None and before["config_hash"] == run_hash
     run_hash, is_done = broadcast_json([run_hash, is_done], dist)  # rank 0 decides
-    if not is_done:
-        folder = out.with_name(out.name + ".parts")
-        sample_unfinished(cfg, loaded, problems, folder, run_hash, dist)
-        wait_for_all(dist, f"{out}: sampled")
+    if is_done:
+        return before
+    folder = out.with_name(out.name + ".parts")
+    sample_unfinished(cfg, loaded, problems, folder, run_hash, dist)
+    wait_for_all(dist, f"{out}: sampled")
     if not dist.is_main:
         return None
-    if not is_done:
-        found = finished_problems(folder, run_hash)
-        greedy = [found.get(("greedy", i)) for i in range(len(problems))]
-        none = None if cfg.num_samples else []
-        samples = [found.get(("samples", i), none) for i in range(len(problems))]
-        if None in greedy + samples:
-            raise SystemExit(f"error: {folder}: a process wrote to another file system's")
-        records = [problem_record(*row) for row in zip(problems, greedy, samples, strict=True)]
-        write_text(beside(out, ".samples.txt"), sample_pages(records[: cfg.shown_problems]))
-        about = {"checkpoint": cfg.checkpoint, "step": state.get("step")}
-        result = {**about, "config_hash": run_hash, "settings": to_json(cfg), **summarise(records)}
-        result["examples"] = [
-            {"prompt": record["prompt"], **record["greedy"]}
-            for record in records[: cfg.shown_problems]
+    found = finished_problems(folder, run_hash)
+    kinds = passes(cfg.num_samples, cfg.temperature)
+    try:
+        records = [
+            problem_record(problem, {kind: found[kind][i] for kind in kinds})
+            for i, problem in enumerate(problems)
         ]
-        write_json(out, result)
-        shutil.rmtree(folder, ignore_errors=True)  # last: until here a kill loses nothing
+    except KeyError:
+        raise SystemExit(f"error: {folder}: a process wrote to another file system's") from None
+    shown = records[: cfg.shown_problems]
+    write_text(beside(out, ".samples.txt"), sample_pages(shown))
+    about = {"checkpoint": cfg.checkpoint, "step": state.get("step"), "config_hash": run_hash}
+    result = {**about, "settings": to_json(cfg), **summarise(records)}
+    result["examples"] = [{"prompt": record["prompt"], **record["greedy"]} for record in shown]
+    write_json(out, result)
+    shutil.rmtree(folder, ignore_errors=True)  # last: until here a kill loses nothing
     return result
 
 
-def show(
-    cfg: EvalConfig, result: dict[str, Any], other: dict[str, Any] | None, out: Path
-) -> dict[str, Any]:
+def show(result: dict[str, Any], other: dict[str, Any] | None, out: Path) -> None:
     """Print one task's figures, with the difference to another checkpoint's, and draw them."""
     drawn = {result["checkpoint"]: result}
     if other is not None:
-        with one_line_errors():
-            difference = compare(other, result)
-        result |= {"difference": difference, "compared_with": other["file"]}
+        result |= {"difference": compare(other, result), "compared_with": other["file"]}
         drawn = {other["file"]: other, **drawn}
         write_json(out, result)
     if result["num_samples"]:
         draw_at_k(drawn, beside(out, ".png"))
-    print(table(result))
-    print(f"figures: {out}")
-    return result
+    print(f"{tables(result)}\nfigures: {out}")
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from nanomath.base.config import one_line_errors, opt, parse
 from nanomath.base.files import write_text
 from nanomath.base.log import printable
 from nanomath.measure import report
+from nanomath.measure.figures import draw_curves, markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = "dev/speedrun-cpu"
@@ -43,7 +44,7 @@ def first_screen(runs: list[Path], machine: str) -> str:
         raise ValueError(f"--run_dir: runs of different seeds are compared, these have {seeds}")
     evals = {f"seed {seed}": report.write_report(run)[1] for seed, run in zip(seeds, runs)}
     first, models = runs[0], evals[f"seed {seeds[0]}"]
-    report.draw_seeds(runs, first / "plots" / "seeds.png")
+    draw_curves(runs, report.GRPO, first / "plots" / "seeds.png")
     minutes = [report.stage_minutes(run) for run in runs]
     whole = span([sum(each.values()) for each in minutes])
     grpo, control = (span([each[name] for each in minutes]) for name in ("grpo", "control"))
@@ -60,7 +61,7 @@ def first_screen(runs: list[Path], machine: str) -> str:
         report.accuracy_table(models),
         f"![Pass@K and Maj@K before and after GRPO](../{SHOWN}/pass_and_maj_at_k.png)",
         rollout(models),
-        report.time_tables(first).split("\n\n")[0],
+        report.time_table(first),
     ]
     if (first / "table1.md").exists():
         table, notes = (first / "table1.md").read_text(encoding="utf-8").split("\n\n")
@@ -80,7 +81,7 @@ def four_rows(section: str) -> str:
     seed = next(row[0] for row in rows if row and row[0].startswith("seed "))
     _, sft, control, grpo, over_sft, over_control, sft_at_k, grpo_at_k = mean
     at_k = header[-1].removesuffix(" grpo")
-    return report.markdown_table(
+    return markdown_table(
         [f"greedy, {mean[0]} seeds", "solved", "GRPO's gain over it", at_k],
         [
             [f"base ({seed})", base, "", ""],

@@ -53,7 +53,7 @@ evaluate() {
 }
 
 if [ "${NODE:-0}" = 0 ]; then
-    python -m nanomath.measure.plan --preset "$PRESET" --stages grpo --hf_config "$MODEL/config.json" \
+    python -m nanomath.measure.plan --preset "$PRESET" --stages grpo --shape "$MODEL/config.json" \
         --num_gpus "$((NPROC * NODES))"
 fi
 evaluate --checkpoint "$MODEL" --out "$RUN/before.json"

@@ -111,7 +111,7 @@ def test_interrupted_evaluation_continues_to_the_same_file(run_folder, dist, mon
     assert shown[0] == shown[1]
     assert not Path(cfg.out + ".parts").exists()
     printed = capsys.readouterr().out
-    assert "pass@2" in printed and "% without the format" in printed  # Countdown asks for one
+    assert "pass@2" in printed and "| format_failures |" in printed  # Countdown asks for one
 
 
 def test_one_stream_runs_through_all_problems(run_folder, dist, monkeypatch):
@@ -142,8 +142,8 @@ def test_ranks_share_the_problems_evenly(run_folder, dist, monkeypatch, world_si
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         counted_problems(patch, stop_after=2)
         evaluate.run(cfg, dist)
-    *loaded, problems = evaluate.prepare(cfg, dist)
-    problems, folder = problems["countdown"], Path(cfg.out + ".parts")
+    loaded, folder = evaluate.open_model(cfg, dist), Path(cfg.out + ".parts")
+    problems, _ = evaluate.load_problems(cfg, "countdown")
     run_hash = evaluate.evaluation_hash(cfg, *loaded[:2], problems)
     said = []  # by rank 0, which comes first
     monkeypatch.setattr(
@@ -170,8 +170,8 @@ def test_what_outputs_depend_on_starts_anew(run_folder, dist):
     id or answer and each setting of sampling make another evaluation; where files lie, how much is
     sampled at a time and flags that chose the same problems do not."""
     cfg = config(run_folder)
-    model, tokenizer, _, problems = evaluate.prepare(cfg, dist)
-    problems = problems["countdown"]
+    model, tokenizer, _ = evaluate.open_model(cfg, dist)
+    problems, _ = evaluate.load_problems(cfg, "countdown")
     first = evaluate.evaluation_hash(cfg, model, tokenizer, problems)
     same = {"out": "x", "checkpoint": "y", "max_rows": 1, "cache_gb": 1.0, "shown_problems": 1}
     same |= {"num_problems": 11, "all_rows": True, "threads": 2, "data": "z", "few_shot": True}
@@ -383,13 +383,9 @@ def test_several_tasks(run_folder, benchmark_files, dist, monkeypatch, capsys):
     evaluate.run(cfg, dist)
     assert len(counts) == 3  # the new task alone
     printed = capsys.readouterr().out
-    assert printed.count("% right as a string") == 10 and "format" not in printed
-    last = printed.splitlines()[-4:]
-    assert [line.split()[:2] for line in last[1:]] == [
-        ["gsm8k", "2"],
-        ["math", "2"],
-        ["jsonl", "3"],
-    ]
+    assert printed.count("| strict | last_math |") == 5 and "format" not in printed
+    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in printed.splitlines()]
+    assert rows[-5][0] == "task" and rows[-3:] == [["gsm8k", "2"], ["math", "2"], ["jsonl", "3"]]
     for task in tasks:
         file = benchmark_files / f"figures-{task}.json"
         result = json.loads(file.read_text())
@@ -498,7 +494,7 @@ def test_data_without_heldout_rows_is_refused(run_folder, dist):
     data = run_folder.parent / "rows.jsonl"
     data.write_text('{"nums": [1, 2], "target": 3}\n')
     cfg = config(run_folder, problems=str(data))
-    with pytest.raises(SystemExit, match="all 1 problems are of the training split; --all_rows"):
+    with pytest.raises(SystemExit, match="1 of 1 problems left out, .* training split .--all_rows"):
         evaluate.run(cfg, dist)
     evaluate.run(dataclasses.replace(cfg, all_rows=True), dist)
 
@@ -511,7 +507,6 @@ def test_data_without_heldout_rows_is_refused(run_folder, dist):
         ({"problems": "none.jsonl"}, "none.jsonl: no such file"),
         ({"max_number": 1, "max_target": 2}, "widen the ranges"),
         ({"tasks": ("gsm8k",), "problems": "own.jsonl"}, "--problems is read by --tasks jsonl and"),
-        ({"all_rows": True}, "--all_rows is about the rows of --problems"),
         ({"compare": "x/../figures.json"}, "figures.json: --compare and --out are one file"),
     ],
 )

@@ -88,7 +88,7 @@ def test_the_section_shows_every_seed_and_the_first_runs_figures(tmp_path, monke
         for run, seed, minutes in zip(runs, (0, 3), (7, 9), strict=True)
     }
     monkeypatch.setattr(report, "write_report", lambda run: reports[run])
-    monkeypatch.setattr(report, "draw_seeds", lambda runs, path: None)
+    monkeypatch.setattr(first_screen, "draw_curves", lambda runs, panels, path: None)
     text = first_screen.first_screen(runs, "a machine")
     said = "on a machine: 10.0 to 12.0 minutes each after set-up, 1.0 of them GRPO and 2.0 its"
     assert said in text

@@ -116,7 +116,7 @@ def test_the_plan_is_of_the_run(name):
     same = ("group_size", "max_new_tokens", "max_rows", "cache_gb", "micro_batch_size")
     for field in (*same, "activation_checkpointing"):
         assert getattr(planner, field) == getattr(grpo, field), field
-    assert (planner.questions, planner.kl) == (grpo.batch_size, grpo.kl_coef > 0)
+    assert (planner.batch_size, planner.kl_coef) == (grpo.batch_size, grpo.kl_coef)
     after = parse(evaluate.EvalConfig, presets.EVALUATION, ["--preset", name])
     for field in ("max_new_tokens", "chat_template", "prompt_style", "num_numbers", "max_number"):
         assert getattr(after, field) == getattr(grpo, field), field

@@ -1088,15 +1088,15 @@ def signal_in_evaluation(monkeypatch, number):
     """Send a SIGTERM in the evaluation of this number, before its last output; None: none."""
     calls = []
 
-    def evaluate_chunk(*args, **settings):
+    def evaluate_problems(*args, **settings):
         calls.append(None)
         if len(calls) == number:
             signal.raise_signal(signal.SIGTERM)
             raise AssertionError("the evaluation went on")
         return real(*args, **settings)
 
-    real = evaluation.evaluate_chunk
-    monkeypatch.setattr(evaluation, "evaluate_chunk", evaluate_chunk)
+    real = evaluation.evaluate_problems
+    monkeypatch.setattr(evaluation, "evaluate_problems", evaluate_problems)
 
 
 def test_sigterm_in_an_evaluation_leaves_it_and_saves(tmp_path, start, monkeypatch, capsys):

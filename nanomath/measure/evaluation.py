@@ -9,24 +9,23 @@ paired differences: the percentile bootstrap over problems. That one is a point 
 are alike, as 0 of 12; what was not seen may be z^2 / (n + z^2) of all problems there, which is
 Wilson's bound for 0 of n, and Tango's for n pairs of which none differs.
 
-`sample_problems` and `evaluate_chunk` sample and judge; `summarise` turns records, kept as JSON,
-into figures; `compare` takes the paired difference of two evaluations of the same problems. The
-command is evaluate.py.
+`sample_problems` and `evaluate_problems` sample and judge; `problem_metrics` says what each problem
+is worth, for the evaluations of a training run (`heldout_metrics`) as for those of a command, which
+`summarise` turns into figures; `compare` takes the paired difference of two of them over the same
+problems. The command is evaluate.py, the tables and pictures are figures.py.
 """
 
 import math
 import operator
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import comb
-from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import torch
 
-from nanomath.base.log import new_figure, save_figure
 from nanomath.dist import Dist, gather_json
 from nanomath.engine.stream import sample_stream
 from nanomath.rewards import Rewards, format_reward
@@ -35,6 +34,7 @@ from nanomath.tasks import Problem, encode_prompt
 from nanomath.tasks.registry import TASKS
 
 GROUPS = ("level", "type", "grade", "topic")  # of a problem's payload: figures are given by them
+PROBLEM = ("id", "nums", "target", "answer")  # of two rows that are of the same problem
 MAX_SAMPLES = 1000  # the subset counts below stay within float64
 Z2 = NormalDist().inv_cdf(0.975) ** 2  # of a 95% interval
 
@@ -79,23 +79,18 @@ def group_answers(
     return [None if index is None else labels[index] for index in indices]
 
 
-def maj_at_k(classes: Sequence[int | None], correct: Sequence[bool], k: int) -> float:
-    """Return Maj@k: the mean over all k-subsets of the samples of the majority vote's credit.
+def majority_credits(
+    classes: Sequence[int | None], correct: Sequence[bool], ks: Sequence[int]
+) -> list[float]:
+    """Return Maj@k for each k: the mean over all k-subsets of the samples of the vote's credit.
 
     classes as from group_answers; correct[i] says whether sample i is right, and a class is right
     when its members are. Samples of class None do not vote. Classes that tie for the most votes
     share the credit: a subset counts (right classes among the tied) / (tied), and 0 without votes.
-    """
-    return majority_credits(classes, correct, [k])[0]
 
-
-def majority_credits(
-    classes: Sequence[int | None], correct: Sequence[bool], ks: Sequence[int]
-) -> list[float]:
-    """Return maj_at_k for each k, exactly, by counting subsets rather than listing them.
-
-    For a right class of m votes and each v <= m: the subsets in which it has v votes, no class has
-    more, and t others have v as well give it 1 / (t + 1) each.
+    Exact, by counting subsets rather than listing them. For a right class of m votes and each
+    v <= m: the subsets in which it has v votes, no class has more, and t others have v as well give
+    it 1 / (t + 1) each.
     """
     n = len(classes)
     if len(correct) != n:
@@ -131,35 +126,33 @@ def _ways(num_samples: int, sizes: Sequence[int], votes: int) -> np.ndarray:
     return ways
 
 
-def bootstrap_interval(
-    values: Sequence[float], *, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of the mean of values, one per problem."""
+def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95% percentile bootstrap interval of the mean of values, one per problem."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or len(array) == 0:
         raise ValueError("an interval needs at least one value")
-    rng = np.random.default_rng(seed)
-    means = [array[rng.integers(0, len(array), len(array))].mean() for _ in range(num_resamples)]
-    tail = (1.0 - confidence) / 2.0
+    rng = np.random.default_rng(0)  # the same values have the same interval
+    means = [array[rng.integers(0, len(array), len(array))].mean() for _ in range(2000)]
+    tail = (1.0 - 0.95) / 2.0
     low, high = np.quantile(means, [tail, 1.0 - tail])
     return float(low), float(high)
 
 
-def share_interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
+def share_interval(values: Sequence[float]) -> tuple[float, float]:
     """Return the 95% interval of the mean of values from 0 to 1, one per problem."""
     n, right = len(values), math.fsum(values)
     if len({*values}) == 1:
         unseen = Z2 / (n + Z2)
         return values[0] * (1 - unseen), values[0] + (1 - values[0]) * unseen
     if not n or not {*values} <= {0, 1}:
-        return bootstrap_interval(values, seed=seed)
+        return bootstrap_interval(values)
     middle = (right + Z2 / 2) / (n + Z2)
     half = math.sqrt(Z2 * (right * (n - right) / n + Z2 / 4)) / (n + Z2)
     return middle - half, middle + half
 
 
 def paired_difference(
-    before: Sequence[float], after: Sequence[float], *, seed: int = 0, shares: bool = True
+    before: Sequence[float], after: Sequence[float], *, shares: bool = True
 ) -> dict[str, float]:
     """Return the mean of after - before over the same problems, its interval, wins and losses.
 
@@ -168,7 +161,7 @@ def paired_difference(
     if len(before) != len(after):
         raise ValueError(f"{len(before)} problems against {len(after)}: not the same ones")
     gains = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
-    low, high = bootstrap_interval(gains, seed=seed)
+    low, high = bootstrap_interval(gains)
     if shares and low == high and low in (-1, 0, 1):  # all pairs differ alike, or none does
         unseen = Z2 / (len(gains) + Z2)
         low, high = max(low - unseen, -1.0), min(high + unseen, 1.0)
@@ -184,39 +177,40 @@ def paired_difference(
 # ------------------------------------------------------------------------------------- sampling
 
 
+def passes(num_samples: int, temperature: float) -> dict[str, dict[str, Any]]:
+    """Return how problems are sampled, by kind: once greedily, and num_samples times if any."""
+    greedy = {"greedy": {"num_samples": 1, "temperature": 0.0}}
+    samples = {"samples": {"num_samples": num_samples, "temperature": temperature}}
+    return greedy | samples if num_samples else greedy
+
+
 def sample_problems(
     model: torch.nn.Module,
     tokenizer: Any,
     problems: Sequence[Problem],
     *,
     num_samples: int,
-    temperature: float,
-    max_new_tokens: int,
-    seed: int = 0,
-    **limits: Any,
+    **settings: Any,
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Yield (index, judged outputs) of each problem of one task when all its samples have ended.
 
-    A sample depends on (seed, problem id, sample index) alone. limits: the sampler's max_rows and
-    cache_gb. Each output is {"text", "length" in tokens, "finished"} and judge_outputs' marks.
+    A sample depends on (seed, problem id, sample index) alone. settings: the sampler's temperature,
+    max_new_tokens, seed and limits. Each output is {"text", "length" in tokens, "finished"} and
+    judge_outputs' marks.
     """
-    stops = {}  # a chat model ends its turn itself, and may restate its question
     texts = TASKS[problems[0].task].stop_texts(problems[0]) if problems else ()
     if texts and tokenizer.template == "plain":
-        stops = {"stop": texts, "tokenizer": tokenizer}
+        # A chat model ends its turn itself, and may restate its question.
+        settings |= {"stop": texts, "tokenizer": tokenizer}
     ended: dict[int, dict[int, dict[str, Any]]] = defaultdict(dict)
     for sample in sample_stream(
         model,
         [encode_prompt(tokenizer, problem) for problem in problems],
         num_samples,
-        max_new_tokens=max_new_tokens,
         eos_ids=tokenizer.stop_ids,
-        temperature=temperature,
-        seed=seed,
         prompt_ids=[problem.id for problem in problems],
         vocab_limit=tokenizer.sample_limit,
-        **stops,
-        **limits,
+        **settings,
     ):
         tokens, group = sample.tokens_T.tolist(), ended[sample.prompt]
         group[sample.index] = {
@@ -229,7 +223,7 @@ def sample_problems(
             yield sample.prompt, judge_outputs(problems[sample.prompt], outputs)
 
 
-def evaluate_chunk(
+def evaluate_problems(
     model: torch.nn.Module,
     tokenizer: Any,
     problems: Sequence[Problem],
@@ -242,33 +236,26 @@ def evaluate_chunk(
 
     settings: those of sample_problems.
     """
-    asked = (model, tokenizer, problems)
-    greedy = dict(sample_problems(*asked, num_samples=1, temperature=0.0, **settings))
-    sampled = {}
-    if num_samples:
-        settings |= {"num_samples": num_samples, "temperature": temperature}
-        sampled = dict(sample_problems(*asked, **settings))
+    outputs = {
+        kind: dict(sample_problems(model, tokenizer, problems, **how, **settings))
+        for kind, how in passes(num_samples, temperature).items()
+    }
     return [
-        problem_record(problem, greedy[i], sampled.get(i, [])) for i, problem in enumerate(problems)
+        problem_record(problem, {kind: judged[i] for kind, judged in outputs.items()})
+        for i, problem in enumerate(problems)
     ]
 
 
-def problem_record(problem: Problem, greedy: list[dict], samples: list[dict]) -> dict[str, Any]:
+def problem_record(problem: Problem, outputs: dict[str, list[dict]]) -> dict[str, Any]:
     """Return one problem's payload, and every output with its text and judgement."""
     return {
         "id": problem.id,
         "task": problem.task,
         "prompt": problem.prompt,
         "payload": problem.payload,
-        "greedy": greedy[0],
-        "samples": samples,
+        "greedy": outputs["greedy"][0],
+        "samples": outputs.get("samples", []),
     }
-
-
-def chunks(problems: Sequence[Problem], size: int) -> Iterable[Sequence[Problem]]:
-    """Yield consecutive runs of at most `size` problems."""
-    for start in range(0, len(problems), size):
-        yield problems[start : start + size]
 
 
 def judge_outputs(problem: Problem, outputs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -296,8 +283,22 @@ def default_ks(num_samples: int) -> list[int]:
     return [*powers, num_samples] if num_samples else []
 
 
+def problem_row(record: dict[str, Any]) -> dict[str, Any]:
+    """Return what is kept of a problem in a file of figures: all that its metrics depend on."""
+    samples = record["samples"]
+    return {
+        "id": record["id"],
+        **record["payload"],
+        "greedy_correct": record["greedy"]["correct"],
+        "num_correct": sum(sample["correct"] for sample in samples),
+        "correct": [int(sample["correct"]) for sample in samples],
+        "classes": [sample["class"] for sample in samples],
+        "tokens": sum(sample["length"] for sample in samples),
+    }
+
+
 def problem_metrics(row: dict[str, Any], ks: Sequence[int]) -> dict[str, float]:
-    """Return one problem's metrics from a row of `summarise`'s "problems"."""
+    """Return what one problem adds to greedy accuracy, and to Pass@K and Maj@K of each K."""
     correct, classes = row["correct"], row["classes"]
     metrics = {"greedy": float(row["greedy_correct"])}
     metrics |= {f"pass@{k}": pass_at_k(len(correct), sum(correct), k) for k in ks}
@@ -305,8 +306,8 @@ def problem_metrics(row: dict[str, Any], ks: Sequence[int]) -> dict[str, float]:
     return metrics | {f"maj@{k}": value for k, value in zip(ks, majorities, strict=True)}
 
 
-def summarise(records: Sequence[dict[str, Any]], *, seed: int = 0) -> dict[str, Any]:
-    """Return the figures of evaluate_chunk's records, as JSON.
+def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the figures of problem_record's records, as JSON.
 
     "metrics": greedy, pass@K and maj@K with 95% intervals; "groups": their means by GROUPS;
     "greedy_outputs" and "sampled_outputs": tokens, and the shares truncated, without the format,
@@ -315,32 +316,23 @@ def summarise(records: Sequence[dict[str, Any]], *, seed: int = 0) -> dict[str, 
     if not records:
         raise ValueError("no problems to evaluate")
     num_samples = len(records[0]["samples"])
-    ks = default_ks(num_samples)
-    rows = [
-        {
-            "id": record["id"],
-            **record["payload"],
-            "greedy_correct": record["greedy"]["correct"],
-            "num_correct": sum(sample["correct"] for sample in record["samples"]),
-            "correct": [int(sample["correct"]) for sample in record["samples"]],
-            "classes": [sample["class"] for sample in record["samples"]],
-            "tokens": sum(sample["length"] for sample in record["samples"]),
-        }
-        for record in records
-    ]
-    values = [problem_metrics(row, ks) for row in rows]
+    rows = [problem_row(record) for record in records]
+    values = [problem_metrics(row, default_ks(num_samples)) for row in rows]
     metrics = {}
     for name in values[0]:
         column = [value[name] for value in values]
-        low, high = share_interval(column, seed=seed)
+        low, high = share_interval(column)
         metrics[name] = {"value": float(np.mean(column)), "low": low, "high": high}
-    parts = [key for key in GROUPS if any(key in row for row in rows)]
     return {
         "task": records[0]["task"],
         "num_problems": len(records),
         "num_samples": num_samples,
         "metrics": metrics,
-        "groups": {key: _by_group([row.get(key, "none") for row in rows], values) for key in parts},
+        "groups": {
+            key: _by_group([row.get(key, "none") for row in rows], values)
+            for key in GROUPS
+            if any(key in row for row in rows)
+        },
         "greedy_outputs": _describe([record["greedy"] for record in records]),
         "sampled_outputs": _describe([s for record in records for s in record["samples"]]),
         "problems": rows,
@@ -350,17 +342,13 @@ def summarise(records: Sequence[dict[str, Any]], *, seed: int = 0) -> dict[str, 
 def _by_group(
     labels: Sequence[str], values: Sequence[dict[str, float]]
 ) -> dict[str, dict[str, float]]:
-    """Return the mean of every metric, and the number of problems, for each label."""
-    groups: dict[str, list[dict[str, float]]] = {}
-    for label, value in sorted(zip(labels, values, strict=True), key=lambda pair: pair[0]):
-        groups.setdefault(label, []).append(value)
-    return {
-        label: {
-            "problems": len(members),
-            **{name: float(np.mean([member[name] for member in members])) for name in members[0]},
-        }
-        for label, members in groups.items()
-    }
+    """Return the number of problems, and the mean of every metric, for each label."""
+    groups = {}
+    for label in sorted({*labels}):
+        members = [value for value, its in zip(values, labels, strict=True) if its == label]
+        means = {name: float(np.mean([value[name] for value in members])) for name in values[0]}
+        groups[label] = {"problems": len(members), **means}
+    return groups
 
 
 def _describe(outputs: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -379,10 +367,8 @@ def _describe(outputs: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def check_same_problems(before: Sequence[dict], after: Sequence[dict]) -> None:
     """Raise ValueError unless two lists of rows, of id and payload, are of the same problems."""
-    same = ("id", "nums", "target", "answer")
-    if [[row.get(k) for k in same] for row in before] != [
-        [row.get(k) for k in same] for row in after
-    ]:
+    asked = [[[row.get(k) for k in PROBLEM] for row in rows] for rows in (before, after)]
+    if asked[0] != asked[1]:
         raise ValueError("the two evaluations are not of the same problems: nothing to pair")
 
 
@@ -397,26 +383,6 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> dict[str, dict[str
     }
 
 
-def draw_at_k(results: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draw Pass@K and Maj@K of summaries, by label, against K with their intervals (Figure 7)."""
-    figure, axes = new_figure(2)
-    for axis, kind in zip(axes, ("pass", "maj"), strict=True):
-        for label, result in results.items():
-            metrics = result["metrics"]
-            names = [name for name in metrics if name.startswith(f"{kind}@")]
-            ks = [int(name.split("@")[1]) for name in names]
-            axis.plot(ks, [metrics[n]["value"] for n in names], marker="o", label=label)
-            low, high = ([metrics[n][end] for n in names] for end in ("low", "high"))
-            axis.fill_between(ks, low, high, alpha=0.15)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(ks, labels=map(str, ks))
-        axis.set_xlabel("K")
-        axis.set_title(f"{kind.capitalize()}@K, 95% intervals")
-        axis.legend()
-        axis.grid(alpha=0.3)
-    save_figure(figure, path)
-
-
 def heldout_metrics(
     model: torch.nn.Module,
     tokenizer: Any,
@@ -424,52 +390,33 @@ def heldout_metrics(
     *,
     rewards: Rewards,
     num_samples: int,
-    temperature: float,
-    max_new_tokens: int,
     dist: Dist,
-    chunk_problems: int = 256,
-    stop: StopSignal | None = None,
-    **more: Any,
+    stop: StopSignal,
+    **settings: Any,
 ) -> dict[str, float]:
     """Return Pass@1 and mean reward of greedy answers; of K = num_samples samples Pass@K and Maj@K.
 
     The ranks share the problems out and get the same figures; model is this rank's unsharded one.
     Samples come from a random stream of their own: no training run and no number of ranks changes
-    them. num_samples 0: greedy answers only. more: further settings of the sampler. stop: a signal
-    to it ends the evaluation, on all ranks alike, and {} is returned.
+    them. num_samples 0: greedy answers only. settings: those of evaluate_problems. A signal to
+    `stop` ends the evaluation, on all ranks alike, and {} is returned.
     """
     if not problems:
         raise ValueError("no problems to evaluate")
-    mine, rows = problems[dist.rank :: dist.world_size], []
-    settings = {
-        "num_samples": num_samples,
-        "temperature": temperature,
-        "max_new_tokens": max_new_tokens,
-        **more,
-    }
-
-    def sample() -> list[dict[str, Any]]:
-        answered = (
-            evaluate_chunk(model, tokenizer, chunk, **settings)
-            for chunk in chunks(mine, chunk_problems)
-        )
-        return [record for records in answered for record in records]
-
-    records = sample() if stop is None else stop.unless_signalled(sample)
-    if stop is not None and stop.requested(dist):
+    mine = problems[dist.rank :: dist.world_size]
+    records = stop.unless_signalled(
+        lambda: evaluate_problems(model, tokenizer, mine, num_samples=num_samples, **settings)
+    )
+    if stop.requested(dist):
         return {}
-    # All at once: one call is bounded by what other ranks wait (reward_workers.py).
+    # All at once: one call is bounded by what other ranks wait (tasks/workers.py).
     totals, _ = rewards.score(mine, [record["greedy"]["text"] for record in records])
+    rows = []
     for record, total in zip(records, totals, strict=True):
-        row = {"heldout_reward": total, "heldout_pass@1": float(record["greedy"]["correct"])}
-        if num_samples:
-            correct = [sample["correct"] for sample in record["samples"]]
-            classes = [sample["class"] for sample in record["samples"]]
-            k = num_samples
-            row[f"heldout_pass@{k}"] = pass_at_k(k, sum(correct), k)
-            row[f"heldout_maj@{k}"] = maj_at_k(classes, correct, k)
-        rows.append(row)
-    if stop is not None and stop.requested(dist):  # judging may take long, too
+        metrics = problem_metrics(problem_row(record), [num_samples] if num_samples else [])
+        row = {"heldout_reward": total, "heldout_pass@1": metrics.pop("greedy")}
+        rows.append(row | {f"heldout_{name}": value for name, value in metrics.items()})
+    if stop.requested(dist):  # judging may take long, too
         return {}
     rows = [row for part in gather_json(rows, dist) for row in part]
     columns = {name: [row[name] for row in rows if row[name] is not None] for name in rows[0]}

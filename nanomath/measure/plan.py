@@ -2,7 +2,7 @@
 
     python -m nanomath.measure.plan --preset deepseekmath_7b --num_gpus 8 --gpu_memory_gb 80
     python -m nanomath.measure.plan --preset gsm8k_qwen_0b5 --gpu_memory_gb 16
-    python -m nanomath.measure.plan --hf_config models/NAME/config.json --num_gpus 4
+    python -m nanomath.measure.plan --shape models/NAME/config.json --num_gpus 4
 
 Prints a column each for pretraining, SFT and GRPO (--stages): what one GPU holds when it holds
 most, the seconds of a step, the bytes it receives, and what to change where it does not fit. The
@@ -20,12 +20,14 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from nanomath.base.config import one_line_errors, opt, parse
 from nanomath.engine.cache import cache_bytes_per_token, fit_rows
 from nanomath.hub.hf_config import read_config
+from nanomath.measure.figures import markdown_table
 from nanomath.model import MODEL_PRESETS, ModelConfig
 from nanomath.run import presets
 
@@ -35,28 +37,32 @@ POLICIES = ("none", "selective", "full")
 HEAD_CHUNK_ROWS = {"cuda": 8192, "cpu": 256}  # kernels/linear.py
 
 
+SHAPES = {
+    **MODEL_PRESETS,
+    # Qwen2.5 (arXiv:2412.15115, table 1); its biases, 0.01%, do not count.
+    "qwen2.5_0.5b": ModelConfig(151_936, 24, 896, 14, 2, 4864, tied_head=True),
+    "qwen2.5_1.5b": ModelConfig(151_936, 28, 1536, 12, 2, 8960, tied_head=True),
+    "qwen2.5_3b": ModelConfig(151_936, 36, 2048, 16, 2, 11008, tied_head=True),
+}
+
+
 @dataclass(frozen=True)
 class PlanConfig:
     stages: tuple[str, ...] = opt(STAGES, "columns", choices=STAGES)
-    num_layers: int = opt(24, "transformer blocks L", low=1)
-    width: int = opt(2048, "model width D", low=1)
-    num_heads: int = opt(16, "query heads H", low=1)
-    num_kv_heads: int = opt(16, "key and value heads K", low=1)
-    ffn_width: int = opt(5504, "feed-forward width F", low=1)
-    vocab_size: int = opt(102_400, "vocabulary V", low=1)
-    tied_head: bool = opt(False, "the head is the embedding")
-    hf_config: str = opt("", "config.json of a Hugging Face folder, instead of the shape above")
+    shape: str = opt(
+        "deepseek_llm_1b3", f"{', '.join(SHAPES)}, or config.json of a Hugging Face folder"
+    )
     context: int = opt(4096, "tokens per row, pretraining and SFT, Sec. 2.2 and 3", low=1)
     pretrain_rows: int = opt(1024, "rows per step, all GPUs: 4M tokens, Sec. 2.2", low=1)
     sft_rows: int = opt(256, "packed rows per step, all GPUs, Sec. 3", low=1)
-    questions: int = opt(16, "GRPO questions per step P, all GPUs, Sec. 4.2", low=1)
+    batch_size: int = opt(16, "GRPO questions per step P, all GPUs, Sec. 4.2", low=1)
     group_size: int = opt(64, "GRPO outputs per question G, Sec. 4.2", low=1)
     prompt_tokens: int = opt(256, "tokens of the longest prompt", low=1)
     max_new_tokens: int = opt(1024, "tokens per output at most, Sec. 4.2", low=1)
-    mean_new_tokens: int = opt(512, "tokens per output on average, for the time", low=1)
+    mean_length: float = opt(0.5, "mean length of outputs, as a share of that", low=0.0, high=1.0)
     max_rows: int = opt(512, "outputs sampled at a time, per GPU: stream.py", low=1)
     cache_gb: float = opt(0.0, "GB for keys and values, fewer rows if need be; 0: any", low=0.0)
-    kl: bool = opt(True, "GRPO keeps a reference model (kl_coef > 0), Sec. 4.2; --no_kl: none")
+    kl_coef: float = opt(0.04, "GRPO's, Sec. 4.2; 0: without a reference model", low=0.0)
     micro_batch_size: int = opt(8, "rows of one forward and backward pass", low=1)
     activation_checkpointing: str = opt(
         "none", "what blocks recompute: see activations.py", choices=POLICIES
@@ -75,12 +81,9 @@ class PlanConfig:
 
     @property
     def model(self) -> ModelConfig:
-        if self.hf_config:
-            return read_config(self.hf_config)
-        return ModelConfig(
-            self.vocab_size, self.num_layers, self.width, self.num_heads, self.num_kv_heads,
-            self.ffn_width, tied_head=self.tied_head,
-        )  # fmt: skip
+        if self.shape not in SHAPES and not Path(self.shape).is_file():
+            raise ValueError(f"--shape {self.shape}: no such file, nor one of {', '.join(SHAPES)}")
+        return SHAPES.get(self.shape) or read_config(self.shape)
 
     @property
     def sharded(self) -> bool:
@@ -91,32 +94,19 @@ class PlanConfig:
         return 2 if self.device == "cuda" else 4
 
 
-def _shape(name: str) -> dict[str, int]:
-    names = ("num_layers", "width", "num_heads", "num_kv_heads", "ffn_width", "vocab_size")
-    return {field: getattr(MODEL_PRESETS[name], field) for field in names}
-
-
-def _qwen(num_layers: int, width: int, num_heads: int, ffn_width: int) -> dict[str, object]:
-    """Return a shape of Qwen2.5 (arXiv:2412.15115, table 1), whose biases, 0.01%, do not count."""
-    shape = {"num_layers": num_layers, "width": width, "num_heads": num_heads, "num_kv_heads": 2}
-    return shape | {"ffn_width": ffn_width, "vocab_size": 151_936, "tied_head": True}
-
-
-# The settings of the runs are those that train_grpo.py reads; here are the shapes and the machines
-# of runs/*.sh. An output is taken to be half of the maximum.
+# The settings of a run are train_grpo.py's, by the same names; its shape and its machines, those of
+# runs/*.sh, are here.
+RL = {"stages": ("grpo",)}  # of a model that others have trained
 PRESETS = {
-    "deepseek_llm_1b3": _shape("deepseek_llm_1b3"),
-    "deepseekmath_7b": {**_shape("deepseek_llm_7b"), "pretrain_rows": 2560},  # Sec. 2.3 and 4.2
-    "gsm8k_qwen_0b5": {
-        **_qwen(24, 896, 14, 4864), "stages": ("grpo",), "num_gpus": 1, "mean_new_tokens": 256,
-        "gpu_memory_gb": 24.0,
-    },
-    "gsm8k_qwen_1b5": {
-        **_qwen(28, 1536, 12, 8960), "stages": ("grpo",), "num_gpus": 1, "mean_new_tokens": 256,
-    },
-    "countdown_qwen_3b": {**_qwen(36, 2048, 16, 11008), "stages": ("grpo",), "num_gpus": 4},
-}  # fmt: skip
-PRESETS = {name: presets.planning(name) | more for name, more in PRESETS.items()}
+    "deepseekmath_7b": {"shape": "deepseek_llm_7b", "pretrain_rows": 2560},  # Sec. 2.3 and 4.2
+    "gsm8k_qwen_0b5": {**RL, "shape": "qwen2.5_0.5b", "num_gpus": 1, "gpu_memory_gb": 24.0},
+    "gsm8k_qwen_1b5": {**RL, "shape": "qwen2.5_1.5b", "num_gpus": 1},
+    "countdown_qwen_3b": {**RL, "shape": "qwen2.5_3b", "num_gpus": 4},
+}
+PRESETS = {
+    name: {key: run for key, run in presets.GRPO[name].items() if key in vars(PlanConfig())} | here
+    for name, here in PRESETS.items()
+}
 
 
 # ---------------------------------------------------------------------------- FLOPs
@@ -164,13 +154,13 @@ def state_bytes(cfg: PlanConfig, stage: str) -> dict[str, float]:
     share = parameters / cfg.num_gpus
     state = {"weights, fp32": 4 * share, "optimizer": 8 * share}
     if stage == "grpo":
-        state["reference"] = 4 * share * cfg.kl
+        state["reference"] = 4 * share * (cfg.kl_coef > 0)
         state["sampling replica"] = cfg.compute_bytes * parameters * cfg.sharded
     return state
 
 
 def rows_per_step(cfg: PlanConfig, stage: str) -> int:
-    outputs = cfg.questions * cfg.group_size
+    outputs = cfg.batch_size * cfg.group_size
     return {"pretrain": cfg.pretrain_rows, "sft": cfg.sft_rows, "grpo": outputs}[stage]
 
 
@@ -195,13 +185,13 @@ def training_moments(cfg: PlanConfig, stage: str) -> list[dict[str, float]]:
     tokens, head_rows = rows * length, rows * trained
     policy = cfg.activation_checkpointing
     table = model.vocab_size * model.width
-    block = (model.num_parameters - model.width - table * (2 - model.tied_head)) / model.num_layers
+    tables = table * (2 - model.tied_head)
+    block = (model.num_parameters - model.width - tables) / model.num_layers
     all_gradients = 4.0 * model.num_parameters / cfg.num_gpus
     # FSDP2 keeps whole fp32 gradients on every GPU until the step's last micro-batch reduces them.
     held = (4.0 * model.num_parameters if cfg.sharded else all_gradients) * (num_micro > 1)
-    gathered = 0.0
-    if cfg.sharded:  # the root stays gathered; of the blocks the current and the next one
-        gathered = size * (table * (2 - model.tied_head) + 2 * block)
+    # The root stays gathered; of the blocks the current and the next one.
+    gathered = size * (tables + 2 * block) * cfg.sharded
     head_gradient = 4.0 * table  # fp32, whole
     kept = kept_bytes(model, policy, size) * tokens * model.num_layers
     kept += (4 + 2 * size) * model.width * tokens  # the final norm
@@ -219,28 +209,20 @@ def training_moments(cfg: PlanConfig, stage: str) -> list[dict[str, float]]:
     block_gradient = 8.0 * block * cfg.sharded  # whole, and the buffer it is reduced from, fp32
     new_table = head_gradient * (num_micro > 1)  # the embedding's, before it is added
 
-    def moment(gradients: float, activations: float, logits: float = 0.0) -> dict[str, float]:
-        held_too = {"logits chunk": logits, "weights, gathered": gathered}
-        return {"gradients": gradients, "activations": activations, **held_too}
-
-    return [
-        moment(held + head_gradient, kept + gradient_of_hidden, chunk),
-        moment(held + head_gradient + block_gradient, kept + recomputed + passing),
-        moment(max(held, all_gradients) + new_table + block_gradient, one_block + passing),
-    ]
+    kinds = ("gradients", "activations", "logits chunk")
+    moments = (
+        (held + head_gradient, kept + gradient_of_hidden, chunk),
+        (held + head_gradient + block_gradient, kept + recomputed + passing, 0.0),
+        (max(held, all_gradients) + new_table + block_gradient, one_block + passing, 0.0),
+    )
+    return [dict(zip(kinds, m, strict=True)) | {"weights, gathered": gathered} for m in moments]
 
 
 def sampled_at_a_time(cfg: PlanConfig) -> tuple[int, int]:
     """Return the outputs that a GPU samples at a time, and the prompts held for them."""
-    size = cache_per_token(cfg)
-    return fit_rows(
-        math.ceil(cfg.questions / cfg.num_gpus),
-        cfg.group_size,
-        cfg.max_rows,
-        cfg.cache_gb or math.inf,
-        size * cfg.prompt_tokens,
-        size * cfg.max_new_tokens,
-    )
+    prompts, size = math.ceil(cfg.batch_size / cfg.num_gpus), cache_per_token(cfg)
+    needs = (cfg.cache_gb or math.inf, size * cfg.prompt_tokens, size * cfg.max_new_tokens)
+    return fit_rows(prompts, cfg.group_size, cfg.max_rows, *needs)
 
 
 def sampling_bytes(cfg: PlanConfig) -> dict[str, float]:
@@ -297,25 +279,24 @@ def advice(cfg: PlanConfig, stage: str) -> str:
 
 def step_times(cfg: PlanConfig, stage: str) -> dict[str, float]:
     """Return seconds of a step by phase, and of its communication, which overlaps with them."""
-    speed = cfg.num_gpus * cfg.peak_tflops * 1e12 * cfg.mfu
-    length = cfg.prompt_tokens + cfg.mean_new_tokens if stage == "grpo" else cfg.context
-    flops = rows_per_step(cfg, stage) * length * flops_per_token(cfg.model, length)
-    times = {"training": flops / speed}
-    if stage == "grpo":
-        times["sampling"] = sampling_seconds(cfg)
-        times["reference"] = cfg.kl * times["training"] / 3  # forward only
-    if cfg.activation_checkpointing == "full":
-        times["training"] *= 4 / 3
-    times["communication"] = sum(communication_bytes(cfg, stage).values()) / bandwidth(cfg)
-    return times
+    is_grpo, speed = stage == "grpo", cfg.num_gpus * cfg.peak_tflops * 1e12 * cfg.mfu
+    output = cfg.mean_length * cfg.max_new_tokens
+    length = cfg.prompt_tokens + output if is_grpo else cfg.context
+    training = rows_per_step(cfg, stage) * length * flops_per_token(cfg.model, length) / speed
+    return {
+        "sampling": sampling_seconds(cfg) if is_grpo else 0.0,
+        "reference": is_grpo * (cfg.kl_coef > 0) * training / 3,  # forward only
+        "training": training * (4 / 3 if cfg.activation_checkpointing == "full" else 1),
+        "communication (overlaps)": sum(communication_bytes(cfg, stage).values()) / bandwidth(cfg),
+    }
 
 
 def sampling_seconds(cfg: PlanConfig) -> float:
     """Decoding waits for memory: every step reads the weights and what the cache holds by then."""
-    model, prompts = cfg.model, math.ceil(cfg.questions / cfg.num_gpus)
+    model, prompts = cfg.model, math.ceil(cfg.batch_size / cfg.num_gpus)
     table = 0 if model.tied_head else model.vocab_size * model.width
     weights = cfg.compute_bytes * (model.num_parameters - table)
-    mean = cfg.mean_new_tokens
+    mean = cfg.mean_length * cfg.max_new_tokens
     own = prompts * cfg.group_size * mean**2 / 2  # 1 + 2 + ... + mean, per row
     shared = prompts * cfg.prompt_tokens * cfg.max_new_tokens
     # Rows that end make room for others.
@@ -337,7 +318,7 @@ def communication_bytes(cfg: PlanConfig, stage: str) -> dict[str, float]:
     num_micro = micro_batch(cfg, stage)[3]
     gathers = 2 * num_micro
     if stage == "grpo":  # the replica, and the reference's forward passes
-        gathers += 1 + cfg.kl * num_micro
+        gathers += 1 + (cfg.kl_coef > 0) * num_micro
     return {"gather": gathers * weights, "reduce": 4.0 * cfg.model.num_parameters * ring}
 
 
@@ -351,34 +332,30 @@ def bandwidth(cfg: PlanConfig) -> float:
 
 def report(cfg: PlanConfig) -> str:
     """Return the whole plan as text."""
-    model = cfg.model
-    lines = [
-        f"{model.num_parameters / 1e9:.2f}B parameters, "
-        f"{flops_per_token(model, cfg.context) / 1e9:.1f} GFLOP per token at {cfg.context} tokens, "
-        f"{cfg.num_gpus} x {cfg.gpu_memory_gb:g} GB",
-        "",
-        f"{'GB per GPU at its fullest':28}" + "".join(f"{stage:>12}" for stage in cfg.stages),
-    ]
-    columns = [memory(cfg, stage) for stage in cfg.stages]
+    model, columns = cfg.model, [memory(cfg, stage) for stage in cfg.stages]
     kinds = dict.fromkeys(kind for column in columns for kind in column if column[kind])
-
-    def row(name: str, values, form: str = ".1f") -> str:
-        cells = (f"{'-':>12}" if not value else f"{value:12{form}}" for value in values)
-        return f"{name:28}" + "".join(cells)
-
-    lines += [row(kind, [column.get(kind, 0) / 1e9 for column in columns]) for kind in kinds]
-    lines.append(row("all", [sum(column.values()) / 1e9 for column in columns]))
-    lines.append(f"{'usable':28}" + len(cfg.stages) * f"{usable(cfg) / 1e9:12.1f}")
+    held = {kind: [column.get(kind, 0.0) / 1e9 for column in columns] for kind in kinds}
+    held["all"] = [sum(column.values()) / 1e9 for column in columns]
+    held["usable"] = [usable(cfg) / 1e9] * len(columns)
     times = [step_times(cfg, stage) for stage in cfg.stages]
-    lines += ["", f"seconds per step at MFU {cfg.mfu:.0%}, bandwidth use {cfg.mbu:.0%}"]
-    for phase in ("sampling", "reference", "training", "communication"):
-        name = phase + " (overlaps)" * (phase == "communication")
-        lines.append(row(name, [column.get(phase, 0) for column in times]))
+    spent = {phase: [column[phase] for column in times] for phase in times[0]}
     sent = [sum(communication_bytes(cfg, stage).values()) / 1e9 for stage in cfg.stages]
-    lines.append(row(f"GB received, at {bandwidth(cfg) / 1e9:g} GB/s", sent))
-    lines.append("")
-    lines += [f"{stage}: {advice(cfg, stage)}" for stage in cfg.stages]
-    return "\n".join(lines)
+    spent[f"GB received, at {bandwidth(cfg) / 1e9:g} GB/s"] = sent
+
+    def table(title: str, rows: dict[str, list[float]]) -> str:
+        cells = [[k, *(f"{v:.1f}" if v else "-" for v in values)] for k, values in rows.items()]
+        return markdown_table([title, *cfg.stages], cells)
+
+    return "\n\n".join(
+        [
+            f"{model.num_parameters / 1e9:.2f}B parameters, "
+            f"{flops_per_token(model, cfg.context) / 1e9:.1f} GFLOP per token at {cfg.context} "
+            f"tokens, {cfg.num_gpus} x {cfg.gpu_memory_gb:g} GB",
+            table("GB per GPU at its fullest", held),
+            table(f"seconds per step at MFU {cfg.mfu:.0%}, bandwidth use {cfg.mbu:.0%}", spent),
+            "\n".join(f"{stage}: {advice(cfg, stage)}" for stage in cfg.stages),
+        ]
+    )
 
 
 def main() -> None:

@@ -10,14 +10,18 @@ plots/seeds.png in the first one's folder. Every figure comes from those files; 
 The control is the SFT model trained on, on the same solutions, for at least GRPO's minutes.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from nanomath.base import files
 from nanomath.base.config import one_line_errors, opt, parse
-from nanomath.base.log import new_figure, printable, read_metrics, save_figure
-from nanomath.measure.evaluation import check_same_problems, compare, draw_at_k, paired_difference
+from nanomath.base.files import write_text
+from nanomath.base.log import printable, read_metrics
+from nanomath.measure.evaluation import check_same_problems, compare, paired_difference
+from nanomath.measure.figures import draw_at_k, draw_curves, interval, markdown_table
 
 MODELS = ("base", "sft", "control", "grpo")
 PHASES = ("sampling", "rewards", "logprobs", "update", "evaluation")  # of a step of GRPO
@@ -32,6 +36,18 @@ TIME_FOR = {
         *("figure 7 sft", "figure 7 grpo", "GRPO's evaluation"),
     ),
 }
+# Curves: of which stage, which metric, and its title. KL is in the trainer's own plots: without a
+# reference it would read as a policy that has not moved.
+LOSSES = (
+    ("base", "loss", "pretraining loss (nats per token)"),
+    ("base", "valid_bits_per_byte", "held-out math pages (bits per byte)"),
+    ("sft", "loss", "SFT loss (nats per solution token)"),
+)
+GRPO = (
+    ("grpo", "heldout_pass@1", "GRPO: held-out accuracy, greedy"),
+    ("grpo", "reward", "GRPO: mean reward of a batch"),
+    ("grpo", "entropy", "GRPO: entropy (nats per token)"),
+)
 FIGURE7_KS = (1, 4, 8, 16, 32, 64)
 NUM_SAMPLE_PROBLEMS = 6
 
@@ -45,12 +61,9 @@ class ReportConfig:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a stage's result. Raises FileNotFoundError or ValueError with the fix."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing: run the stages first (speedrun.sh)") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): remove it, run its stage again") from None
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: run the stages first (speedrun.sh)")
+    return files.read_json(path, "remove it, run its stage again")
 
 
 def stage_minutes(run: Path) -> dict[str, float]:
@@ -63,11 +76,6 @@ def stage_minutes(run: Path) -> dict[str, float]:
             continue
         minutes[name] = minutes.get(name, 0.0) + float(seconds) / 60
     return minutes
-
-
-def interval(metric: dict[str, float]) -> str:
-    """Write a share and its 95% interval in percent."""
-    return f"{metric['value']:.1%} [{metric['low']:.1%}, {metric['high']:.1%}]"
 
 
 def stage_rows(run: Path) -> list[list[str]]:
@@ -106,17 +114,6 @@ def mean_reward(rows: list[dict]) -> float:
     return sum(row["reward"] for row in rows) / len(rows)
 
 
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """Lay rows out as a Markdown table, columns aligned so that a terminal shows it too."""
-    columns = list(zip(header, *rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |"
-        for line in lines
-    )
-
-
 def accuracy_table(evals: dict[str, dict]) -> str:
     """Compare the models on the same held-out problems, with 95% intervals; "-": not sampled."""
     num_samples = evals["sft"]["num_samples"]
@@ -130,44 +127,6 @@ def accuracy_table(evals: dict[str, dict]) -> str:
         shares = [evals[model]["greedy_outputs"][key] for model in MODELS]
         rows.append([label, *(f"{1 - s if 'format' in key else s:.1%}" for s in shares)])
     return markdown_table([f"{evals['sft']['num_problems']} held-out problems", *MODELS], rows)
-
-
-def draw(run: Path) -> None:
-    """Draw losses and the run of GRPO."""
-    base, sft, _, grpo = (read_metrics(run / name) for name in MODELS)
-    figure, axes = new_figure(3)
-    line(axes[0], base, "loss", "pretraining loss (nats per token)")
-    line(axes[1], base, "valid_bits_per_byte", "held-out math pages (bits per byte)")
-    line(axes[2], sft, "loss", "SFT loss (nats per solution token)")
-    save_figure(figure, run / "plots" / "losses.png")
-
-    figure, axes = new_figure(3)
-    line(axes[0], grpo, "reward", "GRPO: mean reward of a batch")
-    line(axes[1], grpo, "heldout_pass@1", "GRPO: held-out accuracy, greedy")
-    if read_json(run / "grpo" / "config.json")["kl_coef"]:
-        line(axes[2], grpo, "kl", "GRPO: KL to the reference (nats per token)")
-    else:  # without a reference its metric is 0, whatever the policy has become
-        line(axes[2], grpo, "entropy", "GRPO: entropy (nats per token)")
-    save_figure(figure, run / "plots" / "grpo.png")
-
-
-def draw_seeds(runs: list[Path], path: Path) -> None:
-    """Draw the GRPO stage of each run: held-out accuracy and reward against steps."""
-    figure, axes = new_figure(2)
-    for run in runs:
-        rows = read_metrics(run / "grpo")
-        line(axes[0], rows, "heldout_pass@1", "GRPO: held-out accuracy, greedy", run.name)
-        line(axes[1], rows, "reward", "GRPO: mean reward of a batch", run.name)
-    axes[0].legend()
-    save_figure(figure, path)
-
-
-def line(axis, rows: list[dict], name: str, title: str, label: str | None = None) -> None:
-    points = [(row["step"] + 1, row[name]) for row in rows if name in row]
-    axis.plot(*zip(*points, strict=True), linewidth=1.2, label=label)
-    axis.set_title(title)
-    axis.set_xlabel("step")
-    axis.grid(alpha=0.3)
 
 
 def sample_page(evals: dict[str, dict]) -> str:
@@ -194,7 +153,7 @@ def figure7_table(sft: dict, grpo: dict) -> str:
         row = [str(k)]
         for name in (f"pass@{k}", f"maj@{k}"):
             values = [f"{model['metrics'][name]['value']:.1%}" for model in (sft, grpo)]
-            row += [*values, signed(gains[name])]
+            row += [*values, interval(gains[name], "+.1%")]
         rows.append(row)
     header = [f"K, {sft['num_problems']} held-out problems"]
     for kind in ("pass@K", "maj@K"):
@@ -202,41 +161,26 @@ def figure7_table(sft: dict, grpo: dict) -> str:
     return markdown_table(header, rows)
 
 
-def grpo_seconds(run: Path) -> dict[str, float]:
-    """Share out the seconds of the GRPO stage; what no step's clock covers comes last."""
-    rows = read_metrics(run / "grpo")
-    seconds = {phase: sum(row[f"seconds_{phase}"] for row in rows) for phase in PHASES}
-    whole = 60 * stage_minutes(run).get("grpo", 0.0)
-    return seconds | {"start and checkpoints": max(whole - sum(seconds.values()), 0.0)}
-
-
-def time_tables(run: Path) -> str:
-    """Show where the run's time went, by kind of work, and how the GRPO stage shared its own."""
-    grpo = grpo_seconds(run)
+def time_table(run: Path) -> str:
+    """Show where the run's time went, by kind of work; the GRPO stage by its phases."""
     minutes = stage_minutes(run)
-    minutes.pop("grpo", None)
-    minutes |= {f"GRPO's {phase}": seconds / 60 for phase, seconds in grpo.items()}
-    known = {name for names in TIME_FOR.values() for name in names}
-    parts = {kind: [name for name in names if name in minutes] for kind, names in TIME_FOR.items()}
-    parts["the rest"] = [name for name in minutes if name not in known]
-    spent = {kind: sum(minutes[name] for name in names) for kind, names in parts.items()}
-    notes = {kind: ", ".join(names) for kind, names in parts.items()}
-    of_grpo = {phase: seconds / 60 for phase, seconds in grpo.items()}
-    return (
-        share_table("where the time goes", spent, notes)
-        + "\n\n"
-        + share_table("GRPO's time", of_grpo)
-    )
-
-
-def share_table(title: str, minutes: dict[str, float], notes: dict[str, str] | None = None) -> str:
-    """Lay out minutes with their shares of the whole, which is the last row, and notes by name."""
+    steps = read_metrics(run / "grpo")
+    phases = {f"GRPO's {p}": sum(row[f"seconds_{p}"] for row in steps) / 60 for p in PHASES}
+    # What no step's clock covers.
+    beyond = max(minutes.pop("grpo", 0.0) - sum(phases.values()), 0.0)
+    minutes |= {**phases, "GRPO's start and checkpoints": beyond}
+    kinds = {name: kind for kind, names in TIME_FOR.items() for name in names}
     whole = sum(minutes.values())
-    rows = [[name, f"{m:.1f}", f"{m / whole:.0%}"] for name, m in {**minutes, "all": whole}.items()]
-    header = [title, "minutes", "share"]
-    if notes:
-        header, rows = [*header, "spent in"], [[*row, notes.get(row[0], "")] for row in rows]
-    return markdown_table(header, rows)
+    rows = []
+    for kind in (*TIME_FOR, "the rest"):
+        parts = {name: m for name, m in minutes.items() if kinds.get(name, "the rest") == kind}
+        spent = ", ".join(f"{name} {m:.1f}" for name, m in parts.items())
+        rows.append([kind, sum(parts.values()), spent])
+    rows.append(["all", whole, ""])
+    return markdown_table(
+        ["where the time goes", "minutes", "share", "spent in"],
+        [[kind, f"{m:.1f}", f"{m / whole:.0%}", spent] for kind, m, spent in rows],
+    )
 
 
 def seeds_table(evals_of_runs: dict[str, dict[str, dict]]) -> str:
@@ -246,52 +190,41 @@ def seeds_table(evals_of_runs: dict[str, dict[str, dict]]) -> str:
     In the last row a problem counts by the share of runs that solve it: its intervals speak of
     other problems, the rows above it of other seeds. Raises ValueError for different problems.
     """
-    right = {}  # run: {model: [problem]}
-    at_k = []  # of each run, then their mean: accuracy of SFT, of GRPO
-    name_at_k = f"pass@{next(iter(evals_of_runs.values()))['sft']['num_samples']}"
-    for name, evals in evals_of_runs.items():
-        first = next(iter(evals_of_runs.values()))["sft"]["problems"]
-        check_same_problems(first, evals["sft"]["problems"])
-        right[name] = {
-            model: [float(problem["greedy_correct"]) for problem in evals[model]["problems"]]
-            for model in MODELS
-        }
+    runs = list(evals_of_runs.values())
+    name_at_k = f"pass@{runs[0]['sft']['num_samples']}"
+    right, at_k = [], []  # of each run: by model and problem; of SFT and of GRPO
+    for evals in runs:
+        check_same_problems(runs[0]["sft"]["problems"], evals["sft"]["problems"])
+        problems = [evals[model]["problems"] for model in MODELS[1:]]
+        right.append([[float(problem["greedy_correct"]) for problem in rows] for rows in problems])
         at_k.append([evals[model]["metrics"][name_at_k]["value"] for model in ("sft", "grpo")])
-    means = {}
-    for model in MODELS:
-        columns = zip(*(values[model] for values in right.values()), strict=True)
-        means[model] = [sum(column) / len(right) for column in columns]
-    at_k.append([sum(column) / len(right) for column in zip(*at_k, strict=True)])
     rows = []
-    all_rows = {**right, f"mean of {len(right)}": means}
-    for (name, values), reached in zip(all_rows.items(), at_k, strict=True):
-        greedy = [f"{sum(values[m]) / len(values[m]):.1%}" for m in MODELS[1:]]
-        pairs = [paired_difference(values[other], values["grpo"]) for other in ("sft", "control")]
-        rows.append([name, *greedy, *map(signed, pairs), *(f"{share:.1%}" for share in reached)])
+    names = [*evals_of_runs, f"mean of {len(runs)}"]
+    right, at_k = (np.append(of, np.mean(of, 0, keepdims=True), axis=0) for of in (right, at_k))
+    for name, (sft, control, grpo), reached in zip(names, right, at_k, strict=True):
+        greedy = [f"{model.mean():.1%}" for model in (sft, control, grpo)]
+        gains = [interval(paired_difference(other, grpo), "+.1%") for other in (sft, control)]
+        rows.append([name, *greedy, *gains, *(f"{share:.1%}" for share in reached)])
     header = ["greedy", *MODELS[1:], "GRPO - SFT", "GRPO - control"]
     return markdown_table([*header, f"{name_at_k} sft", f"{name_at_k} grpo"], rows)
-
-
-def signed(gain: dict[str, float]) -> str:
-    """Write a difference and its 95% interval in points of percent."""
-    return f"{gain['value']:+.1%} [{gain['low']:+.1%}, {gain['high']:+.1%}]"
 
 
 def write_report(run: Path) -> tuple[str, dict[str, dict]]:
     """Write a run's page, samples and plots; return the page and its evaluations."""
     evals = {model: read_json(run / f"eval-{model}.json") for model in MODELS}
-    gains = {other: compare(evals[other], evals["grpo"])["greedy"] for other in ("sft", "control")}
-    lines = [f"GRPO over {name}, greedy, paired: {signed(gain)}" for name, gain in gains.items()]
-    tables = [
-        markdown_table(["stage", "minutes", "achieved"], stage_rows(run)),
-        accuracy_table(evals),
-    ]
     figure7 = {model: read_json(run / f"figure7-{model}.json") for model in ("sft", "grpo")}
-    parts = [*tables, "\n".join(lines), figure7_table(**figure7), time_tables(run)]
-    report = "\n\n".join(parts)
-    (run / "report.md").write_text(report + "\n", encoding="utf-8")
-    (run / "samples.md").write_text(sample_page(evals), encoding="utf-8")
-    draw(run)
+    gains = {other: compare(evals[other], evals["grpo"])["greedy"] for other in ("sft", "control")}
+    lines = [
+        f"GRPO over {name}, greedy, paired: {interval(gain, '+.1%')}"
+        for name, gain in gains.items()
+    ]
+    stages = markdown_table(["stage", "minutes", "achieved"], stage_rows(run))
+    parts = [stages, accuracy_table(evals), "\n".join(lines), figure7_table(**figure7)]
+    report = "\n\n".join([*parts, time_table(run)])
+    write_text(run / "report.md", report + "\n")
+    write_text(run / "samples.md", sample_page(evals))
+    draw_curves([run], LOSSES, run / "plots" / "losses.png")
+    draw_curves([run], GRPO, run / "plots" / "grpo.png")
     draw_at_k(figure7, run / "plots" / "pass_and_maj_at_k.png")  # Figure 7
     return report, evals
 
@@ -299,18 +232,17 @@ def write_report(run: Path) -> tuple[str, dict[str, dict]]:
 def main() -> None:
     cfg = parse(ReportConfig, description=__doc__)
     runs = [Path(folder) for folder in cfg.run_dir]
+    first = runs[0]
     with one_line_errors():
-        written = {str(run): write_report(run) for run in runs}
-        if len(written) > 1:
-            table = seeds_table({name: evals for name, (_, evals) in written.items()})
-    if len(written) == 1:
-        print(written[str(runs[0])][0])
-        samples = runs[0] / "samples.md"
-        print(f"\nPlots: {runs[0] / 'plots'}, {runs[0] / 'corpus' / 'plots'}; rollouts: {samples}")
-        return
-    draw_seeds(runs, runs[0] / "plots" / "seeds.png")
-    (runs[0] / "seeds.md").write_text(table + "\n", encoding="utf-8")
-    print(table)
+        reports = {str(run): write_report(run) for run in runs}
+        if len(reports) == 1:
+            print(reports[str(first)][0])
+            print(f"\nPlots: {first}/plots, {first}/corpus/plots; rollouts: {first}/samples.md")
+            return
+        table = seeds_table({name: evals for name, (_, evals) in reports.items()})
+        draw_curves(runs, GRPO, first / "plots" / "seeds.png")
+        write_text(first / "seeds.md", table + "\n")
+        print(table)
 
 
 if __name__ == "__main__":

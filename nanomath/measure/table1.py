@@ -31,7 +31,8 @@ from nanomath.corpus.settings import CorpusConfig
 from nanomath.corpus.write import benchmark_texts
 from nanomath.data import TokenShards
 from nanomath.measure.evaluation import bootstrap_interval, compare, paired_difference
-from nanomath.measure.report import interval, markdown_table, read_json, signed
+from nanomath.measure.figures import interval, markdown_table
+from nanomath.measure.report import read_json
 from nanomath.run.load import load_model
 from nanomath.text.tokenizer import Tokenizer
 
@@ -211,22 +212,19 @@ def as_markdown(result: dict[str, Any]) -> str:
     """Lay the table out, with what must be known to read it."""
     rows = []
     for name, row in result["rows"].items():
-        is_reference = name == "recalled"
-        bits, bits_gain = row["bits_per_byte"], row["bits_difference"]
-        rows.append(
-            [
-                name,
-                f"{row['train_bytes'] / 1e6:.2f}",
-                f"{row['math_pages'] / row['pages']:.0%}",
-                f"{row['epochs']:.2f}",
-                f"{bits['value']:.3f} [{bits['low']:.3f}, {bits['high']:.3f}]",
-                ""
-                if is_reference
-                else "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**bits_gain),
-                interval(row["greedy"]),
-                "" if is_reference else signed(row["greedy_difference"]),
-            ]
-        )
+        cells = [
+            name,
+            f"{row['train_bytes'] / 1e6:.2f}",
+            f"{row['math_pages'] / row['pages']:.0%}",
+            f"{row['epochs']:.2f}",
+            interval(row["bits_per_byte"], ".3f"),
+            interval(row["bits_difference"], "+.3f"),
+            interval(row["greedy"]),
+            interval(row["greedy_difference"], "+.1%"),
+        ]
+        if name == "recalled":
+            cells[5] = cells[7] = ""
+        rows.append(cells)
     header = ["pretrained on", "MB", "math pages", "epochs", "bits per byte", "minus recalled"]
     header += ["Countdown, greedy", "minus recalled"]
     notes = NOTES.format(**result, **result["rows"]["recalled"])

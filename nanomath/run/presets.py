@@ -3,8 +3,6 @@
 The paper's own values are the defaults of the settings; a preset holds what differs from them.
 """
 
-from typing import Any
-
 from nanomath.tasks import countdown
 
 SHAPE = ("num_layers", "width", "num_heads", "num_kv_heads", "ffn_width")
@@ -201,11 +199,3 @@ EVALUATION = {
     name: {key: run[key] for key in _AS_TRAINED if key in run} | _EVALUATION.get(name, {})
     for name, run in GRPO.items()
 }
-
-
-def planning(name: str) -> dict[str, Any]:
-    """Return the planner's settings of a run, {} for a name that is none's."""
-    same = ("group_size", "max_new_tokens", "cache_gb", "micro_batch_size")
-    names = {key: key for key in (*same, "activation_checkpointing")} | {"batch_size": "questions"}
-    run = GRPO.get(name, {})
-    return {names[key]: run[key] for key in names if key in run}

@@ -16,12 +16,10 @@ from nanomath.engine.stream import Sample
 from nanomath.measure import evaluation
 from nanomath.measure.evaluation import (
     bootstrap_interval,
-    chunks,
     compare,
     default_ks,
-    evaluate_chunk,
+    evaluate_problems,
     group_answers,
-    maj_at_k,
     majority_credits,
     paired_difference,
     pass_at_k,
@@ -80,7 +78,7 @@ def test_maj_at_k_equals_the_mean_over_all_subsets():
         expected = [brute_maj(classes, correct, k) for k in range(1, n + 1)]
         got = majority_credits(classes, correct, range(1, n + 1))
         assert np.allclose(got, expected, atol=1e-12), (classes, correct)
-        assert got[n - 1] == maj_at_k(classes, correct, n)
+        assert got[n - 1 :] == majority_credits(classes, correct, [n])
         counts = Counter(label for label in classes if label is not None).values()
         ties += len(counts) > 1 and sorted(counts)[-1] == sorted(counts)[-2]
         unreadable += None in classes
@@ -90,6 +88,7 @@ def test_maj_at_k_equals_the_mean_over_all_subsets():
 
 def test_maj_at_k_by_hand():
     """Ties share the credit; unreadable answers do not vote; at K = n it is the plain vote."""
+    maj_at_k = lambda classes, correct, k: majority_credits(classes, correct, [k])[0]
     right_first = [True, True, False, False]
     assert maj_at_k([0, 0, 1, 2], right_first, 4) == 1.0
     assert maj_at_k([0, 0, 1, 1], right_first, 4) == 0.5
@@ -133,13 +132,13 @@ def test_group_answers():
 
 
 def test_bootstrap_interval():
-    """The interval has the normal width for a mean of many, and is reproducible by seed."""
+    """The interval has the normal width for a mean of many, and is the same twice."""
     values = [1.0] * 300 + [0.0] * 700
-    low, high = bootstrap_interval(values, seed=3)
+    low, high = bootstrap_interval(values)
     width = 1.96 * math.sqrt(0.3 * 0.7 / 1000)
     assert low == pytest.approx(0.3 - width, abs=0.004)
     assert high == pytest.approx(0.3 + width, abs=0.004)
-    assert (low, high) == bootstrap_interval(values, seed=3)
+    assert (low, high) == bootstrap_interval(values)
     assert bootstrap_interval([0.25] * 5) == (0.25, 0.25)
     with pytest.raises(ValueError):
         bootstrap_interval([])
@@ -172,7 +171,7 @@ def test_intervals_of_means_are_bootstraps_and_never_points():
     """Means of samples have the bootstrap's interval; where all are alike, that of Wilson's bound
     for what was not seen, towards 0 and 1."""
     values = [0.0, 0.125, 0.5, 1.0]
-    assert share_interval(values, seed=4) == bootstrap_interval(values, seed=4)
+    assert share_interval(values) == bootstrap_interval(values)
     assert share_interval([0.25] * 12) == pytest.approx((0.25 * 0.7575, 0.25 + 0.75 * 0.2425), 1e-4)
     assert share_interval([1.0]) == pytest.approx((0.2065, 1.0), abs=1e-4)
     with pytest.raises(ValueError):
@@ -261,34 +260,16 @@ def script(prompt, temperature, sample):
     return f"{THINK}<answer>{ANSWERS[target][sample]}</answer>", sample != 7
 
 
-def evaluate_in_chunks(size):
-    return summarise(
-        [
-            record
-            for chunk in chunks(PROBLEMS, size)
-            for record in evaluate_chunk(
-                None,
-                Characters(),
-                chunk,
-                num_samples=8,
-                temperature=0.7,
-                max_new_tokens=50,
-                seed=5,
-            )
-        ]
-    )
+def evaluated():
+    settings = {"num_samples": 8, "temperature": 0.7, "max_new_tokens": 50, "seed": 5}
+    return evaluate_problems(None, Characters(), PROBLEMS, **settings)
 
 
 def test_evaluate_by_hand(monkeypatch):
     """Scripted outputs give the figures worked out by hand, and nothing is sampled twice."""
     calls = scripted(monkeypatch, script)
-    result = evaluate_in_chunks(1)
-    assert [(c[0], c[1], c[2], c[3]) for c in calls] == [
-        (1, 1, 0.0, [10]),
-        (1, 8, 0.7, [10]),
-        (1, 1, 0.0, [11]),
-        (1, 8, 0.7, [11]),
-    ]
+    result = summarise(evaluated())
+    assert [call[:4] for call in calls] == [(2, 1, 0.0, [10, 11]), (2, 8, 0.7, [10, 11])]
     assert calls[0][4] == {
         "max_new_tokens": 50,
         "eos_ids": (0,),
@@ -323,8 +304,7 @@ def test_evaluate_by_hand(monkeypatch):
 def test_a_problem_without_a_group_is_of_none(monkeypatch):
     """Groups are those that any problem has; one without a level is counted as of none."""
     scripted(monkeypatch, script)
-    settings = {"num_samples": 8, "temperature": 0.7, "max_new_tokens": 50}
-    records = evaluate_chunk(None, Characters(), PROBLEMS, **settings)
+    records = evaluated()
     for first in (0, 1):
         for number, record in enumerate(records):
             record["payload"] = {"level": "Level 1"} if number == first else {}
@@ -335,17 +315,10 @@ def test_a_problem_without_a_group_is_of_none(monkeypatch):
         }
 
 
-def test_chunks_do_not_change_the_result(monkeypatch):
-    """Any chunk size gives the same figures."""
-    scripted(monkeypatch, script)
-    assert evaluate_in_chunks(1) == evaluate_in_chunks(2)
-
-
 def test_compare(monkeypatch):
     """A summary against itself differs by exactly 0; against other problems it is an error."""
     scripted(monkeypatch, script)
-    settings = {"num_samples": 8, "temperature": 0.7, "max_new_tokens": 50}
-    records = evaluate_chunk(None, Characters(), PROBLEMS, **settings)
+    records = evaluated()
     summary = summarise(records)
     assert {gain["value"] for gain in compare(summary, summary).values()} == {0.0}
     better = json.loads(json.dumps(summary))
@@ -384,7 +357,7 @@ def test_control_tokens_are_never_sampled(monkeypatch):
     monkeypatch.setattr(
         tokenizer, "decode", lambda ids: sampled.extend(ids) or Tokenizer.decode(tokenizer, ids)
     )
-    evaluate_chunk(
+    evaluate_problems(
         model, tokenizer, problems, num_samples=8, temperature=1.0, max_new_tokens=12
     )  # fmt: skip
     assert len(sampled) > 100
@@ -392,7 +365,7 @@ def test_control_tokens_are_never_sampled(monkeypatch):
 
 
 def test_real_model_and_tokenizer():
-    """A random Transformer runs the whole way, alone or in chunks, with the same outputs."""
+    """A random Transformer runs the whole way, with all problems or one at a time alike."""
     problems = generate(6)
     texts = [problem.prompt + worked_solution(problem) for problem in generate(50)]
     tokenizer = Tokenizer.train(texts, 300)
@@ -407,11 +380,11 @@ def test_real_model_and_tokenizer():
     model = Transformer(cfg)
     model.init_weights(0)
     settings = {"num_samples": 3, "max_new_tokens": 12, "seed": 1, "temperature": 1.0}
-    whole = evaluate_chunk(model, tokenizer, problems, **settings)
+    whole = evaluate_problems(model, tokenizer, problems, **settings)
     parts = [
         record
         for problem in problems
-        for record in evaluate_chunk(model, tokenizer, [problem], **settings)
+        for record in evaluate_problems(model, tokenizer, [problem], **settings)
     ]
     assert whole == parts
     result = summarise(whole)

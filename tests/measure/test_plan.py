@@ -17,6 +17,7 @@ from nanomath.data import TrainBatch
 from nanomath.dist import setup, shard
 from nanomath.engine.stream import sample_groups
 from nanomath.grpo import Objective, policy_update, response_logprobs
+from nanomath.hub.hf_config import make_config
 from nanomath.measure import plan
 from nanomath.model import MODEL_PRESETS, ModelConfig, Transformer
 from nanomath.optim import make_adamw, supervised_step
@@ -49,7 +50,7 @@ def run_steps(cfg: plan.PlanConfig, stage: str) -> None:
             continue
         rows = cfg.pretrain_rows if stage == "pretrain" else cfg.sft_rows
         shape = (rows, cfg.context + 1)
-        tokens_BT = torch.randint(cfg.vocab_size, shape, generator=generator)
+        tokens_BT = torch.randint(cfg.model.vocab_size, shape, generator=generator)
         weights_BT = torch.full(shape, 1 / tokens_BT.numel())
         weights_BT[:, -1] = 0.0
         packed = ()
@@ -66,20 +67,20 @@ def grpo_step(cfg, policy, optimizer, dist, generator) -> None:
     if not hasattr(optimizer, "reference"):
         optimizer.reference = Transformer(policy.cfg).requires_grad_(False)
         optimizer.reference.load_state_dict(policy.state_dict())
-    shape = (cfg.questions, cfg.prompt_tokens)
-    prompts = torch.randint(cfg.vocab_size, shape, generator=generator).tolist()
+    shape = (cfg.batch_size, cfg.prompt_tokens)
+    prompts = torch.randint(cfg.model.vocab_size, shape, generator=generator).tolist()
     new = cfg.max_new_tokens
     rollouts = sample_groups(policy, prompts, cfg.group_size, max_new_tokens=new, eos_ids=())
-    size = (cfg.questions, cfg.group_size)
+    size = (cfg.batch_size, cfg.group_size)
     weights_PG = torch.full(size, 1 / new, dtype=torch.float64)
     batch = make_batch(
         prompts, rollouts, torch.randn(size, generator=generator), weights_PG,
-        num_prompts=cfg.questions, world_size=1,
+        num_prompts=cfg.batch_size, world_size=1,
     )  # fmt: skip
     scoring = {"temperature": 1.0, "micro_batch_size": cfg.micro_batch_size, "device": dist.device}
-    if cfg.kl:
+    if cfg.kl_coef:
         batch.ref_logp_N = response_logprobs(optimizer.reference, batch, **scoring)
-    objective = Objective(0.2, 0.2, 0.04 * cfg.kl, 1.0)
+    objective = Objective(0.2, 0.2, cfg.kl_coef, 1.0)
     policy_update(
         policy,
         optimizer,
@@ -91,14 +92,14 @@ def grpo_step(cfg, policy, optimizer, dist, generator) -> None:
     )
 
 
-TINY = {
-    "num_layers": 1, "width": 16, "num_heads": 2, "num_kv_heads": 2, "ffn_width": 16,
-    "vocab_size": 64, "context": 16, "prompt_tokens": 8, "max_new_tokens": 8,
-}  # fmt: skip
+TINY = {"context": 16, "prompt_tokens": 8, "max_new_tokens": 8}
 
 if __name__ == "__main__":
-    config, chosen = plan.PlanConfig(**json.loads(sys.argv[1])), sys.argv[2]
-    run_steps(replace(config, **TINY), chosen)  # libraries load parts of themselves on first use
+    config, chosen, sizes = plan.PlanConfig(**json.loads(sys.argv[1])), sys.argv[2], sys.argv[3]
+    plan.SHAPES["tiny"] = ModelConfig(64, 1, 16, 2, 2, 16)
+    plan.SHAPES["small"] = ModelConfig(**json.loads(sizes))
+    # Libraries load parts of themselves on first use.
+    run_steps(replace(config, shape="tiny", **TINY), chosen)
     imported = memory_mb("VmRSS")
     run_steps(config, chosen)
     print(memory_mb("VmHWM") - imported)
@@ -107,23 +108,24 @@ if __name__ == "__main__":
 # ---------------------------------------------------------------------------- tests
 
 SMALL = plan.PlanConfig(
-    num_layers=4, width=256, num_heads=4, num_kv_heads=4, ffn_width=688, vocab_size=8_000,
-    context=256, pretrain_rows=8, sft_rows=8, questions=4, group_size=8, prompt_tokens=32,
-    max_new_tokens=96, device="cpu", num_gpus=1,
+    shape="small", context=256, pretrain_rows=8, sft_rows=8, batch_size=4, group_size=8,
+    prompt_tokens=32, max_new_tokens=96, device="cpu", num_gpus=1,
 )  # fmt: skip
 
 
-def check_peak(stage: str, **changes) -> None:
-    cfg = replace(SMALL, **changes)
+def check_peak(stage: str, shape: dict, **changes) -> None:
+    cfg, model = replace(SMALL, **changes), replace(ModelConfig(8_000, 4, 256, 4, 4, 688), **shape)
     # glibc keeps what is freed in pieces, a third more at these sizes; this gives it all back.
     env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, __file__, json.dumps(asdict(cfg)), stage]
+    command = [sys.executable, __file__, json.dumps(asdict(cfg)), stage, json.dumps(asdict(model))]
     out = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
-    measured, column = float(out.stdout), plan.memory(cfg, stage)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(plan.SHAPES, "small", model)
+        measured, column = float(out.stdout), plan.memory(cfg, stage)
     planned = sum(column.values()) / 1e6
     parts = ", ".join(f"{kind} {value / 1e6:.0f}" for kind, value in column.items())
-    print(f"{stage} {changes}: measured {measured:.0f} MB, planned {planned:.0f} ({parts})")
+    print(f"{stage} {shape} {changes}: measured {measured:.0f} MB, planned {planned:.0f} ({parts})")
     assert planned == pytest.approx(measured, rel=0.15), parts
 
 
@@ -135,30 +137,40 @@ reads_proc = pytest.mark.skipif(
 @reads_proc
 def test_planned_memory_is_within_15_percent_of_a_measured_peak():
     """Steps in a process of their own: peak resident memory above what importing takes."""
-    check_peak("pretrain")
+    check_peak("pretrain", {})
 
 
 @reads_proc
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "stage, changes",
+    "stage, shape, changes",
     [
-        ("pretrain", {"micro_batch_size": 2}),
-        ("pretrain", {"activation_checkpointing": "selective"}),
-        ("pretrain", {"activation_checkpointing": "full", "num_layers": 8}),
-        ("pretrain", {"vocab_size": 40_000, "num_layers": 2, "pretrain_rows": 4}),
-        ("pretrain", {"num_kv_heads": 1, "context": 512, "pretrain_rows": 4}),
-        ("pretrain", {"width": 512, "ffn_width": 1376, "context": 128, "pretrain_rows": 2}),
-        ("sft", {}),
-        ("sft", {"context": 1024, "sft_rows": 2}),
-        ("grpo", {}),
-        ("grpo", {"kl": False, "micro_batch_size": 32}),
-        ("grpo", {"max_new_tokens": 192, "micro_batch_size": 2, "group_size": 16}),
+        ("pretrain", {}, {"micro_batch_size": 2}),
+        ("pretrain", {}, {"activation_checkpointing": "selective"}),
+        ("pretrain", {"num_layers": 8}, {"activation_checkpointing": "full"}),
+        ("pretrain", {"vocab_size": 40_000, "num_layers": 2}, {"pretrain_rows": 4}),
+        ("pretrain", {"num_kv_heads": 1}, {"context": 512, "pretrain_rows": 4}),
+        ("pretrain", {"width": 512, "ffn_width": 1376}, {"context": 128, "pretrain_rows": 2}),
+        ("sft", {}, {}),
+        ("sft", {}, {"context": 1024, "sft_rows": 2}),
+        ("grpo", {}, {}),
+        ("grpo", {}, {"kl_coef": 0.0, "micro_batch_size": 32}),
+        ("grpo", {}, {"max_new_tokens": 192, "micro_batch_size": 2, "group_size": 16}),
     ],
 )
-def test_planned_memory_of_other_shapes_and_stages(stage, changes):
+def test_planned_memory_of_other_shapes_and_stages(stage, shape, changes):
     """The same with every stage, accumulation, checkpointing, and each kind the largest once."""
-    check_peak(stage, **changes)
+    check_peak(stage, shape, **changes)
+
+
+def test_a_shape_is_a_name_or_a_file(tmp_path):
+    """A name that is neither ends with the names there are; a folder's config.json is read."""
+    with pytest.raises(ValueError, match="--shape gpt: no such file, nor one of deepseek_llm_1b3"):
+        plan.memory(plan.PlanConfig(shape="gpt"), "sft")
+    model = ModelConfig(64, 2, 32, 4, 2, 48, head_width=8)
+    config = make_config(model, None, torch.float32)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert plan.PlanConfig(shape=str(tmp_path / "config.json")).model == model
 
 
 @pytest.mark.parametrize("dtype, size", [(torch.float32, 4), (torch.bfloat16, 2)])

@@ -133,21 +133,6 @@ def test_a_sample_page_has_a_heading_for_each_problem():
     assert page.count("\n\nbase (rewards: format 0, equation 1)\n\n    <think>\n") == 2
 
 
-@pytest.mark.parametrize("kl_coef, shown", [(0.001, "kl"), (0.0, "entropy")])
-def test_without_a_reference_no_kl_is_drawn(tmp_path, monkeypatch, kl_coef, shown):
-    """A KL of 0 to no reference would read as a policy that has not moved."""
-    (tmp_path / "grpo").mkdir()
-    (tmp_path / "grpo" / "config.json").write_text(json.dumps({"kl_coef": kl_coef}))
-    drawn = []
-    monkeypatch.setattr(report, "new_figure", lambda count: (None, [None] * count))
-    monkeypatch.setattr(report, "save_figure", lambda figure, path: None)
-    monkeypatch.setattr(report, "read_metrics", lambda folder: folder.name)
-    monkeypatch.setattr(report, "line", lambda axis, *line: drawn.append(line[:2]))
-    report.draw(tmp_path)
-    names = [name for run, name in drawn if run == "grpo"]
-    assert names == ["reward", "heldout_pass@1", shown]
-
-
 def test_time_is_shared_out(tmp_path):
     """Every stage and phase counts once: the phases' seconds are summed over steps, what the GRPO
     stage took beyond them is its start; table 1 is no part of the run."""
@@ -159,24 +144,19 @@ def test_time_is_shared_out(tmp_path):
     stages = ["grpo\t100", "sft\t24", "grpo\t20", "corpus\t60", "control\t120", "report\t6"]
     stages += ["evaluate sft\t18", "figure 7 grpo\t12", "table 1 seed: sft\t600"]
     (tmp_path / "seconds.tsv").write_text("\n".join(stages) + "\n")
-    of_run, of_grpo = report.time_tables(tmp_path).split("\n\n")
-    assert cells(of_run)[2:] == [
-        ["data", "1.0", "17%", "corpus"],
-        ["training", "1.0", "17%", "sft, GRPO's logprobs, GRPO's update"],
-        ["training the control", "2.0", "33%", "control"],
-        ["sampling", "1.0", "17%", "GRPO's sampling"],
-        ["evaluation", "0.6", "10%", "evaluate sft, figure 7 grpo, GRPO's evaluation"],
-        ["the rest", "0.4", "7%", "report, GRPO's rewards, GRPO's start and checkpoints"],
+    assert cells(report.time_table(tmp_path))[2:] == [
+        ["data", "1.0", "17%", "corpus 1.0"],
+        ["training", "1.0", "17%", "sft 0.4, GRPO's logprobs 0.2, GRPO's update 0.4"],
+        ["training the control", "2.0", "33%", "control 2.0"],
+        ["sampling", "1.0", "17%", "GRPO's sampling 1.0"],
+        ["evaluation", "0.6", "10%", "evaluate sft 0.3, figure 7 grpo 0.2, GRPO's evaluation 0.1"],
+        [
+            "the rest",
+            "0.4",
+            "7%",
+            "report 0.1, GRPO's rewards 0.0, GRPO's start and checkpoints 0.3",
+        ],
         ["all", "6.0", "100%", ""],
-    ]
-    assert cells(of_grpo)[2:] == [
-        ["sampling", "1.0", "50%"],
-        ["rewards", "0.0", "0%"],
-        ["logprobs", "0.2", "10%"],
-        ["update", "0.4", "20%"],
-        ["evaluation", "0.1", "5%"],
-        ["start and checkpoints", "0.3", "15%"],
-        ["all", "2.0", "100%"],
     ]
 
 

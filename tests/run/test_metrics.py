@@ -16,6 +16,7 @@ from nanomath.measure import evaluation
 from nanomath.measure.evaluation import heldout_metrics
 from nanomath.rollouts import RolloutBatch, Rollouts
 from nanomath.run import metrics as monitor
+from nanomath.run.guard import StopSignal
 from nanomath.run.metrics import Clock, cost_metrics, draw_plots, rollout_metrics, sample_lines
 from nanomath.tasks import Problem
 
@@ -113,21 +114,23 @@ JUDGED = [
 PROBLEMS = [Problem(100 + i, "countdown", f"prompt {i}", {}) for i in range(len(JUDGED))]
 
 
-def judged_chunk(calls):
-    def evaluate_chunk(model, tokenizer, problems, *, num_samples, **settings):
+def judged(calls):
+    def evaluate_problems(model, tokenizer, problems, *, num_samples, **settings):
         calls.append((len(problems), num_samples, settings))
         return [
             {
+                "id": p.id,
+                "payload": {},
                 "greedy": {"correct": JUDGED[p.id - 100][0], "text": f"greedy {p.id}"},
                 "samples": [
-                    {"correct": right, "class": label}
+                    {"correct": right, "class": label, "length": 1}
                     for right, label in JUDGED[p.id - 100][1][:num_samples]
                 ],
             }
             for p in problems
         ]
 
-    return evaluate_chunk
+    return evaluate_problems
 
 
 class TenthsOfTheId:
@@ -147,14 +150,14 @@ def test_heldout_metrics_by_hand_on_any_number_of_ranks(monkeypatch, world_size)
     those there are; the ranks share the problems, and all get the very same figures, also one that
     has no problem."""
     calls = []
-    monkeypatch.setattr(evaluation, "evaluate_chunk", judged_chunk(calls))
+    monkeypatch.setattr(evaluation, "evaluate_problems", judged(calls))
     settings = {"temperature": 0.7, "max_new_tokens": 9}
 
     def metrics(dist, num_samples=4):
         rewards = TenthsOfTheId()
         figures = heldout_metrics(
-            None, None, PROBLEMS, num_samples=num_samples, dist=dist, chunk_problems=2,
-            max_rows=7, rewards=rewards, **settings,
+            None, None, PROBLEMS, num_samples=num_samples, dist=dist, max_rows=7,
+            rewards=rewards, stop=StopSignal(), **settings,
         )  # fmt: skip
         assert rewards.num_calls == 1  # each may take as long as other ranks wait
         return figures
@@ -167,7 +170,7 @@ def test_heldout_metrics_by_hand_on_any_number_of_ranks(monkeypatch, world_size)
         "heldout_maj@4": math.fsum([1, 0, 1 / 3, 0, 1]) / 5,
     }
     assert on_ranks(monkeypatch, world_size, metrics) == [expected] * world_size
-    assert sum(call[0] for call in calls) == 5 and max(call[0] for call in calls) <= 2
+    assert sum(call[0] for call in calls) == 5 and len(calls) == world_size
     assert all(call[2] == {**settings, "max_rows": 7} for call in calls)
     greedy = on_ranks(monkeypatch, world_size, lambda dist: metrics(dist, 0))
     assert greedy == [reward | {"heldout_pass@1": 2 / 5}] * world_size
@@ -177,7 +180,7 @@ def test_no_heldout_problem_is_an_error():
     """An evaluation of nothing has no figure."""
     settings = {"num_samples": 0, "temperature": 1.0, "max_new_tokens": 9, "dist": ALONE}
     with pytest.raises(ValueError, match="no problems"):
-        heldout_metrics(None, None, [], rewards=TenthsOfTheId(), **settings)
+        heldout_metrics(None, None, [], rewards=TenthsOfTheId(), stop=StopSignal(), **settings)
 
 
 # ------------------------------------------------------------------------------------ cost

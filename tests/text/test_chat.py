@@ -226,7 +226,7 @@ def test_sampling_stops_where_the_turn_ends(family, monkeypatch):
     with pytest.raises(Called):
         sample_module.main(cfg)
     with pytest.raises(Called):
-        evaluation.evaluate_chunk(
+        evaluation.evaluate_problems(
             None, tokenizer, [problem], num_samples=0, temperature=1.0, max_new_tokens=4
         )
     use_template(tokenizer, name)
