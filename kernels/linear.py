@@ -16,15 +16,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kernels.policy_loss import NOTHING, hand_out, new_status, run_rows, weighted_sum
+from kernels.policy_loss import NOTHING, new_status, run_rows, with_gradients
 from kernels.reference import Objective, PolicyLossOutput
-from kernels.rows import (
-    Rows,
-    RowStats,
-    check_head,
-    check_reference,
-    check_rows,
-)
+from kernels.rows import Rows, RowStats, check_head, check_rows, spread
 
 # On a CPU a chunk's logits should stay in the cache (1M are 4 MiB), but each chunk also reads the
 # head twice and its gradient once: below 256 rows that is what it would wait for.
@@ -85,65 +79,40 @@ def linear_token_logprobs(
     For the old and the reference passes. Raises as linear_policy_loss does.
     """
     check_head(hidden_ND, head_VD)
-    rows = check_rows(Rows(targets_N), hidden_ND)
     objective = replace(NOTHING, temperature=temperature)
+    rows = check_rows(Rows(targets_N), hidden_ND, objective)
     stats = RowStats.new(hidden_ND, hidden_ND.shape[0], has_loss=False)
     _run_chunks(hidden_ND, head_VD, rows, objective, stats, None, None, chunk_rows, status)
     return stats.logp_N, stats.entropy_N
 
 
-class _LinearPolicyLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden_ND, head_VD, rows, objective, needs_grads, chunk_rows, status):
-        hidden_ND, head_VD = hidden_ND.detach(), head_VD.detach()
-        num_rows = hidden_ND.shape[0]
+def _from_hidden(hidden_ND, head_VD, rows, objective, chunk_rows, status) -> PolicyLossOutput:
+    check_head(hidden_ND, head_VD)
+    rows = check_rows(rows, hidden_ND, objective)
+    status = new_status(hidden_ND) if status is None else status
+    num_rows = hidden_ND.shape[0]
+    needs_grads = [torch.is_grad_enabled() and x.requires_grad for x in (hidden_ND, head_VD)]
+    # The gradients are made here, while the logits of a chunk are at hand; backward only hands
+    # them out. So no graph is recorded.
+    with torch.no_grad():
         # Prompt, padding and outputs that are not in the loss would cost as much as the others.
         index_M = rows.weights_N.nonzero()[:, 0]  # the one wait for the device
-        dropped = len(index_M) < num_rows
-        hidden_MD = hidden_ND
-        if dropped:
-            ids_N = torch.arange(num_rows, device=hidden_ND.device)
-            rows = rows._replace(ids_N=ids_N).take(index_M)
-            hidden_MD = hidden_ND[index_M]
-        # The gradients are made here, in forward, while the logits of a chunk are at hand; backward
-        # only hands them out.
+        hidden_MD = hidden_ND if len(index_M) == num_rows else hidden_ND[index_M]
         grad_hidden_MD = hidden_MD.new_empty(hidden_MD.shape) if needs_grads[0] else None
         grad_head_VD = _new_head_grad(head_VD) if needs_grads[1] else None
         stats = RowStats.new(hidden_MD, len(index_M), has_loss=True)
         _run_chunks(
-            hidden_MD, head_VD, rows, objective, stats, grad_hidden_MD, grad_head_VD,
+            hidden_MD, head_VD, rows.take(index_M), objective, stats, grad_hidden_MD, grad_head_VD,
             chunk_rows, status,
         )  # fmt: skip
-        loss = weighted_sum(stats, rows.weights_N)
         # Back to the caller's N rows: the dropped ones have loss, statistics and gradient 0.
-        if dropped:
-            stats = stats.spread(index_M, num_rows)
-            if grad_hidden_MD is not None:
-                grad_ND = hidden_ND.new_zeros(hidden_ND.shape)
-                grad_hidden_MD = grad_ND.index_copy_(0, index_M, grad_hidden_MD)
+        stats = RowStats(*(spread(x_M, index_M, num_rows) for x_M in stats))
+        grads = [None, None]
+        if grad_hidden_MD is not None:
+            grads[0] = spread(grad_hidden_MD, index_M, num_rows)
         if grad_head_VD is not None:
-            grad_head_VD = grad_head_VD.to(head_VD.dtype)
-        ctx.grads = [grad_hidden_MD, grad_head_VD]
-        ctx.mark_non_differentiable(*stats)
-        return loss, *stats
-
-    @staticmethod
-    def backward(ctx, upstream, *_):
-        return *hand_out(ctx, upstream), None, None, None, None, None
-
-
-def _from_hidden(hidden_ND, head_VD, rows, objective, chunk_rows, status) -> PolicyLossOutput:
-    check_head(hidden_ND, head_VD)
-    rows = check_rows(rows, hidden_ND)
-    check_reference(objective, rows)
-    grad_mode = torch.is_grad_enabled()
-    needs_grads = (grad_mode and hidden_ND.requires_grad, grad_mode and head_VD.requires_grad)
-    status = new_status(hidden_ND) if status is None else status
-    loss, *stats = _LinearPolicyLoss.apply(
-        hidden_ND, head_VD, rows, objective, needs_grads, chunk_rows, status
-    )
-    stats = RowStats(*stats)
-    return PolicyLossOutput(loss, **stats._asdict(), status=status)
+            grads[1] = grad_head_VD.to(head_VD.dtype)  # rounded once, after the last chunk
+    return with_gradients(stats, rows.weights_N, (hidden_ND, head_VD), grads, status)
 
 
 def _run_chunks(
@@ -162,6 +131,7 @@ def _run_chunks(
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     if num_rows == 0:
+        # No chunk would store the head's gradient, and a rank without rows hands out zeros.
         if grad_head_VD is not None:
             grad_head_VD.zero_()
         return
@@ -180,18 +150,11 @@ def _run_chunks(
         # take that to the hidden states and to the head. Nothing of size N x V outlives its chunk.
         torch.mm(hidden_CD, head_VD.t(), out=logits_CV)
         grad_CV = logits_CV if wants_grad else None
-        run_rows(logits_CV, _numbered(rows, span), objective, stats.take(span), grad_CV, status)
+        run_rows(logits_CV, rows.take(span), objective, stats.take(span), grad_CV, status)
         if grad_hidden_ND is not None:
             _mm_into(grad_hidden_ND[span], logits_CV, head_VD)
         if grad_head_VD is not None:
             _add_head_grad(grad_head_VD, logits_CV, hidden_CD, is_first=start == 0)
-
-
-def _numbered(rows: Rows, span: slice) -> Rows:
-    """The chunk's rows with the caller's row numbers, for errors."""
-    if rows.ids_N is None:
-        rows = rows._replace(ids_N=torch.arange(len(rows.targets_N), device=rows.targets_N.device))
-    return rows.take(span)
 
 
 def _default_chunk_rows(hidden_ND: Tensor, vocab_size: int) -> int:
@@ -213,6 +176,7 @@ def _new_head_grad(head_VD: Tensor) -> Tensor:
 
 
 def _mm_into(out: Tensor, left: Tensor, right: Tensor) -> None:
+    # Into its place at once: a product of its own would be one more [chunk, D] in memory.
     if out.dtype == left.dtype:
         torch.mm(left, right, out=out)
     else:  # bf16 on a CPU, where the products are fp32
@@ -223,6 +187,7 @@ def _add_head_grad(
     grad_head_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor, *, is_first: bool
 ) -> None:
     """grad_head += grad_logits^T @ hidden; the first chunk stores, which saves the zero fill."""
+    # bf16 goes in and the sum stays fp32: the tensor cores add in fp32 anyway; memory is the cost.
     options = {} if grad_CV.dtype == grad_head_VD.dtype else {"out_dtype": grad_head_VD.dtype}
     if is_first:
         torch.mm(grad_CV.t(), hidden_CD, out=grad_head_VD, **options)

@@ -19,13 +19,7 @@ from torch import Tensor
 
 from kernels import policy_loss_torch
 from kernels.reference import Objective, PolicyLossOutput
-from kernels.rows import (
-    Rows,
-    RowStats,
-    check_logits,
-    check_reference,
-    check_rows,
-)
+from kernels.rows import Rows, RowStats, check_logits, check_rows, spread
 
 # The log-probability alone, without clip or KL.
 NOTHING = Objective(clip_eps_low=0.0, clip_eps_high=0.0, kl_coef=0.0)
@@ -40,33 +34,25 @@ def policy_loss(
     advantages_N: Tensor,
     old_logp_N: Tensor | None = None,
     ref_logp_N: Tensor | None = None,
-    inplace: bool = False,
     status: Tensor | None = None,
 ) -> PolicyLossOutput:
     """Compute GRPO's loss sum_n w_n * -(min(rho A, clip(rho) A) - kl_coef * kl) (Eq. 3, 4).
 
     logits_NV bf16, fp16, fp32 or fp64; targets_N int64 or int32; the rest fp32 or fp64, constants
     of the loss. old_logp_N None: the policy is its own old policy, rho = 1 with its gradient (one
-    update per batch of rollouts). Rows of weight 0 are skipped and hold 0 in every output.
-    inplace: the gradient overwrites the logits (no second [N, V]); for logits nobody reads later.
+    update per batch of rollouts). Rows of weight 0 are dropped and hold 0 in every output.
     status: on a GPU, a word (int64 [1], zeros) to share among calls; see check_status.
     Raises ValueError for a shape, dtype or setting that does not fit, and on a CPU for bad values.
     """
     rows = Rows(targets_N, weights_N, advantages_N, old_logp_N, ref_logp_N)
-    return _from_logits(logits_NV, rows, objective, inplace, status)
+    return _from_logits(logits_NV, rows, objective, status)
 
 
 def cross_entropy(
-    logits_NV: Tensor,
-    targets_N: Tensor,
-    *,
-    weights_N: Tensor,
-    inplace: bool = False,
-    status: Tensor | None = None,
+    logits_NV: Tensor, targets_N: Tensor, *, weights_N: Tensor, status: Tensor | None = None
 ) -> PolicyLossOutput:
     """Compute sum_n w_n * -logp_n; arguments and errors as in policy_loss (SFT in Sec. 5.2)."""
-    rows = Rows(targets_N, weights_N)
-    return _from_logits(logits_NV, rows, NOTHING, inplace, status)
+    return _from_logits(logits_NV, Rows(targets_N, weights_N), NOTHING, status)
 
 
 @torch.no_grad()
@@ -82,8 +68,10 @@ def token_logprobs(
     Raises as policy_loss does; on a GPU a bad row is NaN and `status`, if given, names it.
     """
     check_logits(logits_NV)
-    rows = check_rows(Rows(targets_N), logits_NV)
     objective = replace(NOTHING, temperature=temperature)
+    rows = check_rows(Rows(targets_N), logits_NV, objective)
+    # One pass with the loss's own code, so that both round alike: the ratio of a policy to itself
+    # is then 1 to the last bit.
     stats = RowStats.new(logits_NV, logits_NV.shape[0], has_loss=False)
     run_rows(logits_NV.detach(), rows, objective, stats, None, status)
     return stats.logp_N, stats.entropy_N
@@ -97,13 +85,14 @@ def run_rows(
     grad_NV: Tensor | None,
     status: Tensor | None,
 ) -> None:
-    """Fill stats and, if given, grad_NV (may be logits_NV) for rows whose weights are not 0."""
-    if logits_NV.shape[0] == 0:
+    """Fill stats and, if given, grad_NV (may be logits_NV); no row has a weight of 0."""
+    if logits_NV.shape[0] == 0:  # a grid of no programs cannot be launched
         return
     # The kernels walk along a row; how far apart rows are is free.
     if logits_NV.stride(1) != 1:
         logits_NV = logits_NV.contiguous()
     if uses_triton(logits_NV):
+        # Imported here: triton exists on Linux only, and a CPU needs none.
         from kernels.policy_loss_triton import launch_rows
 
         word = (torch.int64, (1,), logits_NV.device)
@@ -123,17 +112,15 @@ def uses_triton(tensor: Tensor) -> bool:
 
 
 def new_status(like: Tensor) -> Tensor | None:
+    # The CPU path raises at once and needs no word to leave a message in.
     return torch.zeros(1, dtype=torch.int64, device=like.device) if uses_triton(like) else None
-
-
-def weighted_sum(stats: RowStats, weights_N: Tensor) -> Tensor:
-    """The loss; summed in float64, so that it does not depend on the order of the rows."""
-    return (stats.loss_N.double() * weights_N.double()).sum().to(stats.loss_N.dtype)
 
 
 def scale_by_upstream(grads: list[Tensor | None], upstream: Tensor) -> None:
     """Multiply finished gradients by the upstream gradient, in place. On a GPU the value is never
     read by the host: the kernel leaves at once where it is 1."""
+    # In the trainers it is 1: everything that scales the loss is in the weights. A product by 1 of
+    # a 7B model's head gradient would move 1.7 GB a micro-batch for nothing.
     for grad in grads:
         if grad is None or grad.numel() == 0:
             continue
@@ -145,73 +132,62 @@ def scale_by_upstream(grads: list[Tensor | None], upstream: Tensor) -> None:
             grad.mul_(upstream)
 
 
-def hand_out(ctx, upstream: Tensor) -> list[Tensor | None]:
-    """Return the gradients that forward left in ctx.grads, once, scaled by upstream."""
-    # Autograd runs backward with gradients enabled only for create_graph=True.
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "a fused loss has no second derivative (create_graph=True): its gradient is a constant "
-            "made in the forward pass; use kernels.reference"
-        )
-    if ctx.grads is None:
-        raise RuntimeError(
-            "backward ran twice through a fused loss: its gradient is made in the forward pass "
-            "and handed out once; compute the loss again instead of retain_graph=True"
-        )
-    grads, ctx.grads = ctx.grads, None  # dropped here, so that autograd may keep the memory
-    scale_by_upstream(grads, upstream)
-    return grads
-
-
-class _PolicyLossFromLogits(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits_NV, rows, objective, needs_grad, inplace, status):
-        logits_NV = logits_NV.detach()
-        grad_NV = None
-        if needs_grad:
-            # Row by row in memory, as the kernels write it, however the logits lie.
-            grad_NV = logits_NV if inplace else logits_NV.new_empty(logits_NV.shape)
-        stats = RowStats.new(logits_NV, logits_NV.shape[0], has_loss=True)
-        # The Triton kernel skips rows of weight 0 itself: finding them here would wait for it.
-        index_M = None if uses_triton(logits_NV) else rows.weights_N.nonzero()[:, 0]
-        if index_M is None or len(index_M) == logits_NV.shape[0]:
-            run_rows(logits_NV, rows, objective, stats, grad_NV, status)
-        else:
-            stats = _run_kept_rows(logits_NV, rows, index_M, objective, grad_NV)
-        if inplace and needs_grad:
-            torch.autograd.graph.increment_version(logits_NV)  # the kernel's writes are not seen
-        ctx.grads = [grad_NV]
-        ctx.mark_non_differentiable(*stats)
-        return weighted_sum(stats, rows.weights_N), *stats
+class _Given(torch.autograd.Function):
+    """A loss whose gradients by `inputs` are made already: backward hands them out, once."""
 
     @staticmethod
-    def backward(ctx, upstream, *_):
-        return hand_out(ctx, upstream)[0], None, None, None, None, None
+    def forward(ctx, loss, grads, *inputs):
+        # inputs are only named, for autograd to know whose gradients these are.
+        ctx.grads = grads
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        # Autograd runs backward with gradients enabled only for create_graph=True.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a fused loss has no second derivative (create_graph=True): its gradient is a "
+                "constant made in the forward pass; use kernels.reference"
+            )
+        if ctx.grads is None:
+            raise RuntimeError(
+                "backward ran twice through a fused loss: its gradient is made in the forward pass "
+                "and handed out once; compute the loss again instead of retain_graph=True"
+            )
+        grads, ctx.grads = ctx.grads, None  # dropped here, so that autograd may keep the memory
+        scale_by_upstream(grads, upstream)
+        return None, None, *grads
 
 
-def _run_kept_rows(logits_NV, rows, index_M, objective, grad_NV) -> RowStats:
-    # On a CPU rows of weight 0 are cheaper to leave out than to skip.
-    ids_N = torch.arange(len(rows.targets_N), device=logits_NV.device)
-    rows_M = rows._replace(ids_N=ids_N).take(index_M)
-    logits_MV = logits_NV[index_M]  # a copy, so the gradient may go over it
-    stats_M = RowStats.new(logits_MV, len(index_M), has_loss=True)
-    grad_MV = None if grad_NV is None else logits_MV
-    run_rows(logits_MV, rows_M, objective, stats_M, grad_MV, None)
-    if grad_NV is not None:
-        grad_NV.zero_().index_copy_(0, index_M, logits_MV)
-    return stats_M.spread(index_M, len(rows.targets_N))
+def with_gradients(
+    stats: RowStats,
+    weights_N: Tensor,
+    inputs: tuple[Tensor, ...],
+    grads: list[Tensor | None],
+    status: Tensor | None,
+) -> PolicyLossOutput:
+    """Return the loss, with the finished gradients behind it, and what each row had."""
+    # The weights carry 1 / (P G |o|) of Eq. 3 already, so a sum is all that is left to do.
+    # Summed in float64, so that it does not depend on the order of the rows.
+    loss = (stats.loss_N.double() * weights_N.double()).sum().to(stats.loss_N.dtype)
+    return PolicyLossOutput(_Given.apply(loss, grads, *inputs), **stats._asdict(), status=status)
 
 
-def _from_logits(logits_NV, rows, objective, inplace, status) -> PolicyLossOutput:
+def _from_logits(logits_NV, rows, objective, status) -> PolicyLossOutput:
     check_logits(logits_NV)
-    rows = check_rows(rows, logits_NV)
-    check_reference(objective, rows)
-    needs_grad = logits_NV.requires_grad and torch.is_grad_enabled()
-    if inplace and needs_grad and (logits_NV.is_leaf or logits_NV.stride(1) != 1):
-        raise ValueError("logits_NV: inplace needs the contiguous output of a layer, not a leaf")
+    all_rows = check_rows(rows, logits_NV, objective)
     status = new_status(logits_NV) if status is None else status
-    loss, *stats = _PolicyLossFromLogits.apply(
-        logits_NV, rows, objective, needs_grad, inplace, status
-    )
-    stats = RowStats(*stats)
-    return PolicyLossOutput(loss, **stats._asdict(), status=status)
+    num_rows = logits_NV.shape[0]
+    needs_grad = logits_NV.requires_grad and torch.is_grad_enabled()
+    with torch.no_grad():
+        index_M = all_rows.weights_N.nonzero()[:, 0]
+        # A copy, so the gradient may go over it. It costs a read and a write of the logits more
+        # than a kernel that skips rows: this form is for study and tests, linear.py for training.
+        logits_MV = logits_NV[index_M]
+        stats = RowStats.new(logits_MV, len(index_M), has_loss=True)
+        grad_MV = logits_MV if needs_grad else None
+        run_rows(logits_MV, all_rows.take(index_M), objective, stats, grad_MV, status)
+        # Back to the caller's N rows: those of weight 0 hold 0 in every output.
+        stats = RowStats(*(spread(x_M, index_M, num_rows) for x_M in stats))
+        grads = [spread(grad_MV, index_M, num_rows) if needs_grad else None]
+    return with_gradients(stats, all_rows.weights_N, (logits_NV,), grads, status)

@@ -8,6 +8,7 @@ it costs nothing there. Bad values raise at once. Also runs float64 logits on an
 import torch
 from torch import Tensor
 
+from kernels import reference
 from kernels.reference import Objective
 from kernels.rows import Rows, RowStats, bad_row_error
 
@@ -86,39 +87,22 @@ def _loss_and_slope(logp_B: Tensor, rows: Rows, objective: Objective, stats: Row
         stats.loss_N.copy_(-logp_B)
         stats.ratio_N.fill_(1.0)
         return torch.full_like(logp_B, -1.0)
+    # A few numbers a row, beside V logits: here the equations can be the reference's own, and
+    # only what is done V times a row has a fast form.
     advantages_B = rows.advantages_N.double()
-    # One update per batch: the policy is its own old policy, and the ratio 1 by definition.
-    if rows.old_logp_N is None:
-        ratio_B = torch.ones_like(logp_B)
-    else:
-        ratio_B = (logp_B - rows.old_logp_N).exp()
-    # The clip holds a token back only where the ratio has already left on the gaining side. On the
-    # losing side min() takes the unclipped term, so that the policy can come back.
-    low_B = (ratio_B < 1.0 - objective.clip_eps_low) & (advantages_B < 0)
-    high_B = (ratio_B > 1.0 + objective.clip_eps_high) & (advantages_B > 0)
-    bounded_B = ratio_B.clamp(1.0 - objective.clip_eps_low, 1.0 + objective.clip_eps_high)
-    loss_B = -torch.minimum(ratio_B * advantages_B, bounded_B * advantages_B)  # Eq. 3
-    # d(rho A)/dlogp = rho A, because d exp(x)/dx = exp(x); a clipped token is a constant.
-    slope_B = (-ratio_B * advantages_B).masked_fill_(low_B | high_B, 0.0)
+    ratio_B = reference.ratio(logp_B, rows.old_logp_N)
+    loss_B = -reference.clipped_surrogate(ratio_B, advantages_B, objective)  # Eq. 3
     if rows.ref_logp_N is not None:
-        kl_B, pull_B = _kl_and_pull(rows.ref_logp_N - logp_B, objective.kl_estimator)
+        kl_B = reference.kl(logp_B, rows.ref_logp_N, objective.kl_estimator)  # Eq. 4
         stats.kl_N.copy_(kl_B)
         loss_B += objective.kl_coef * kl_B
-        slope_B -= objective.kl_coef * pull_B
     stats.loss_N.copy_(loss_B)
     stats.ratio_N.copy_(ratio_B)
-    stats.clipped_N.copy_(high_B.to(torch.int8) - low_B.to(torch.int8))
-    return slope_B
-
-
-def _kl_and_pull(log_ref_ratio_B: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
-    """The estimator's value at log(pi_ref / pi), and -dkl/dlogp (float64)."""
-    if estimator == "k1":
-        return -log_ref_ratio_B, torch.full_like(log_ref_ratio_B, -1.0)
-    if estimator == "k2":
-        return 0.5 * log_ref_ratio_B.square(), log_ref_ratio_B
-    excess_B = torch.expm1(log_ref_ratio_B)  # pi_ref / pi - 1
-    return excess_B - log_ref_ratio_B, excess_B  # Eq. 4
+    stats.clipped_N.copy_(reference.clip_side(ratio_B, advantages_B, objective))
+    # The gradient coefficient of Sec. 5.2 is that of the objective J, which the loss negates.
+    return -reference.gradient_coefficient(
+        logp_B, advantages_B, rows.old_logp_N, rows.ref_logp_N, objective
+    )
 
 
 def _checked_targets(rows: Rows, vocab_size: int) -> Tensor:
@@ -144,5 +128,4 @@ def _raise_bad_logits(logp_B: Tensor, max_B: Tensor, rows: Rows) -> None:
 
 
 def _row_id(rows: Rows, bad_N: Tensor) -> int:
-    row = bad_N.nonzero()[0]
-    return int(row if rows.ids_N is None else rows.ids_N[row])
+    return int(rows.ids_N[bad_N.nonzero()[0]])

@@ -46,7 +46,7 @@ def policy_loss_kernel(
     advantages_ptr,  # (N,) fp32 or fp64; None: cross entropy
     old_logp_ptr,  # (N,) fp32 or fp64, or None
     ref_logp_ptr,  # (N,) fp32 or fp64, or None
-    ids_ptr,  # (N,) int64, row numbers for the status word, or None
+    ids_ptr,  # (N,) int64, row numbers for the status word
     logp_ptr,  # (N,) fp64
     entropy_ptr,  # (N,) fp32, as are the next three
     loss_ptr,
@@ -70,11 +70,7 @@ def policy_loss_kernel(
         grad_ptr += row * grad_stride
     weight = tl.full([], 1.0, tl.float64)
     if weights_ptr is not None:
-        weight = tl.load(weights_ptr + row).to(tl.float64)
-        if weight == 0.0:  # its outputs were made as zeros, its target is never read
-            if grad_ptr is not None:
-                _store_zeros(grad_ptr, vocab_size, THREADS)
-            return
+        weight = tl.load(weights_ptr + row).to(tl.float64)  # not 0: those rows were dropped
     exponent_scale = tl.cast(inverse_temperature * LOG2_E, tl.float32)
     target = tl.load(targets_ptr + row).to(tl.int64)
     in_range = (target >= 0) & (target < vocab_size)
@@ -108,10 +104,7 @@ def policy_loss_kernel(
     code = tl.where(in_range, code, 1)
     if status_ptr is not None:  # noqa: SIM102  (known at compile time, the next one is not)
         if code != 0:
-            row_id = row
-            if ids_ptr is not None:
-                row_id = tl.load(ids_ptr + row)
-            tl.store(status_ptr, row_id * 256 + code)
+            tl.store(status_ptr, tl.load(ids_ptr + row) * 256 + code)
     poison = tl.where(code == 0, 0.0, float("nan"))  # a bad row is NaN throughout
     tl.store(logp_ptr + row, logp + poison)
     tl.store(entropy_ptr + row, entropy + poison)
@@ -216,14 +209,6 @@ def _store_minus_p(
         grad = -scale * tl.exp2((x - row_max) * exponent_scale)
         mask = start + offsets < vocab_size
         tl.store(grad_ptr + start + offsets, grad, mask=mask, cache_modifier=".cs")
-
-
-@triton.jit
-def _store_zeros(grad_ptr, vocab_size, THREADS: tl.constexpr):
-    for start in range(0, vocab_size, THREADS * PER_THREAD):
-        offsets = start + _offsets(THREADS)
-        zeros = tl.zeros([THREADS, PER_THREAD], tl.float32)
-        tl.store(grad_ptr + offsets, zeros, mask=offsets < vocab_size)
 
 
 @triton.jit

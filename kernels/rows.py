@@ -21,7 +21,9 @@ class Rows(NamedTuple):
     advantages_N: Tensor | None = None  # None with weights: cross entropy
     old_logp_N: Tensor | None = None
     ref_logp_N: Tensor | None = None
-    ids_N: Tensor | None = None  # int64 row numbers of the caller, where rows were dropped before
+    # int64, each row's number in the caller's tensors: rows are dropped and cut into chunks, and an
+    # error must still name the row that its reader can look up.
+    ids_N: Tensor | None = None
 
     def take(self, index: slice | Tensor) -> "Rows":
         return Rows(*(None if field is None else field[index] for field in self))
@@ -47,10 +49,12 @@ class RowStats(NamedTuple):
     def take(self, index: slice) -> "RowStats":
         return RowStats(*(None if field is None else field[index] for field in self))
 
-    def spread(self, index_M: Tensor, num_rows: int) -> "RowStats":
-        """Put row m at index_M[m] of num_rows rows; the others hold 0."""
-        spread = (x.new_zeros(num_rows).index_copy_(0, index_M, x) for x in self if x is not None)
-        return RowStats(*spread)
+
+def spread(values_M: Tensor, index_M: Tensor, num_rows: int) -> Tensor:
+    """Put row m at index_M[m] of num_rows rows; the others hold 0."""
+    if len(index_M) == num_rows:  # all rows were kept: nothing is copied
+        return values_M
+    return values_M.new_zeros(num_rows, *values_M.shape[1:]).index_copy_(0, index_M, values_M)
 
 
 # What the low byte of the status word and the CPU's errors mean; the row number is above it.
@@ -109,14 +113,12 @@ def check_head(hidden_ND: Tensor, head_VD: Tensor) -> None:
         )
 
 
-def check_reference(objective: Objective, rows: Rows) -> None:
+def check_rows(rows: Rows, like_N: Tensor, objective: Objective) -> Rows:
+    """Return rows, numbered and contiguous; raise ValueError naming the argument that does not fit
+    like_N, the tensor whose first dimension is N."""
+    # beta > 0 without a reference would train on the surrogate alone, without a word (Eq. 3).
     if objective.kl_coef > 0 and rows.ref_logp_N is None:
         raise ValueError("kl_coef > 0 needs ref_logp_N: the KL is against the reference")
-
-
-def check_rows(rows: Rows, like_N: Tensor) -> Rows:
-    """Return rows with contiguous fields; raise ValueError naming the argument that does not fit
-    like_N, the tensor whose first dimension is N."""
     # A field of the wrong length would be read past its end by the kernel, without any error.
     checked = {}
     for name, field in rows._asdict().items():
@@ -126,12 +128,12 @@ def check_rows(rows: Rows, like_N: Tensor) -> Rows:
             raise ValueError(f"{name} must be [{like_N.shape[0]}], got {list(field.shape)}")
         if field.device != like_N.device:
             raise ValueError(f"{name} is on {field.device}, the logits or hidden states are not")
-        integer = name in ("targets_N", "ids_N")
-        allowed = (torch.int64, torch.int32) if integer else (torch.float32, torch.float64)
+        integer, floating = (torch.int64, torch.int32), (torch.float32, torch.float64)
+        allowed = integer if name == "targets_N" else floating
         if field.dtype not in allowed:
             raise ValueError(f"{name} must be {allowed[0]} or {allowed[1]}, got {field.dtype}")
         # The fused loss gives none of these a gradient: one that is asked for would be missing.
         if field.requires_grad:
             raise ValueError(f"{name} is a constant of the loss: detach it")
         checked[name] = field.contiguous()
-    return Rows(**checked)
+    return Rows(**checked, ids_N=torch.arange(like_N.shape[0], device=like_N.device))

@@ -59,6 +59,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "ffn_width")
+        # Sizes also come from other people's config.json: a wrong one is named before it is built.
         for name in (*sizes, "max_context"):
             if getattr(self, name) < 1:
                 raise ValueError(f"ModelConfig.{name} is {getattr(self, name)}; it must be >= 1")
@@ -94,6 +95,7 @@ class ModelConfig:
     @property
     def num_parameters(self) -> int:
         """Count the parameters without building the model; a tied head counts once."""
+        # Queries and output are D x HE each, keys and values D x KE; a SwiGLU has three D x F.
         attention = 2 * self.width * self.head_size * (self.num_heads + self.num_kv_heads)
         attention += self.head_size * (self.num_heads + 2 * self.num_kv_heads) * self.qkv_bias
         attention += 2 * self.head_size * self.qk_norm
@@ -196,6 +198,7 @@ def attend(query_BTHE: Tensor, key_BTKE: Tensor, value_BTKE: Tensor, mask: Tenso
         value_BTKE.transpose(1, 2),
         attn_mask=mask,
         is_causal=mask is None,
+        # H / K query heads share one key and value head, which is not copied for each of them.
         enable_gqa=query_BTHE.shape[2] != key_BTKE.shape[2],
     )
     return out_BHTE.transpose(1, 2)
@@ -223,9 +226,11 @@ class Attention(nn.Module):
     ) -> Tensor:
         query_BTHE = self.q_proj(x_BTD).unflatten(-1, (-1, self.head_size))
         key_BTKE = self.k_proj(x_BTD).unflatten(-1, (-1, self.head_size))
+        # Only queries and keys turn: their product then depends on how far apart two tokens are.
         query_BTHE = rotate(self.q_norm(query_BTHE), rope)
         key_BTKE = rotate(self.k_norm(key_BTKE), rope)
         value_BTKE = self.v_proj(x_BTD).unflatten(-1, (-1, self.head_size))
+        # While sampling, the keys and values of earlier tokens are the cache's to keep and to find.
         if cache is None:
             out_BTHE = attend(query_BTHE, key_BTKE, value_BTKE, mask)
         else:
@@ -241,6 +246,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(cfg.ffn_width, cfg.width, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        # Three matrices for two: at F = 8/3 D it has the size of a plain feed-forward of 4 D.
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
 
 
@@ -253,6 +259,7 @@ class Block(nn.Module):
         self.ffn = SwiGLU(cfg)
 
     def forward(self, x_BTD, rope, mask, cache) -> Tensor:
+        # Pre-norm: x itself is only ever added to, so the gradient reaches every block undamped.
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rope, mask, cache)
         return x_BTD + self.ffn(self.ffn_norm(x_BTD))
 
@@ -266,6 +273,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.width)
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_layers))
         self.final_norm = RMSNorm(cfg.width, cfg.rms_eps)
+        # The widest product of the model: 0.8 GB in bf16 at the 7B's shape, as is the embedding.
         self.head = nn.Linear(cfg.width, cfg.vocab_size, bias=False)
         if cfg.tied_head:
             self.head.weight = self.embedding.weight
@@ -277,6 +285,7 @@ class Transformer(nn.Module):
         DeepSeek-LLM draws with std 0.006 (arXiv:2401.02954 section 2.3) at widths of 2048 and more;
         the default 0.02 (GPT-2) suits the widths of 128 to 1024 that are trained from nothing here.
         """
+        # Drawn on the CPU and copied: a GPU's generator would give other numbers.
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():  # a tied head appears once
             if parameter.ndim == 1:
@@ -316,6 +325,7 @@ class Transformer(nn.Module):
         mask = None
         if segments_BT is not None:
             place_T = torch.arange(num_tokens, device=tokens_BT.device)
+            # Packed examples share a row, not their text: block-diagonal, and causal inside.
             same_BTT = segments_BT[:, :, None] == segments_BT[:, None, :]
             seen_BTT = same_BTT & visible(place_T[:, None], place_T)
             mask = attention_mask(seen_BTT, hidden_BTD.dtype)

@@ -121,9 +121,11 @@ def optimizer_step(
     grad_norm = float(clip_grad_norm(model.parameters(), max_grad_norm, dist))
     finite = math.isfinite(grad_norm)
     if finite and grad_norm > 0.0:
+        # Set anew each step, a function of the step alone: a resumed run needs no schedule's state.
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
+    # None, not zeros: the memory goes back before the next batch is sampled, 2 bytes a weight or 4.
     optimizer.zero_grad(set_to_none=True)
     return grad_norm, finite
 
@@ -180,5 +182,6 @@ def supervised_step(
     grad_norm, stepped = optimizer_step(
         model, optimizer, lr=lr, max_grad_norm=max_grad_norm, dist=dist
     )
+    # Weights are global, so ranks add up: a mean of their means would weigh short ranks too much.
     total = all_reduce_sum({"loss": float(torch.stack(losses).double().sum())}, dist)
     return {"loss": total["loss"], "grad_norm": grad_norm, "stepped": float(stepped)}

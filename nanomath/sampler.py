@@ -41,7 +41,9 @@ class KeyValues:
     ) -> Tensor:
         """Append keys and values; return the attention of the queries to all of them."""
         for kept, new in ((self.keys, key_GTKE), (self.values, value_GTKE)):
+            # Copies all that was there, for every token anew: the price of having no fixed size.
             kept[layer] = torch.cat((kept[layer], new), dim=1) if layer in kept else new
+        # The queries are the last of the tokens so far: all of a prompt, or the one new token.
         place_S = torch.arange(self.length, device=self.device)
         seen_1TS = visible(place_S[-query_GTHE.shape[1] :, None], place_S)[None]
         mask = attention_mask(seen_1TS, query_GTHE.dtype)
@@ -49,6 +51,7 @@ class KeyValues:
 
     def copy(self, group_size: int) -> None:
         """Give each of G outputs its own copy of a prompt's keys and values."""
+        # G times the memory of the prompt: what engine/cache.py saves by holding it once a group.
         for kept in (self.keys, self.values):
             for layer, prompt_1SKE in kept.items():
                 kept[layer] = prompt_1SKE.repeat(group_size, 1, 1, 1)
@@ -77,6 +80,8 @@ def sample_group(
     cache.copy(len(keys_G))
     tokens_GT, logp_GT = torch.zeros(2, len(keys_G), 0, device=device)
     for position in range(min(max_new_tokens, model.cfg.max_context - len(prompt))):
+        # The position is the place in the output's stream: the engine draws there with other
+        # neighbours, and at other times, the same number.
         uniform_G = uniform_noise(keys_G, torch.tensor(position, device=device))
         token_G, logp_G = choose_tokens(
             logits_GV, uniform_G, temperature=temperature, vocab_limit=vocab_limit
@@ -116,6 +121,7 @@ def sample_groups(
     The arguments are that function's. Raises ValueError for those that only it has, for a prompt
     that leaves no room, and for logits that are not finite.
     """
+    # A setting that was ignored in silence would sample from another distribution than asked for.
     if refused:
         raise ValueError(f"the plain sampler has no {', '.join(refused)}: take the engine")
     if not all(0 < len(prompt) < model.cfg.max_context for prompt in prompts):
@@ -127,6 +133,8 @@ def sample_groups(
     rows = []
     for prompt, keys_G in zip(prompts, keys_PG, strict=True):
         rows += sample_group(model, prompt, keys_G, **how)
+    # A NaN would still draw some token, and its log-probability would reach the update.
     if not all(bool(logp_T.isfinite().all()) for _, logp_T, _ in rows):
         raise NotFinite("sample_groups: the model's logits are not finite")
+    # The most likely token is not a draw from the policy: Eq. 3's expectation needs draws.
     return Rollouts.of_rows(rows, group_size, from_policy=temperature > 0)

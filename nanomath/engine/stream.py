@@ -34,6 +34,7 @@ def sample_groups(
     samples = list(sample_stream(model, prompts, group_size, **settings))
     # Samples come in the order in which they end: short ones of any group first.
     samples.sort(key=lambda sample: (sample.prompt, sample.index))
+    # Only draws from the full softmax are the policy's own: Eq. 3 divides by their probability.
     how = Settings(**settings)
     return Rollouts.of_rows(
         [(sample.tokens_T, sample.logp_T, sample.finished) for sample in samples],
@@ -55,11 +56,14 @@ def sample_stream(
     cfg, weight, how = model.cfg, model.embedding.weight.detach(), Settings(**settings)
     how.prompt_ids = range(len(prompts)) if how.prompt_ids is None else how.prompt_ids
     how.vocab_limit = cfg.vocab_size if how.vocab_limit is None else how.vocab_limit
+    # Fixed shapes on a GPU, where they make CUDA graphs; a CPU would only compute the padding.
     how.static = weight.is_cuda if how.static is None else how.static
+    # Not itself a generator: what cannot be right is refused here, not at the first sample.
     _check(cfg, prompts, group_size, how)
 
     # A sample ends at its limit or where the context does, whichever comes first.
     room_P = [min(how.max_new_tokens, cfg.max_context - len(prompt)) for prompt in prompts]
+    # On the host: one integer a row, which travels with it to whatever slot it gets.
     keys_PG = stream_keys(how.seed, how.step, how.prompt_ids, range(group_size)).tolist()
     rows = [
         Row(p, g, keys_PG[p][g], room_P[p]) for p in range(len(prompts)) for g in range(group_size)
@@ -79,6 +83,7 @@ def _new_cache(
     """Return a cache for as many rows as may be sampled at a time."""
     # A prompt without room gives empty samples: it is not even run.
     prompt_width = max((len(prompt) for prompt, room in zip(prompts, room_P) if room), default=0)
+    # The longest output there can be, not the longest there will be: nothing grows while sampling.
     own_width = max(room_P, default=0)
     num_blocks = max(1, math.ceil(own_width / (128 if how.static else 16)))
     block = math.ceil(own_width / num_blocks)
@@ -87,6 +92,7 @@ def _new_cache(
     per_token = cache_bytes_per_token(cfg, weight.dtype)
     needs = (how.cache_gb, per_token * prompt_width, per_token * num_blocks * block)
     num_rows, num_slots = fit_rows(len(prompts), group_size, how.max_rows, *needs)
+    # Rows of one group stand together, so that its prompt's keys are read once for all of them.
     per_slot = min(group_size, num_rows)
     size = CacheSize(num_rows, num_slots, per_slot, prompt_width, num_blocks, block)
     return GroupCache(cfg, weight, size, how.static)
@@ -99,6 +105,7 @@ def _stream(batch: Scheduler, rows: Sequence[Row], progress: float | None) -> It
         total=len(rows), desc="sampling", unit=" samples", disable=progress is None,
         delay=progress or 0.0, leave=not progress,
     )  # fmt: skip
+    # The bar counts samples, of unlike lengths: tokens a second is the rate that stays even.
     try:
         for sample in batch.run(rows):
             num_tokens += len(sample.tokens_T)
@@ -116,6 +123,7 @@ def _stream(batch: Scheduler, rows: Sequence[Row], progress: float | None) -> It
 def _check(
     cfg: ModelConfig, prompts: Sequence[Sequence[int]], group_size: int, how: Settings
 ) -> None:
+    # One table of ranges: a NaN is in none of them, because it compares to nothing.
     for name, value, low, high in (
         ("group_size", group_size, 1, math.inf),
         ("max_new_tokens", how.max_new_tokens, 0, math.inf),

@@ -39,8 +39,8 @@ def launch(kind, num_rows, vocab_size, objective, dtype=torch.bfloat16, stride=N
     ones_N, ids_N = ones_N[first:], ids_N[first:]
     rows = {
         "policy_loss": Rows(ids_N, ones_N, ones_N, ones_N, ones_N, ids_N),
-        "cross_entropy": Rows(ids_N, ones_N),
-        "token_logprobs": Rows(ids_N),
+        "cross_entropy": Rows(ids_N, ones_N, ids_N=ids_N),
+        "token_logprobs": Rows(ids_N, ids_N=ids_N),
     }[kind]
     stats = RowStats.new(logits_NV, first + num_rows, has_loss=rows.weights_N is not None)
     stats = stats.take(slice(first, None))

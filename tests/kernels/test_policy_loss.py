@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from kernels import Objective, reference
-from kernels.policy_loss import uses_triton
-from kernels.rows import BAD_ROW_REASONS
+from kernels.policy_loss import NOTHING, run_rows, uses_triton
+from kernels.rows import BAD_ROW_REASONS, Rows, RowStats
 
 # Rows with infinities make NaN on purpose, and the interpreter runs on numpy, which warns of them.
 pytestmark = [
@@ -113,13 +113,14 @@ def test_offsets_beyond_32_bits(interpreted):
     logits_NV.copy_(values_NV)
     targets_N, weights_N = torch.tensor([3, 5]), torch.ones(2)
     with interpreted():
-        overwritten_NV = logits_NV.requires_grad_().view_as(logits_NV)
-        output = kernels.cross_entropy(overwritten_NV, targets_N, weights_N=weights_N, inplace=True)
+        stats = RowStats.new(logits_NV, 2, has_loss=True)
+        rows = Rows(targets_N, weights_N, ids_N=torch.arange(2))
+        run_rows(logits_NV, rows, NOTHING, stats, logits_NV, None)
     exact_NV = values_NV.double().requires_grad_()
     exact = reference.cross_entropy(exact_NV, targets_N, weights_N=weights_N.double())
     exact.loss.backward()
-    torch.testing.assert_close(output.logp_N.double(), exact.logp_N, rtol=2e-6, atol=2e-6)
-    torch.testing.assert_close(logits_NV.detach().double(), exact_NV.grad, rtol=4e-3, atol=4e-3)
+    torch.testing.assert_close(stats.logp_N, exact.logp_N, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(logits_NV.double(), exact_NV.grad, rtol=4e-3, atol=4e-3)
 
 
 class Waits(TorchDispatchMode):
@@ -137,8 +138,8 @@ class Waits(TorchDispatchMode):
 
 
 def test_nothing_waits_for_the_device(monkeypatch, make_case):
-    """Between the launches no operator reads a value back, neither in forward nor in backward;
-    from hidden states it is one: how many rows are kept."""
+    """Between the launches one operator reads a value back, in forward: how many rows are kept;
+    scoring reads none."""
     case = make_case(23, 100, seed=6)
     launched = []
     launches = types.SimpleNamespace(
@@ -153,7 +154,7 @@ def test_nothing_waits_for_the_device(monkeypatch, make_case):
         output = kernels.policy_loss(logits_NV, case.targets_N, **case.rows(), objective=OBJECTIVE)
         output.loss.backward()
         kernels.token_logprobs(logits_NV, case.targets_N)
-    assert waits.seen == [] and launched == ["rows", "scale", "rows"]
+    assert waits.seen == ["nonzero"] and launched == ["rows", "scale", "rows"]
     hidden_ND = torch.randn(23, 8, requires_grad=True)
     head_VD = torch.randn(100, 8, requires_grad=True)
     with Waits() as waits:
@@ -420,27 +421,6 @@ def test_gradient_is_handed_out_once(device, make_case):
         torch.autograd.grad(loss, logits_NV, create_graph=True)
     torch.autograd.grad(loss, logits_NV, retain_graph=True)
     with pytest.raises(RuntimeError, match="backward ran twice"):
-        loss.backward()
-
-
-def test_inplace_writes_the_gradient_over_the_logits(device, make_case):
-    """With inplace the gradient is the logits' own memory and equal; misuse is an error."""
-    case = make_case(24, 100, seed=10).to(device)
-    leaf_NV = case.logits_NV.clone().requires_grad_()
-    expected, expected_NV = run(kernels, case)
-    logits_NV = leaf_NV * 1.0  # a layer that does not need its output in backward
-    output = kernels.policy_loss(logits_NV, case.targets_N, OBJECTIVE, **case.rows(), inplace=True)
-    torch.testing.assert_close(logits_NV.detach(), expected_NV, rtol=0, atol=0)
-    assert output.loss.item() == expected.loss.item()
-    output.loss.backward()
-    torch.testing.assert_close(leaf_NV.grad, expected_NV, rtol=0, atol=0)
-    with pytest.raises(ValueError, match="logits_NV: inplace"):
-        kernels.policy_loss(leaf_NV, case.targets_N, OBJECTIVE, **case.rows(), inplace=True)
-    needed_NV = leaf_NV.clamp(-50, 50).sigmoid()  # keeps its output for backward
-    loss = kernels.cross_entropy(
-        needed_NV, case.targets_N, weights_N=case.weights_N, inplace=True
-    ).loss
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
