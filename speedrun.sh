@@ -12,7 +12,7 @@ usage() {
 usage: bash speedrun.sh [--preset smoke|cpu|gpu] [--seed N] [--run_dir DIR] [--table1]
 
   --preset smoke   a minute or two: every stage, far too small to learn anything
-  --preset cpu     18 to 20 minutes on two cores (default without an NVIDIA GPU)
+  --preset cpu     under 20 minutes on two cores (default without an NVIDIA GPU)
   --preset gpu     one NVIDIA GPU (default where there is one)
   --seed N         seed of weights, solutions, data order and samples [0]
   --run_dir DIR    where everything is written [runs/speedrun-PRESET, with -seedN after it]
