@@ -504,7 +504,7 @@ def test_data_without_heldout_rows_is_refused(run_folder, dist):
     [
         ({"checkpoint": "none"}, "no checkpoint under .*none, .*: bash speedrun.sh"),
         ({"compare": "none.json"}, "--compare none.json: no such file"),
-        ({"problems": "none.jsonl"}, "none.jsonl: no such file"),
+        ({"problems": "none.jsonl"}, "none.jsonl is missing"),
         ({"max_number": 1, "max_target": 2}, "widen the ranges"),
         ({"tasks": ("gsm8k",), "problems": "own.jsonl"}, "--problems is read by --tasks jsonl and"),
         ({"compare": "x/../figures.json"}, "figures.json: --compare and --out are one file"),

@@ -327,7 +327,7 @@ def test_every_command_takes_a_folder(folder, tmp_path, monkeypatch, capsys):
     cfg = parse(
         evaluate.EvalConfig, presets.EVALUATION, ["--preset", "smoke", "--checkpoint", str(folder)]
     )
-    model = evaluate.prepare(cfg, dist_tests.ALONE)[0]
+    model = evaluate.open_model(cfg, dist_tests.ALONE)[0]
     assert torch.equal(model(tokens(1, 9, 300)), start(tokens(1, 9, 300)))
     capsys.readouterr()
     sample.main(
