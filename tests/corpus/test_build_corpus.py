@@ -201,7 +201,7 @@ def test_a_folder_in_use_is_refused(tmp_path):
     with run_lock(tmp_path):
         refused = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert refused.returncode != 0 and "Traceback" not in refused.stderr
-        assert re.search(r"error: .* in use", refused.stderr)
+        assert re.fullmatch(r".* is in use by .*\n", refused.stderr)
         assert not (tmp_path / "config.json").exists()
     assert subprocess.run(command, capture_output=True, cwd=ROOT).returncode == 0
     assert (tmp_path / "corpus.jsonl").stat().st_size > 0
