@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from nanomath.base.files import read_json
 from nanomath.base.log import new_figure, read_metrics, save_figure
 
 
@@ -52,7 +53,10 @@ def draw_curves(runs: Sequence[Path], panels: Sequence[tuple[str, str, str]], pa
         for run in runs:
             rows = [row for row in read_metrics(run / stage) if name in row]
             steps = [row["step"] + 1 for row in rows]
-            axis.plot(steps, [row[name] for row in rows], linewidth=1.2, label=run.name)
+            seed = read_json(run / stage / "config.json", "run the stage again")["seed"]
+            axis.plot(
+                steps, [row[name] for row in rows], linewidth=1.2, label=f"{run.name}, seed {seed}"
+            )
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
