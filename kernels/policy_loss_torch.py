@@ -1,9 +1,9 @@
 """The row pass on a CPU: same results as policy_loss_triton.py, few passes, no [N, V] temporary.
 
 Works through the rows in blocks that stay in the cache: two block buffers are allocated once and
-every operation writes into one of them. What is per row rather than per logit is done in float64 by
-the functions of reference.py, which costs nothing there. Bad values raise at once. Also runs float64
-logits on any device.
+every operation writes into one of them. What is per row rather than per logit is done in float64,
+which costs nothing there, by the functions of reference.py. Bad values raise at once. Also runs
+float64 logits on any device.
 """
 
 import torch
