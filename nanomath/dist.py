@@ -222,6 +222,7 @@ def copy_weights(dst: nn.Module, src: nn.Module) -> None:
     """
     reshard(dst)
     reshard(src)
+    # Both were sharded alike, so every rank holds the same rows of both.
     for mine, theirs in zip(dst.parameters(), src.parameters(), strict=True):
         local(mine).copy_(local(theirs))
 
@@ -249,6 +250,7 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None, dist: D
         norm = math.sqrt(all_reduce_sum({"squares": squares.item()}, dist)["squares"])
         if math.isfinite(norm):
             break
+    # The norm is the same number on all ranks, so all of them scale, or none does.
     if max_norm is not None and math.isfinite(norm) and norm > max_norm:
         for grad in grads:
             local(grad).mul_(max_norm / norm)
@@ -260,6 +262,7 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float | None, dist: D
 
 def all_reduce_sum(values: dict[str, float], dist: Dist) -> dict[str, float]:
     """Sum each value over ranks, in float64; the keys must be the same on all ranks."""
+    # All in one message: a collective costs its round trip, not its few numbers.
     sums = torch.tensor([float(value) for value in values.values()], dtype=torch.float64)
     if dist.mesh is not None and len(values):
         td.all_reduce(sums)
