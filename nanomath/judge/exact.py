@@ -142,13 +142,6 @@ class Algebra:
         # Of 1 and -1 any power is cheap, and only its parity counts.
         return self._checked(base ** (power % 2 if abs(base) == 1 else power))
 
-    def _term_power(self, base: Polynomial, count: int) -> Polynomial:
-        ((term, coefficient),) = base.items()
-        if count.bit_length() > 64:
-            raise Refused("power too high")
-        raised, factor = self._term({atom: power * count for atom, power in term})
-        return {raised: self._checked(self._raise(coefficient, count) * factor)}
-
     def _times(self, a: Polynomial, b: Polynomial) -> Polynomial:
         if a == _ONE or b == _ONE:
             return b if a == _ONE else a
@@ -180,7 +173,9 @@ class Algebra:
         if len(b.top) > 1:
             return Exact(self._times(a.top, b.bottom), self._times(a.bottom, b.top))
         # One term has an inverse of one term: 1/sqrt(2) is sqrt(2)/2, 1/x is x^-1.
-        inverse = self._term_power(b.top, -1)
+        ((term, coefficient),) = b.top.items()
+        inverse_term, factor = self._term({atom: -power for atom, power in term})
+        inverse = {inverse_term: factor / coefficient}
         return Exact(self._times(self._times(a.top, b.bottom), inverse), a.bottom)
 
     def power(self, base: Exact, exponent: Exact) -> Exact:
@@ -197,7 +192,11 @@ class Algebra:
             raise Refused("0^0")
         count = int(power)
         if base.bottom == _ONE and len(base.top) == 1:
-            return Exact(self._term_power(base.top, count), _ONE)
+            ((term, coefficient),) = base.top.items()
+            if count.bit_length() > 64:
+                raise Refused("power too high")
+            raised, factor = self._term({atom: n * count for atom, n in term})
+            return Exact({raised: self._checked(self._raise(coefficient, count) * factor)}, _ONE)
         if count > 64:
             raise Refused("power too high")
         result = number(1)

@@ -77,7 +77,7 @@ def read_value(text: str, *, thousands: bool = True) -> Value:
         return scalar(number(Fraction(text)))
     text = normalise(text)
     text = inside_text_command(text) or text
-    if condition := _CONDITION.fullmatch(text):
+    if text.startswith(r"\{") and (condition := _CONDITION.fullmatch(text)):
         text = condition[2]
     shown = without_text_commands(text)
     is_set = r"\mathbb" in text

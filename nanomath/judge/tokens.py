@@ -132,7 +132,8 @@ def spell_out(text: str, *, thousands: bool) -> str:
     """Write repeating decimals and mixed numbers as fractions, and numbers without separators."""
     if thousands and text[:1] not in "([{\\":
         text = _THOUSANDS.sub(lambda match: re.sub("[, ]", "", match[0]), text)
-    text = _ITERATED.sub(r"\1_{^\2}", text)  # an index: f^{-1} is no reciprocal, but f^2 is a power
+    if "^" in text:  # f^{-1}(0) has an index and is no reciprocal; f^2 is a power
+        text = _ITERATED.sub(r"\1_{^\2}", text)
     return _MIXED.sub(_mixed, _REPEATING.sub(_repeating, text))
 
 
