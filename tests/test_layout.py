@@ -32,7 +32,7 @@ TRAINERS = ("train_pretrain.py", "train_sft.py", "train_grpo.py")
 
 # Lines of code: without blank lines, comments and docstrings. A number is raised, or lowered, in
 # the commit that says why.
-BUDGETS = {"core": 2_900, "all": 10_700}
+BUDGETS = {"core": 2_900, "all": 10_750}
 FILE_LINES = {"core": 375, "wing": 520}
 README_LINES = 160
 

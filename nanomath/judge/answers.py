@@ -24,18 +24,24 @@ def is_equivalent(prediction: str, reference: str) -> bool:
         return bool(prediction.strip())
     if max(len(prediction), len(reference)) > MAX_CHARS:
         return False
-    return same_answer(read_answer(prediction), read_answer(reference))
+    a, b = read_value(prediction), read_value(reference)
+    if same_value(a, b):
+        return True
+    if "," not in prediction or "," not in reference:
+        return False
+    lists = [read_value(text, thousands=False) for text in (prediction, reference)]
+    return same_answer(Answer(a, lists[0]), Answer(b, lists[1]))
 
 
 class Answer(NamedTuple):
-    """An answer as a value and, where its commas may part a list, its text: "70,110"."""
+    """An answer as a value and, where its commas may part a list, as one: "70,110"."""
 
     value: Value
-    text: str
+    listed: Value | None
 
 
 def read_answer(text: str) -> Answer:
-    return Answer(read_value(text), text if "," in text else "")
+    return Answer(read_value(text), read_value(text, thousands=False) if "," in text else None)
 
 
 def same_answer(a: Answer, b: Answer) -> bool:
@@ -43,11 +49,10 @@ def same_answer(a: Answer, b: Answer) -> bool:
     is a list, in its order, only beside what is no number."""
     if same_value(a.value, b.value):
         return True
-    if not a.text or not b.text or a.value.kind == b.value.kind:
+    if not a.listed or not b.listed or a.value.kind == b.value.kind:
         return False
-    lists = [read_value(answer.text, thousands=False) for answer in (a, b)]
-    in_order = [Value("parts", items=x.items) for x in lists if x.kind == "list"]
-    return len(in_order) == 2 and same_value(*in_order)
+    lists = [Value("parts", items=x.listed.items) for x in (a, b) if x.listed.kind == "list"]
+    return len(lists) == 2 and same_value(*lists)
 
 
 def is_strict(prediction: str, reference: str) -> bool:
@@ -168,6 +173,8 @@ def _same_across(a: Value, b: Value, algebra: Algebra) -> bool:
             _is_unknown(side) and _same(other, b, algebra)
             for side, other in (a.items, a.items[::-1])
         )
+    if a.kind == "list" and len(a.items) == 1:  # {5}
+        return _same(a.items[0], b, algebra)
     if a.kind == "list" and b.kind == "union" and all(map(_is_ray, a.items)):
         return len(a.items) == len(b.items) and _same_items(a.items, b.items, algebra)
     if a.kind == "parts" and b.kind == "list" and len(a.items) == len(b.items):

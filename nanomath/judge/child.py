@@ -13,8 +13,11 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+
+MAX_REPLY_BYTES = 1 << 20  # a reply is a number and a message; more is a flood
 
 
 class Child:
@@ -39,7 +42,6 @@ class Child:
                 start_new_session=True,
             )
         self.pid = self._process.pid
-        self._replies = self._socket.makefile("rb")
         self._forwarding = threading.Thread(target=self._forward, args=(on_stderr,), daemon=True)
         self._forwarding.start()
 
@@ -49,11 +51,18 @@ class Child:
         Raises TimeoutError where the child does not read or answer in time, which ends the
         conversation, and ConnectionError where it has ended.
         """
+        give_up, reply = time.monotonic() + seconds, b""
         self._socket.settimeout(seconds)
         self._socket.sendall(request)
-        reply = self._replies.readline()
-        if not reply.endswith(b"\n"):
-            raise ConnectionError("the child has ended without an answer")
+        while not reply.endswith(b"\n"):
+            # One deadline for the whole reply: a child that drips must not begin it anew each time.
+            self._socket.settimeout(max(give_up - time.monotonic(), 1e-3))
+            chunk = self._socket.recv(1 << 16)
+            reply += chunk
+            if not chunk or len(reply) > MAX_REPLY_BYTES:
+                raise ConnectionError("the child has ended without an answer")
+            if time.monotonic() > give_up:
+                raise TimeoutError("the child has not answered in time")
         return reply
 
     def end(self, wait: float = 0.0) -> int | None:
@@ -66,7 +75,6 @@ class Child:
             os.killpg(self.pid, signal.SIGKILL)
         self._wait(5.0)
         self._forwarding.join(0.5)  # its last words; whoever else holds the pipe is not waited for
-        self._replies.close()
         self._socket.close()
         return self._process.returncode
 

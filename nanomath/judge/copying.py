@@ -11,7 +11,6 @@ fraction"). Answers that are words or options are always compared as strings, by
 import re
 from collections.abc import Iterator
 from functools import lru_cache
-from itertools import groupby
 
 from nanomath.judge.reader import read_value
 from nanomath.judge.tokens import normalise, without_text_commands
@@ -115,8 +114,9 @@ def _unwrapped(run: Symbols) -> Symbols:
 
 def _split(run: Symbols, marks: set[str]) -> Iterator[Symbols]:
     """Yield the runs between the marks, without units."""
-    for is_mark, piece in groupby(run, marks.__contains__):
-        item = () if is_mark else _unwrapped(tuple(piece))
+    places = [i for i, symbol in enumerate(run) if symbol in marks]
+    for begin, end in zip([-1, *places], [*places, len(run)], strict=True):
+        item = _unwrapped(run[begin + 1 : end])
         if match := _NUMBER_AND_UNIT.fullmatch(" ".join(item)):
             item = tuple(match[1].split())
         if item:

@@ -20,7 +20,6 @@ Signs are read as anyone would: "-3 + 5" is 2, "5 - -3" is 8. The caps bound the
 text of MAX_CHARS characters takes a few milliseconds.
 """
 
-import operator
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -31,13 +30,6 @@ MAX_DEPTH = 32
 
 _SPACE = " \t\r\n"
 _TOKEN = re.compile(r"[0-9]+|[-+*/()]| +|(?P<bad>.)", re.DOTALL)
-# How tightly each operation binds, and what it does.
-_OPERATIONS = {
-    "+": (1, operator.add),
-    "-": (1, operator.sub),
-    "*": (2, operator.mul),
-    "/": (2, operator.truediv),
-}
 
 
 @dataclass(frozen=True)
@@ -57,15 +49,13 @@ def read_equation(text: str) -> Reading:
     """Read one expression exactly. Never raises: a text that is not one has its error set."""
     try:
         tokens = _tokens(text)
-        rest = ["end", *reversed(tokens)]  # a stack: the next token is the last
-        value = _expression(rest, binding=0, depth=0)
-        if rest != ["end"]:
+        reader = _Reader(tokens)
+        value = reader.sum(depth=0)
+        if reader.position != len(tokens):
             raise _Refused("syntax")
     except _Refused as refused:
         return Reading(error=str(refused))
-    except ZeroDivisionError:
-        return Reading(error="division by zero")
-    return Reading(value, tuple(int(token) for token in tokens if token.isdigit()))
+    return Reading(value, tuple(reader.numbers))
 
 
 def _tokens(text: str) -> list[str]:
@@ -89,28 +79,49 @@ def _tokens(text: str) -> list[str]:
     return tokens
 
 
-def _expression(rest: list[str], binding: int, depth: int) -> Fraction:
-    """Take an operand, and more while the operations between them bind more tightly."""
-    value = _operand(rest, depth)
-    while (operation := _OPERATIONS.get(rest[-1])) and operation[0] > binding:
-        rest.pop()
-        value = operation[1](value, _expression(rest, operation[0], depth))
-    return value
+class _Reader:
+    def __init__(self, tokens: list[str]):
+        self.tokens = tokens
+        self.position = 0
+        self.numbers: list[int] = []
 
+    def _next_in(self, symbols: str) -> str | None:
+        """Take the next token if it is one of the symbols."""
+        if self.position < len(self.tokens) and self.tokens[self.position] in symbols:
+            self.position += 1
+            return self.tokens[self.position - 1]
+        return None
 
-def _operand(rest: list[str], depth: int) -> Fraction:
-    negative = False
-    while rest[-1] in ("+", "-"):  # a loop: a row of signs costs no depth
-        negative ^= rest.pop() == "-"
-    token = rest.pop()
-    if token == "(":
-        if depth == MAX_DEPTH:
-            raise _Refused("too deep")
-        value = _expression(rest, 0, depth + 1)
-        if rest.pop() != ")":
+    def sum(self, depth: int) -> Fraction:
+        value = self.product(depth)
+        while sign := self._next_in("+-"):
+            operand = self.product(depth)
+            value = value + operand if sign == "+" else value - operand
+        return value
+
+    def product(self, depth: int) -> Fraction:
+        value = self.factor(depth)
+        while sign := self._next_in("*/"):
+            operand = self.factor(depth)
+            if sign == "/" and operand == 0:
+                raise _Refused("division by zero")
+            value = value * operand if sign == "*" else value / operand
+        return value
+
+    def factor(self, depth: int) -> Fraction:
+        negative = False
+        while sign := self._next_in("+-"):  # a loop: a row of signs costs no depth
+            negative ^= sign == "-"
+        if self._next_in("("):
+            if depth == MAX_DEPTH:
+                raise _Refused("too deep")
+            value = self.sum(depth + 1)
+            if not self._next_in(")"):
+                raise _Refused("syntax")
+        elif self.position < len(self.tokens) and self.tokens[self.position].isdigit():
+            self.numbers.append(int(self.tokens[self.position]))
+            self.position += 1
+            value = Fraction(self.numbers[-1])
+        else:
             raise _Refused("syntax")
-    elif token.isdigit():
-        value = Fraction(int(token))
-    else:
-        raise _Refused("syntax")
-    return -value if negative else value
+        return -value if negative else value

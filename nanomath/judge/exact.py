@@ -10,16 +10,16 @@ may still be equal where a formal atom is in it (sin(x)^2 + cos(x)^2 is not 1 he
 import hashlib
 import re
 from fractions import Fraction
-from math import e, fsum, isfinite, isqrt, nan, pi, prod
+from math import e, fsum, gcd, isfinite, isqrt, pi, prod
 from typing import NamedTuple
 
 MAX_BITS = 4096  # of a numerator or denominator: 3^2007 is a gold answer of MATH
 MAX_WORK = 4000  # steps per answer: some milliseconds
 _PRIMES = [n for n in range(2, 1000) if all(n % d for d in range(2, isqrt(n) + 1))]
 
-# A name, or ("", n) for a number of which roots are taken: a prime, or -1, whose square root is i.
-Atom = tuple[str, int]
-Term = tuple[tuple[Atom, int | Fraction], ...]  # atoms with their powers, sorted; n's below 1
+# The k-th root of n is ("", k, n); any other atom is (name, 0, 0).
+Atom = tuple[str, int, int]
+Term = tuple[tuple[Atom, int], ...]  # atoms with their powers, sorted
 Polynomial = dict[Term, Fraction]  # without zeros
 
 
@@ -40,8 +40,7 @@ def number(value: Fraction | int) -> Exact:
 
 
 def symbol(name: str) -> Exact:
-    factor = (("", -1), Fraction(1, 2)) if name == "i" else ((name, 0), 1)
-    return Exact({(factor,): Fraction(1)}, _ONE)
+    return Exact({((("", 2, -1) if name == "i" else (name, 0, 0), 1),): Fraction(1)}, _ONE)
 
 
 def formal(name: str, *arguments: Exact) -> Exact:
@@ -66,14 +65,14 @@ def is_name(value: Exact) -> bool:
     if value.bottom != _ONE or list(value.top.values()) != [1]:
         return False
     (term,) = value.top
-    if not term or (len(term) > 1 and any(name[:4] != "abs#" for (name, _), _ in term)):
+    if not term or (len(term) > 1 and any(name[:4] != "abs#" for (name, _, _), _ in term)):
         return False  # of products, |AB| is one
-    return all(power == 1 and not _NOT_NAMED.fullmatch(name) for (name, _), power in term)
+    return all(p == 1 and not k and not _NOT_NAMED.fullmatch(name) for (name, k, _), p in term)
 
 
 def names(value: Exact) -> set[str]:
     """Return the names in a value: letters, constants, formal atoms; "" of a root."""
-    return {name for side in value for term in side for (name, _), _ in term}
+    return {name for side in value for term in side for (name, _, _), _ in term}
 
 
 def approximate(value: Exact) -> float | None:
@@ -91,9 +90,11 @@ def approximate(value: Exact) -> float | None:
         return None
 
 
-def _real(atom: Atom, power: int | Fraction) -> float:
-    name, n = atom
-    return (n if n > 0 else {"pi": pi, "e": e}.get(name, nan)) ** power
+def _real(atom: Atom, power: int) -> float:
+    name, k, n = atom
+    if k and n > 0:
+        return n ** (power / k)
+    return {"pi": pi, "e": e}.get(name, float("nan")) ** power
 
 
 def is_formal(name: Exact) -> bool:
@@ -124,12 +125,13 @@ class Algebra:
             total[term] = self._checked(total.get(term, 0) + coefficient)
         return {term: coefficient for term, coefficient in total.items() if coefficient}
 
-    def _term(self, powers: dict[Atom, int | Fraction]) -> tuple[Term, Fraction]:
-        """Reduce the powers of numbers: the term that is left, and its rational factor."""
+    def _term(self, powers: dict[Atom, int]) -> tuple[Term, Fraction]:
+        """Reduce the powers of roots: the term that is left, and its rational factor."""
         factor, kept = Fraction(1), []
         for atom, power in sorted(powers.items()):
-            if n := atom[1]:
-                whole, power = divmod(power, 1)
+            _, k, n = atom
+            if k:
+                whole, power = divmod(power, k)
                 factor *= self._raise(Fraction(n), whole)
             if power:
                 kept.append((atom, power))
@@ -175,8 +177,8 @@ class Algebra:
         # One term has an inverse of one term: 1/sqrt(2) is sqrt(2)/2, 1/x is x^-1.
         ((term, coefficient),) = b.top.items()
         inverse_term, factor = self._term({atom: -power for atom, power in term})
-        inverse = {inverse_term: factor / coefficient}
-        return Exact(self._times(self._times(a.top, b.bottom), inverse), a.bottom)
+        inverse = Exact({inverse_term: factor / coefficient}, _ONE)
+        return self.multiply(Exact(self._times(a.top, b.bottom), a.bottom), inverse)
 
     def power(self, base: Exact, exponent: Exact) -> Exact:
         power = rational(exponent)
@@ -210,19 +212,22 @@ class Algebra:
         A sum in the exponent becomes a product, a positive factor of the base its primes; others
         stay: (ab)^n is not a^n b^n where n is 1/2 and both are negative.
         """
-        if exponent.bottom != _ONE:
-            return formal("power", base, exponent)
         parts = [(base, Fraction(1))]
         (term, factor), *more = base.top.items() or [((), Fraction(0))]
         if not more and base.bottom == _ONE and factor > 0:
-            primes = _prime_powers(factor)
+            primes = _prime_powers(factor.numerator, 1)
+            primes += [(p, -count) for p, count in _prime_powers(factor.denominator, 1)]
             self.spend(sum(abs(count) for _, count in primes))
-            primes += [(n, power) for (_, n), power in term if n > 0]
-            rest = tuple((atom, power) for atom, power in term if atom[1] <= 0)
+            primes += [(n, Fraction(power, k)) for (_, k, n), power in term if k and n > 0]
+            rest = tuple((atom, power) for atom, power in term if not atom[1] or atom[2] < 0)
             parts = [(number(prime), Fraction(count)) for prime, count in primes]
             parts += [(Exact({rest: Fraction(1)}, _ONE), Fraction(1))] if rest else []
         result = number(1)
         for part, count in parts:
+            if exponent.bottom != _ONE:
+                whole = self.multiply(exponent, number(count))
+                result = self.multiply(result, formal("power", part, whole))
+                continue
             for term, coefficient in exponent.top.items():
                 times = coefficient * count
                 if not term:
@@ -240,16 +245,24 @@ class Algebra:
         inside = rational(value)
         if inside is None or not 2 <= k <= 64:
             return formal(f"root {k}", value)
-        if not inside:
-            return number(0)
-        if inside < 0 and k > 2 and k % 2 == 0:
+        # (a/b)^(1/k) = (a b^(k-1))^(1/k) / b
+        whole = inside.numerator * self._raise(Fraction(inside.denominator), k - 1).numerator
+        if whole < 0 and k > 2 and k % 2 == 0:
             raise Refused("root of a negative number")
-        powers = {("", prime): Fraction(count, k) for prime, count in _prime_powers(abs(inside))}
-        if inside < 0:
-            powers["", -1] = Fraction(1, 2) if k == 2 else 1
+        powers: dict[Atom, int] = {}
+        factor = Fraction(1, inside.denominator)
+        if whole < 0:
+            factor, powers = (-factor, {}) if k > 2 else (factor, {("", 2, -1): 1})
+        if not whole:
+            return number(0)
+        for prime, count in _prime_powers(abs(whole), k):
+            outside, left = divmod(count, k)
+            factor *= prime**outside
+            if left:
+                shared = gcd(left, k)
+                powers[("", k // shared, prime)] = left // shared
         self.spend(100)
-        term, factor = self._term(powers)
-        return Exact({term: self._checked(factor)}, _ONE)
+        return Exact({tuple(sorted(powers.items())): self._checked(factor)}, _ONE)
 
     def absolute(self, value: Exact) -> Exact:
         """Return |value|, of which |1 - x| and |x - 1|, |2x| and 2|x|, |xy| and |x||y| are one
@@ -266,9 +279,9 @@ class Algebra:
             return self.multiply(result, formal("abs", form))
         for atom, power in next(iter(form.top)):
             one = Exact({((atom, 1),): Fraction(1)}, _ONE)
-            if atom == ("", -1):
+            if atom == ("", 2, -1):
                 continue  # |i| is 1
-            positive = atom[1] or atom[0] in ("pi", "e") or atom[0][:4] == "abs#"
+            positive = (atom[1] and atom[2] > 0) or atom[0] in ("pi", "e") or atom[0][:4] == "abs#"
             one = one if positive else formal("abs", one)
             result = self.multiply(result, self.power(one, number(power)))
         return result
@@ -285,20 +298,21 @@ class Algebra:
         return all(c == ratio * b.top[term] for term, c in a.top.items())
 
 
-def _prime_powers(value: Fraction) -> list[tuple[int, int]]:
-    """Factor a positive fraction by small primes. What is left counts as a prime, or as the square
-    of one: another factoring of it would only miss an equality."""
+def _prime_powers(n: int, k: int) -> list[tuple[int, int]]:
+    """Factor n by small primes. What is left counts as a prime, or as its k-th root's k-th power:
+    another factoring of it would only miss an equality."""
     found = []
-    for n, sign in ((value.numerator, 1), (value.denominator, -1)):
-        for prime in _PRIMES:
-            if prime * prime > n:
-                break
-            count = 0
-            while n % prime == 0:
-                n, count = n // prime, count + 1
-            if count:
-                found.append((prime, sign * count))
-        square = isqrt(n)
-        if n > 1:
-            found.append((square, 2 * sign) if square * square == n else (n, sign))
-    return found
+    for prime in _PRIMES:
+        if prime * prime > n:
+            break
+        count = 0
+        while n % prime == 0:
+            n, count = n // prime, count + 1
+        if count:
+            found.append((prime, count))
+    if n == 1:
+        return found
+    square = isqrt(n)
+    if k == 2 and square * square == n:
+        return [*found, (square, 2)]
+    return [*found, (n, 1)]

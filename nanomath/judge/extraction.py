@@ -31,7 +31,8 @@ class Extraction(NamedTuple):
     rule: str  # which rule matched; "none"
 
 
-_THINK, _THINK_END = (re.compile(rf"<{slash}think(?:ing)?>", re.IGNORECASE) for slash in ("", "/"))
+_THINK = re.compile(r"<(/?)(?i:think(?:ing)?)>")
+_TAGS = re.compile(r"<(/?)answer>")
 _FIRST_BOX = re.compile(r"(?<!\\)\\++(?:boxed|fbox)")  # \\++: no way back, so linear
 _BRACES = re.compile(r"\\(?:boxed|fbox)[ \t]{0,9}(?P<open>\{)?|\\.|[{}]", re.DOTALL)
 # "\boxed 5" or "\boxed x$", but not the words after "inside \boxed".
@@ -99,23 +100,43 @@ def extract_answer(text: str, *, last_math: bool = False) -> Extraction:
     Only the last MAX_COMPLETION characters are looked at: the cost must not grow with the text.
     """
     text = _outside_thinking(text)[-MAX_COMPLETION:]
-    for rule, find in _RULES if last_math else _RULES[:-1]:
-        if answer := find(text):
-            return Extraction(answer, rule)
+    if (inside := _last_tag(text)) is not None:
+        return Extraction(extract_answer(inside).answer or inside.strip(), "answer tag")
+    if (answer := _last_boxes(text)) is not None:
+        return Extraction(answer, "boxed")
+    if (answer := _after_hashes(text)) is not None:
+        return Extraction(answer, "####")
+    for phrase in reversed([*_PHRASE.finditer(text)][-MAX_LINES:]):  # the last may be cut
+        if answer := _phrase_answer(text[phrase.end() :][: MAX_CHARS + 10]):
+            return Extraction(answer, "phrase")
+    choices = list(_CHOICE.finditer(text))
+    if choices:
+        return Extraction(choices[-1][1], "choice")
+    if last_math and (answer := _last_formula(text[-2 * MAX_CHARS :])):
+        return Extraction(answer, "last math")
     return Extraction(None, "none")
 
 
 def _outside_thinking(text: str) -> str:
     """Return what follows the last </think>, up to a <think> that is not closed."""
-    return _THINK.split(_THINK_END.split(text)[-1], maxsplit=1)[0]
+    begin, end = 0, len(text)
+    for match in _THINK.finditer(text):
+        if match[1]:
+            begin, end = match.end(), len(text)
+        else:
+            end = min(end, match.start())
+    return text[begin:end]
 
 
 def _last_tag(text: str) -> str | None:
-    for before in reversed(text.split("</answer>")[:-1]):
-        _, tag, inside = before.rpartition("<answer>")
-        if tag and inside.strip():
-            return extract_answer(inside).answer or inside.strip()
-    return None
+    found = start = None
+    for match in _TAGS.finditer(text):
+        if not match[1]:
+            start = match.end()
+        elif start is not None:
+            inside, start = text[start : match.start()], None
+            found = inside if inside.strip() else found
+    return found
 
 
 def _last_boxes(text: str) -> str | None:
@@ -165,7 +186,8 @@ def _after_hashes(text: str) -> str | None:
     matches = [*_HASHES.finditer(text)][-MAX_LINES:]
     for match in reversed(matches):
         line = match[1].rpartition("####")[2].strip(" \t*")
-        if answer := _last_phrase(line):
+        phrases = [*_PHRASE.finditer(line)]
+        if phrases and (answer := _phrase_answer(line[phrases[-1].end() :])):
             return answer
         is_title = _NUMBERED.match(line) or read_value(line).kind == "text"
         if not line or (is_title and text[match.end() :].strip()):
@@ -174,12 +196,6 @@ def _after_hashes(text: str) -> str | None:
             return None  # "#### 1. ...", "#### Conclusion", "The answer is"
         return line
     return None
-
-
-def _last_phrase(text: str) -> str | None:
-    phrases = [*_PHRASE.finditer(text)][-MAX_LINES:]
-    answers = (_phrase_answer(text[phrase.end() :][: MAX_CHARS + 10]) for phrase in phrases[::-1])
-    return next(filter(None, answers), None)  # the last may be cut
 
 
 def _phrase_answer(rest: str) -> str | None:
@@ -201,13 +217,7 @@ def _number_said(line: str) -> str | None:
     return _content(formulas[0]) if formulas else numerals[0][0]
 
 
-def _last_choice(text: str) -> str | None:
-    choices = _CHOICE.findall(text)
-    return choices[-1] if choices else None
-
-
 def _last_formula(text: str) -> str | None:
-    text = text[-2 * MAX_CHARS :]
     formulas = [*_MATH.finditer(text)]
     if not formulas or re.search(r"[.!?]\s+\S|[。！？\n]\s*\S", text[formulas[-1].end() :]):
         return None
@@ -216,13 +226,3 @@ def _last_formula(text: str) -> str | None:
 
 def _content(match: re.Match) -> str:
     return next(filter(None, match.group("a", "b", "c"))).strip()
-
-
-_RULES = (  # in order; the first that finds an answer counts
-    ("answer tag", _last_tag),
-    ("boxed", _last_boxes),
-    ("####", _after_hashes),
-    ("phrase", _last_phrase),
-    ("choice", _last_choice),
-    ("last math", _last_formula),
-)

@@ -22,7 +22,6 @@ from nanomath.judge.exact import (
     Exact,
     Refused,
     formal,
-    names,
     number,
     rational,
     symbol,
@@ -30,7 +29,7 @@ from nanomath.judge.exact import (
 from nanomath.judge.tokens import (
     FUNCTIONS,
     MAX_DIGITS,
-    WRAPPER,
+    WRAPPERS,
     Token,
     choice_letters,
     inside_text_command,
@@ -62,10 +61,6 @@ MAX_DEPTH = 30
 
 _PLAIN = re.compile(r"[-+]?\d{1,100}(?:\.\d{1,100})?")
 _LEADING_ZERO = re.compile(r"(?<![\d.,])\d+,0\d")  # "0,001" is no number, and no list
-_CONDITION = re.compile(  # x > 2 of {x : x > 2}, a relation that holds the letter
-    r"\\\{ ?([a-zA-Z]) ?(?:\\in ?\\mathbb\{R\} ?)?[:|]"
-    r"(?=.*(?:[<>]|\\[lgn]e(?![a-zA-Z])))(?=.*(?<![a-zA-Z\\])\1)(.*)\\\}"
-)
 _WORD = re.compile(r"[A-Z]{2,}|[A-Z][a-z]+|yes|no|true|false")
 
 
@@ -77,8 +72,6 @@ def read_value(text: str, *, thousands: bool = True) -> Value:
         return scalar(number(Fraction(text)))
     text = normalise(text)
     text = inside_text_command(text) or text
-    if text.startswith(r"\{") and (condition := _CONDITION.fullmatch(text)):
-        text = condition[2]
     shown = without_text_commands(text)
     is_set = r"\mathbb" in text
     if not is_set and (letters := choice_letters(shown)):
@@ -121,7 +114,7 @@ def _exact(value: Value) -> Exact:
 
 def _finite(value: Value) -> Exact:
     exact = _exact(value)
-    if "infty" in names(exact):
+    if any(name == "infty" for side in exact for term in side for (name, _, _), _ in term):
         raise Refused("infinity in a sum or product")
     return exact
 
@@ -383,8 +376,16 @@ class Reader:
             name += "_" + self.index()
         while self.take("'"):
             name += "'"
+        power = self.position
+        if name in ("f", "g", "h") and self.take("^"):  # f^{-1}(0); but f^2 is a power
+            self.primary()
+            index = "".join(token.text for token in self.tokens[power : self.position])
+            if self.here.text == "(":
+                name += index
+            else:
+                self.position = power
         following = self.tokens[self.position : self.position + 25]
-        named = name.partition("_^")[0] in ("f", "g", "h")
+        named = name[:2] in ("f", "g", "h", "f^", "g^", "h^")
         if (named or is_applied(name, following)) and self.take("("):
             arguments = self.items()
             self.expect(")")
@@ -405,8 +406,11 @@ class Reader:
 
     def group(self, opening: str) -> Value:
         """Read up to the closing bracket: a value in brackets, a tuple, an interval or a set."""
-        if opening == r"\{" and self.take(r"\}"):
-            return EMPTY
+        if opening == r"\{":
+            if self.take(r"\}"):
+                return EMPTY
+            if condition := self.condition():
+                return condition
         items = self.items()
         if len(items) == 1 and opening != "{":  # (0; 0; 0); but (0,5; 1) may hold a decimal comma
             while len(items) < MAX_DEPTH and self.take(";"):
@@ -414,12 +418,25 @@ class Reader:
         closing = self.expect(*{"{": "}", r"\{": [r"\}"]}.get(opening, ")]"))
         if len(items) == 1 and items[0].kind == "matrix" and opening != r"\{":
             return items[0]
-        if opening[-1] == "{" and len(items) > 1:
+        if opening == r"\{" or (opening == "{" and len(items) > 1):
             return Value("list", items=items)
-        if len(items) == 1 and opening + closing in ("()", "{}", r"\{\}"):
+        if len(items) == 1 and opening + closing in ("()", "{}"):
             degrees = items[0].kind == "number" and items[0].label == "degree"
             return self.scaled(symbol("degree"), items[0]) if degrees else items[0]
         return Value("tuple", items=items, label=opening + closing)
+
+    def condition(self) -> Value | None:
+        """Read "x : x > 2" and "x \\in \\mathbb{R} | x > 2" of a set, up to its end."""
+        bar = 3 if (self.ahead(1), self.ahead(2)) == (r"\in", r"\mathbbR") else 1
+        if self.here.kind != "letter" or self.ahead(bar) not in (":", "|"):
+            return None
+        letter = scalar(symbol(self.here.text))
+        self.position += bar + 1
+        value = self.part()
+        self.expect(r"\}")
+        if value.kind != "equation" or value.items[0] != letter or not value.items[1].items:
+            raise Refused("a condition")
+        return value.items[1]
 
     def command(self, name: str) -> Value:
         if name == r"\mathbbR":
@@ -446,7 +463,7 @@ class Reader:
             return self.function(name[1:])
         if name == r"\abs":
             return scalar(self.algebra.absolute(_exact(self.primary())))
-        if WRAPPER.fullmatch(name) and self.here.text == "{":
+        if name in WRAPPERS and self.here.text == "{":
             return self.primary()
         if name in _ACCENTS:
             return scalar(formal(name, _exact(self.primary())))

@@ -5,7 +5,7 @@ Every pattern here takes time linear in the text, or nearly: none can backtrack 
 """
 
 import re
-from itertools import pairwise, takewhile
+from itertools import pairwise
 from typing import NamedTuple
 
 from nanomath.judge.exact import Refused
@@ -63,7 +63,6 @@ _TEXT = (
     r"\\(?:text(?:bf|it|rm|sf|tt|sc|normal|up)?|[mhf]box|math(?:rm|bf|it|bb|cal|sf|tt|normal)|emph"
     r"|operatorname\*?|boldsymbol|bm|pmb|underline|ensuremath)\s?"
 )
-WRAPPER = re.compile(_TEXT)  # a command that only changes how the braces after it look
 _TEXT_COMMAND = re.compile(_TEXT + r"\{([^{}]*)\}")
 
 
@@ -124,7 +123,6 @@ _MIXED = re.compile(
     r"(?<![\d.^_}])(\d{1,15})"
     r"(?: ?\\frac ?\{(\d{1,15})\} ?\{(\d{1,15})\}(?!\^)| (\d{1,15})/(\d{1,15})(?![\d.^]))"
 )
-_ITERATED = re.compile(r"([fgh]) ?\^ ?\{? ?(-?\d) ?\}?(?= ?\()")
 _REPEATING = re.compile(r"(\d{0,50})\.(\d{0,50})\\(?:overline|bar|dot) ?(?:\{(\d{1,50})\}|(\d))")
 
 
@@ -132,8 +130,6 @@ def spell_out(text: str, *, thousands: bool) -> str:
     """Write repeating decimals and mixed numbers as fractions, and numbers without separators."""
     if thousands and text[:1] not in "([{\\":
         text = _THOUSANDS.sub(lambda match: re.sub("[, ]", "", match[0]), text)
-    if "^" in text:  # f^{-1}(0) has an index and is no reciprocal; f^2 is a power
-        text = _ITERATED.sub(r"\1_{^\2}", text)
     return _MIXED.sub(_mixed, _REPEATING.sub(_repeating, text))
 
 
@@ -148,6 +144,14 @@ def _repeating(match: re.Match) -> str:
     whole, start, period = match[1], match[2], match[3] or match[4]
     top = int(whole + start + period) - int(whole + start or 0)
     return f"({top}/{(10 ** len(period) - 1) * 10 ** len(start)})"
+
+
+# Commands that only change how the braces after them look.
+WRAPPERS = frozenset(
+    (r"\text", r"\textbf", r"\textit", r"\textrm", r"\textnormal", r"\mbox", r"\fbox", r"\emph")
+    + (r"\mathrm", r"\mathbf", r"\mathit", r"\mathsf", r"\mathtt", r"\mathnormal", r"\pmb", r"\bm")
+    + (r"\boldsymbol", r"\underline", r"\ensuremath")
+)
 
 
 class Token(NamedTuple):
@@ -196,30 +200,34 @@ _SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "bil
 _SCALES |= {"trillion": 10**12}
 _SCALES |= {"百": 100, "千": 1000, "万": 10**4, "亿": 10**8}
 _SCALE = re.compile(rf"({'|'.join(_SCALES)})(?![a-zA-Z克米瓦分])\s*")
-
-
-def _by_name(*units: str) -> dict[str, str]:
-    return {name: names.split()[0] for names in units for name in names.split()}
-
-
 # Units that must agree where both answers give one; other words after a number are ignored.
-_GLUED = _by_name(  # "3cm"; but "3mg" is a product
-    "cm centimeter centimetre 厘米", "mm millimeter millimetre 毫米", "m meter metre 米",
-    "km kilometer kilometre 千米", "ft foot feet", "inch in inche", "mile mi", "yard yd",
-    "g gram gm 克", "kg kilogram 千克", "lb pound", "$ dollar usd 元", "cent",
-    "second sec s 秒", "minute min 分钟", "hour hr h 小时", "day 天", "week", "year 年",
-    "am a.m.", "pm p.m.", "liter litre l 升", "ml milliliter millilitre 毫升", "degree",
-)  # fmt: skip
-_UNITS = _GLUED | {"mph": "mile/hour", "kph": "km/hour"} | _by_name(
-    "mg milligram 毫克", "ton tonne 吨", "oz ounce", "cl centiliter centilitre", "pint pt",
-    "dl deciliter decilitre", "kl kiloliter kilolitre", "quart qt", "gallon gal", "acre",
-    "dm decimeter decimetre 分米", "nm nanometer nanometre", "hectare ha 公顷",
-    "month", "ms millisecond", "decade", "century centurie", "euro", "nickel", "dime",
-    "w watt", "kw kilowatt", "hz hertz", "j joule", "n newton", "v volt", "pa pascal", "kpa",
-    "ohm", "mol mole", "角", "rad radian", "celsius c", "fahrenheit f", "ampere amp",
-    "khz kilohertz", "mhz megahertz", "kj kilojoule", "kwh", "kv kilovolt", "mw megawatt",
-    "um micrometer micrometre micron", "kn kilonewton",
-)  # fmt: skip
+_UNITS = {
+    name: names.split()[0]
+    for names in (
+        "cm centimeter centimetre 厘米", "mm millimeter millimetre 毫米", "m meter metre 米",
+        "km kilometer kilometre 千米", "ft foot feet", "inch in inche", "mile mi", "yard yd",
+        "g gram gm 克", "kg kilogram 千克", "lb pound", "$ dollar usd 元", "cent",
+        "second sec s 秒", "minute min 分钟", "hour hr h 小时", "day 天", "week", "year 年",
+        "am a.m.", "pm p.m.", "liter litre l 升", "ml milliliter millilitre 毫升", "degree",
+    )
+    for name in names.split()
+}  # fmt: skip
+_UNITS |= {"mph": "mile/hour", "kph": "km/hour"}
+_GLUED = frozenset(_UNITS)  # "3cm"; but "3mg" is a product
+_UNITS |= {
+    name: names.split()[0]
+    for names in (
+        "mg milligram 毫克", "ton tonne 吨", "oz ounce", "cl centiliter centilitre", "pint pt",
+        "dl deciliter decilitre", "kl kiloliter kilolitre", "quart qt", "gallon gal", "acre",
+        "dm decimeter decimetre 分米", "nm nanometer nanometre", "hectare ha 公顷",
+        "month", "ms millisecond", "decade", "century centurie", "euro", "nickel", "dime",
+        "w watt", "kw kilowatt", "hz hertz", "j joule", "n newton", "v volt", "pa pascal", "kpa",
+        "ohm", "mol mole", "角", "rad radian", "celsius c", "fahrenheit f", "ampere amp",
+        "khz kilohertz", "mhz megahertz", "kj kilojoule", "kwh", "kv kilovolt", "mw megawatt",
+        "um micrometer micrometre micron", "kn kilonewton",
+    )
+    for name in names.split()
+}  # fmt: skip
 
 
 def is_word(run: str) -> bool:
@@ -363,13 +371,12 @@ def words_ahead(tokens: list[Token], position: int) -> bool:
     here = tokens[position]
     if here.text != "(" or here.kind == "word":
         return here.kind == "word"
-    kinds = {token.kind for token in _inside(tokens[position : position + 12])}
+    kinds = []
+    for token in tokens[position + 1 : position + 12]:
+        if token.text == ")":
+            break
+        kinds.append(token.kind)
     return "word" in kinds and "number" not in kinds
-
-
-def _inside(tokens: list[Token]) -> list[Token]:
-    """Return the tokens between the bracket, which is the first one, and the next that closes."""
-    return list(takewhile(lambda token: token.text != ")", tokens[1:]))
 
 
 _GREEK = ("Gamma", "Phi", "Psi", "phi", "psi", "varphi", "zeta")  # functions, before a bracket
@@ -380,6 +387,10 @@ def is_applied(name: str, following: list[Token]) -> bool:
     base = name.partition("_")[0].rstrip("'")
     if following[0].text != "(" or base in ("e", "i") or (len(base) > 1 and base not in _GREEK):
         return False
-    inside = _inside(following)
+    inside = []
+    for token in following[1:]:
+        if token.text == ")":
+            break
+        inside.append(token)
     is_sum = any(token.text in ("+", "-", r"\pm", r"\mp") for token in inside[1:])
     return not (is_sum and any(token.kind in ("letter", "command") for token in inside))

@@ -68,7 +68,8 @@ def related(sides: list[Value], relations: list[str], algebra: Algebra) -> Value
         return chain
     if r"\ne" in relations and not is_unequal:
         return chain
-    found = _isolated(sides, relations, algebra)
+    found = None if is_unequal else _bare(sides, relations)
+    found = found or _linear(sides, relations, algebra)
     if found is None:
         return _one_form(chain, algebra)
     letter, ends, relations = found
@@ -82,40 +83,47 @@ def related(sides: list[Value], relations: list[str], algebra: Algebra) -> Value
     return Value("equation", items=(letter, Value("tuple", items=(low, high), label=brackets)))
 
 
-def _isolated(
-    sides: list[Value], relations: list[str], algebra: Algebra
-) -> tuple[Value, list[Value | None], list[str]] | None:
-    """Return the letter of "2x + 1 < 5" and "-3 <= 1 - x <= 3", the ends of its interval (None:
-    there is none) and their two relations; None where the relation is not linear in one letter.
+# A letter, the ends of its interval (None: there is none) and their two relations.
+_Found = tuple[Value, list[Value | None], list[str]]
 
-    The letter is the one that stands alone, whatever is on the other side ("x > ln 2"), or the
-    only one. What it stands in has no unit."""
-    bare = [side for side in sides if names_one(side) and not is_formal(side.exact)]
-    found = set().union(*(names(side.exact) for side in (bare if len(bare) == 1 else sides)))
-    letter = symbol("".join(found - {"", "pi", "e"}))
-    if len(names(letter) & found) != 1 or not is_name(letter) or is_formal(letter):
+
+def _bare(sides: list[Value], relations: list[str]) -> _Found | None:
+    """Isolate the letter where it is a side itself, whatever the others are: "x > ln 2"."""
+    bare = [names_one(side) and not is_formal(side.exact) and not side.label for side in sides]
+    if bare == [False, True]:
+        sides, relations = [*sides, None], [*relations, r"\lt"]
+    elif bare == [True, False]:
+        sides, relations = [None, *sides], [r"\lt", *relations]
+    elif bare != [False, True, False]:
         return None
-    if any(side.label and names(letter) <= names(side.exact) for side in sides):
+    low, letter, high = sides
+    held = [names(side.exact) for side in (low, high) if side]
+    return None if names(letter.exact) <= set().union(*held) else (letter, [low, high], relations)
+
+
+def _linear(sides: list[Value], relations: list[str], algebra: Algebra) -> _Found | None:
+    """Isolate the one letter of "2x + 1 < 5" and "-3 <= 1 - x <= 3"; what has a unit stays."""
+    letters = set().union(*(names(side.exact) for side in sides)) - {"", "pi", "e"}
+    if len(letters) != 1 or letters & {"infty", "degree"} or any(side.label for side in sides):
         return None
-    if len(sides) == 2:
-        unit = sides[0].label or sides[1].label
-        difference = algebra.add(sides[0].exact, sides[1].exact, -1)
-        sides = [None, scalar(difference), Value("number", number(0), label=unit)]
-        relations = [r"\lt", *relations]
-    low, middle, high = sides
-    terms = dict(middle.exact.top)
-    scale = terms.pop(next(iter(letter.top)), None)
-    rest = Exact(terms, middle.exact.bottom)
-    if scale is None or rest.bottom != letter.bottom:
+    (name,) = letters
+    exacts = [side.exact for side in sides]
+    if len(exacts) == 2:
+        exacts, relations = [None, algebra.add(*exacts, -1), number(0)], [r"\lt", *relations]
+    low, middle, high = exacts
+    terms = dict(middle.top)
+    scale = terms.pop((((name, 0, 0), 1),), None)
+    rest = Exact(terms, middle.bottom)
+    if "#" in name or scale is None or rest.bottom != number(1).bottom:
         return None
-    if any(names(letter) <= names(side) for side in (low and low.exact, rest, high.exact) if side):
+    if any(name in names(side) for side in (low, rest, high) if side):
         return None
     ends = [
-        end and end._replace(exact=algebra.divide(algebra.add(end.exact, rest, -1), number(scale)))
+        None if end is None else scalar(algebra.divide(algebra.add(end, rest, -1), number(scale)))
         for end in (low, high)
     ]
     turned = slice(None, None, -1 if scale < 0 else 1)
-    return scalar(letter), ends[turned], relations[turned]
+    return scalar(symbol(name)), ends[turned], relations[turned]
 
 
 def _one_form(chain: Value, algebra: Algebra) -> Value:

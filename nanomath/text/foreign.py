@@ -53,6 +53,13 @@ class ForeignTokens:
             probe = self.encode(_PROBE)
         except Exception as error:  # the package has no narrower type
             raise ValueError(f"the tokenizers package refuses it: {error}") from None
+        # The rows of a model's embedding follow the file, so ids that the package moves are wrong.
+        for token in layout["added_tokens"]:
+            name = hidden.get(token["content"], token["content"])
+            if self._peer.token_to_id(name) != token["id"]:
+                raise ValueError(
+                    f"added token {token['content']!r} cannot have the id {token['id']}"
+                )
         self.control = {name: self._peer.token_to_id(secret) for name, secret in hidden.items()}
         self.token_bytes = _token_bytes(self._peer, decoders)
         if max(self.token_bytes) >= 1 << 24:

@@ -176,7 +176,6 @@ x \ne 3 ~ y \ne 3
 x + y \le 3 ~ x + y \ge 3
 2 < 3 ~ 5 < 9
 \{x : y > 2\} ~ x > 2
-\{x : y > 2\} ~ (2, \infty)
 \{x \in \mathbb{Z} : x > 2\} ~ x > 2
 x > 1 \text{ and } x < 3 ~ (-\infty,3)\cup(1,\infty)
 x < 1 \text{ or } y > 3 ~ (-\infty,1)\cup(3,\infty)

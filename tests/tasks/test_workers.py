@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from nanomath.judge.child import Child
 from nanomath.rewards import Rewards
 from nanomath.run.loop import STEP_TIMEOUT_S
 from nanomath.tasks import Problem
@@ -422,3 +423,26 @@ def test_number_of_workers(monkeypatch):
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid, n=cores: range(n), raising=False)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
         assert default_num_workers() == expected
+
+
+@pytest.mark.parametrize(
+    ("program", "error"),
+    [
+        ("while True: print(end=' ', flush=True); time.sleep(0.2)", TimeoutError),
+        ("while True: print('x' * 65536, end='', flush=True)", ConnectionError),
+    ],
+)
+def test_a_reply_has_one_deadline_and_a_bound(program, error):
+    """A child that drips bytes is late at its deadline, not later; one that floods is given up."""
+    child = Child(
+        [sys.executable, "-c", f"import time\n{program}"],
+        environment={},
+        on_stderr=lambda text: None,
+    )
+    start = time.monotonic()
+    try:
+        with pytest.raises(error):
+            child.ask(b"", 2.0)
+        assert time.monotonic() - start < 3.0
+    finally:
+        child.end()
